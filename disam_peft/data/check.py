@@ -1,0 +1,275 @@
+"""The data check: every file is read, hashed and decoded once, and the findings are remembered between runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import tempfile
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from disam_peft.data.dataset import DomainDataset, Skipped
+from disam_peft.data.decode import BadImage, decode_image
+from disam_peft.errors import UserError
+from disam_peft.progress import track
+
+MAX_BAD_SHARE = 0.01
+_FORMAT = 1  # of the remembered findings; raise it where decoding changes its mind about a file
+_LISTED = 10
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one file turned out to be."""
+
+    sha256: str
+    """Empty where the file could not be read at all."""
+    width: int
+    height: int
+    reason: str
+    """Why it cannot be used; empty where it can."""
+
+
+@dataclass(frozen=True)
+class BadFile:
+    """An image that cannot be used."""
+
+    source: str
+    domain: str
+    class_name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class DuplicateGroup:
+    """Files with the same content."""
+
+    sha256: str
+    sources: tuple[str, ...]
+    domains: tuple[str, ...]
+    """The distinct domains they are in: more than one is a leak once one of them is held out."""
+    classes: tuple[str, ...]
+    """The distinct classes they are in: more than one means that a label is wrong."""
+
+
+@dataclass(frozen=True)
+class SizeSummary:
+    """Widths and heights of the good images, in pixels."""
+
+    smallest: tuple[int, int]
+    median: tuple[float, float]
+    largest: tuple[int, int]
+    """By number of pixels, as is ``smallest``; ``median`` is that of widths and of heights."""
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """The census and the findings; plain data, see ``to_dict``.
+
+    Attributes:
+        counts: samples by domain (rows) and class (columns), bad ones included.
+        duplicates_within: same content inside one domain.  duplicates_across: in several.
+        ignored: files that are no samples, counted by kind.
+        sizes: None where no image is good.
+    """
+
+    origin: str
+    fingerprint: str
+    domains: tuple[str, ...]
+    classes: tuple[str, ...]
+    prompt_names: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+    bad: tuple[BadFile, ...]
+    duplicates_within: tuple[DuplicateGroup, ...]
+    duplicates_across: tuple[DuplicateGroup, ...]
+    sizes: SizeSummary | None
+    ignored: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Number of samples, bad ones included."""
+        return sum(map(sum, self.counts))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types only."""
+        return json.loads(json.dumps({**asdict(self), "total": self.total}))
+
+
+def inspect(dataset: DomainDataset, *, progress: bool = True) -> DataReport:
+    """Look at every file of ``dataset``; bad ones are listed, not raised."""
+    findings = examine(dataset, progress=progress)
+    counts_DC = np.zeros((len(dataset.domains), len(dataset.classes)), dtype=np.int64)
+    np.add.at(counts_DC, (dataset.domain_ids, dataset.labels), 1)
+    groups = _duplicates(dataset, findings)
+    return DataReport(
+        origin=dataset.origin,
+        fingerprint=dataset.fingerprint,
+        domains=dataset.domains,
+        classes=dataset.classes,
+        prompt_names=dataset.prompt_names,
+        counts=tuple(tuple(row) for row in counts_DC.tolist()),
+        bad=tuple(_bad_file(dataset, i, f.reason) for i, f in enumerate(findings) if f.reason),
+        duplicates_within=tuple(group for group in groups if len(group.domains) == 1),
+        duplicates_across=tuple(group for group in groups if len(group.domains) > 1),
+        sizes=_sizes(findings),
+        ignored=dict(dataset.ignored),
+    )
+
+
+def verified(dataset: DomainDataset, *, skip_bad: bool = False, progress: bool = True) -> DomainDataset:
+    """``dataset`` with the hash of every file, once every file has proved to be an image.
+
+    Args:
+        skip_bad: leave bad images out and record them in ``skipped``, as long as they are at most 1 %.
+
+    Raises:
+        UserError: bad images; lists up to ten and says how many there are.
+    """
+    findings = examine(dataset, progress=progress)
+    bad = [i for i, finding in enumerate(findings) if finding.reason]
+    hashed = replace(dataset, hashes=tuple(finding.sha256 for finding in findings))
+    if not bad:
+        return hashed
+    share = f"{len(bad)} of {len(dataset)} images ({len(bad) / len(dataset):.1%}) cannot be used"
+    if not skip_bad or len(bad) > MAX_BAD_SHARE * len(dataset):
+        lines = [f"  {dataset.source(i)}: {findings[i].reason}" for i in bad[:_LISTED]]
+        if len(bad) > _LISTED:
+            lines.append(f"  and {len(bad) - _LISTED} more")
+        action = (
+            f"more than the {MAX_BAD_SHARE:.0%} that data.skip_bad may leave out; mend or remove them"
+            if skip_bad
+            else f"mend or remove them, or set data.skip_bad to true (allowed up to {MAX_BAD_SHARE:.0%})"
+        )
+        raise UserError("\n".join([f"{share}:", *lines, action]))
+    warnings.warn(f"{share} and are left out (data.skip_bad)", stacklevel=2)
+    kept = hashed.select(i for i, finding in enumerate(findings) if not finding.reason)
+    skipped = tuple(Skipped(dataset.source(i), findings[i].reason) for i in bad)
+    return replace(kept, skipped=dataset.skipped + skipped)
+
+
+def examine(dataset: DomainDataset, *, progress: bool = True) -> list[Finding]:
+    """One finding per sample, from memory where neither a name nor a size nor a time of change is new."""
+    memory = _memory(dataset)
+    remembered = _recall(memory, len(dataset))
+    if remembered is not None:
+        return remembered
+    scan = _scan(dataset)
+    findings = list(track(scan, "checking images", total=len(dataset)) if progress else scan)
+    # A file that could not be read may become readable without changing its size or time.
+    if all(finding.sha256 for finding in findings):
+        _remember(memory, findings)
+    return findings
+
+
+def _scan(dataset: DomainDataset) -> Iterator[Finding]:
+    # Threads: hashing and Pillow's decoders release the interpreter lock, and nothing has to be sent to a process.
+    threads = min(16, (os.cpu_count() or 1) + 2)
+    with ThreadPoolExecutor(threads) as pool:
+        places = iter(range(len(dataset)))
+        while chunk := list(islice(places, 64 * threads)):  # a future per sample of a large set would fill memory
+            yield from pool.map(lambda i: _find(dataset, i), chunk)
+
+
+def _find(dataset: DomainDataset, index: int) -> Finding:
+    try:
+        data = dataset.content(index)
+    except BadImage as error:
+        return Finding("", 0, 0, error.reason)
+    digest = hashlib.sha256(data).hexdigest()
+    try:
+        image = decode_image(data, "", max_pixels=dataset.max_pixels)
+    except BadImage as error:
+        return Finding(digest, 0, 0, error.reason)
+    return Finding(digest, image.width, image.height, "")
+
+
+def _bad_file(dataset: DomainDataset, index: int, reason: str) -> BadFile:
+    return BadFile(
+        source=dataset.source(index),
+        domain=dataset.domains[dataset.domain_ids[index]],
+        class_name=dataset.classes[dataset.labels[index]],
+        reason=reason,
+    )
+
+
+def _duplicates(dataset: DomainDataset, findings: list[Finding]) -> list[DuplicateGroup]:
+    by_hash: dict[str, list[int]] = defaultdict(list)
+    for i, finding in enumerate(findings):
+        if not finding.reason:  # ten empty files are ten bad files, not duplicates
+            by_hash[finding.sha256].append(i)
+    return [
+        DuplicateGroup(
+            sha256=digest,
+            sources=tuple(dataset.source(i) for i in members),
+            domains=tuple(dataset.domains[d] for d in np.unique(dataset.domain_ids[members])),
+            classes=tuple(dataset.classes[c] for c in np.unique(dataset.labels[members])),
+        )
+        for digest, members in by_hash.items()
+        if len(members) > 1
+    ]
+
+
+def _sizes(findings: list[Finding]) -> SizeSummary | None:
+    sizes = sorted(((f.width, f.height) for f in findings if not f.reason), key=lambda s: (s[0] * s[1], s))
+    if not sizes:
+        return None
+    median = (statistics.median(w for w, _ in sizes), statistics.median(h for _, h in sizes))
+    return SizeSummary(smallest=sizes[0], median=median, largest=sizes[-1])
+
+
+# -- findings remembered between runs ------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """``$DISAM_PEFT_CACHE``, or ``~/.cache/disam_peft``."""
+    given = os.environ.get("DISAM_PEFT_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "disam_peft"
+
+
+def _memory(dataset: DomainDataset) -> Path:
+    times_N = dataset.sizes_and_times[1]
+    # The table's own fingerprint stands for embedded images, whose content has no time of change.
+    table = getattr(dataset.images, "_fingerprint", "") if (times_N == 0).any() else ""
+    identity = (_FORMAT, dataset.fingerprint, str(dataset.base), dataset.max_pixels, table)
+    digest = hashlib.sha256(repr(identity).encode() + times_N.tobytes()).hexdigest()
+    return cache_folder() / "checks" / f"{digest}.json"
+
+
+def _recall(path: Path, count: int) -> list[Finding] | None:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        findings = [Finding(str(sha), int(w), int(h), str(reason)) for sha, w, h, reason in rows]
+    except (OSError, ValueError, TypeError):
+        return None  # never written, or damaged: look again
+    return findings if len(findings) == count else None
+
+
+def _remember(path: Path, findings: list[Finding]) -> None:
+    rows = [[f.sha256, f.width, f.height, f.reason] for f in findings]
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the target and renamed, so that a second process reads all of it or nothing.
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+            temporary = file.name
+            json.dump(rows, file)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            os.unlink(temporary)
+        warnings.warn(
+            f"the data check cannot be remembered in {path.parent} ({error.strerror}) and will run again next "
+            "time; set DISAM_PEFT_CACHE to a folder that can be written",
+            stacklevel=2,
+        )

@@ -1,0 +1,193 @@
+"""The samples of a run: an image, a class and a domain each, from whatever source, and views onto a part of them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from disam_peft.data.decode import MAX_PIXELS, BadImage, decode_image
+from disam_peft.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from PIL.Image import Image
+
+IMAGE = "image"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample that ``skip_bad`` left out."""
+
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class DomainDataset:
+    """N samples; ``select`` gives views that keep the numbering of classes and domains. N samples in this file.
+
+    Attributes:
+        classes: names as in the source, sorted; ``labels`` counts in them.
+        prompt_names: the same classes, as words for a prompt.
+        domains: names, sorted; ``domain_ids`` counts in them. A view may lack some, see ``present_domains``.
+        labels, domain_ids: (N,) int64.
+        keys: what each sample is called for good: its path below the root with ``/``, or its row. Splits hang on it.
+        images: Arrow table with the one column ``image`` of {bytes, path}; ``rows`` (N,) says which row is whose.
+        base: the folder that relative paths start from.
+        origin: where the table came from, for messages.
+        ignored: files that the source passed over, counted by kind.
+        skipped: what ``skip_bad`` left out.
+        hashes: sha256 of every file, where the data check has run; None before.
+    """
+
+    images: Dataset
+    rows: np.ndarray
+    labels: np.ndarray
+    domain_ids: np.ndarray
+    keys: tuple[str, ...]
+    classes: tuple[str, ...]
+    prompt_names: tuple[str, ...]
+    domains: tuple[str, ...]
+    origin: str
+    base: Path | None = None
+    max_pixels: int = MAX_PIXELS
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    skipped: tuple[Skipped, ...] = ()
+    hashes: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def image(self, index: int) -> Image:
+        """Sample ``index`` as an upright RGB image.
+
+        Raises:
+            BadImage: it cannot be read or decoded; names the file.
+        """
+        return decode_image(self.content(index), self.source(index), max_pixels=self.max_pixels)
+
+    def content(self, index: int) -> bytes:
+        """The image file of sample ``index``, undecoded.
+
+        Raises:
+            BadImage: it cannot be read.
+        """
+        entry = self._entry(index)
+        if entry["bytes"] is not None:
+            return entry["bytes"]
+        try:
+            with open(self._path(entry["path"]), "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise BadImage.of(self.source(index), f"cannot be read ({error.strerror or error})") from error
+
+    def source(self, index: int) -> str:
+        """The file, or the row of the table, that sample ``index`` comes from."""
+        entry = self._entry(index)
+        if entry["bytes"] is None:
+            return self._path(entry["path"])
+        inner = f" ({entry['path']})" if entry["path"] else ""
+        return f"row {int(self.rows[index])} of {self.origin}{inner}"
+
+    def _entry(self, index: int) -> dict:
+        return self.images[int(self.rows[index])][IMAGE]
+
+    def _path(self, path: str) -> str:
+        return os.path.join(self.base, path) if self.base is not None else path
+
+    # -- views -----------------------------------------------------------------------------------------------
+
+    def select(self, indices: Iterable[int] | np.ndarray) -> DomainDataset:
+        """A view of the samples at ``indices``, in that order."""
+        chosen = np.fromiter(indices, dtype=np.int64)
+        if len(chosen) and not (chosen.min() >= 0 and chosen.max() < len(self)):
+            raise IndexError(f"indices {chosen.min()} to {chosen.max()} of a dataset of {len(self)} samples")
+        return replace(
+            self,
+            rows=self.rows[chosen],
+            labels=self.labels[chosen],
+            domain_ids=self.domain_ids[chosen],
+            keys=tuple(self.keys[i] for i in chosen),
+            hashes=tuple(self.hashes[i] for i in chosen) if self.hashes is not None else None,
+        )
+
+    def with_domains(self, names: Iterable[str]) -> DomainDataset:
+        """A view of the samples of these domains.
+
+        Raises:
+            UserError: a domain that has no samples here; names the close ones.
+        """
+        wanted = [self.domain_id(name) for name in names]
+        return self.select(np.flatnonzero(np.isin(self.domain_ids, wanted)))
+
+    def domain_id(self, name: str) -> int:
+        """The number of a domain that has samples here.
+
+        Raises:
+            UserError: it has none, or there is no such domain.
+        """
+        present = self.present_domains
+        if name not in present:
+            raise UserError(
+                f"domain {name!r} has no samples in {self.origin}{did_you_mean(name, present)} "
+                f"(found: {', '.join(present) or 'none'})"
+            )
+        return self.domains.index(name)
+
+    @cached_property
+    def present_domains(self) -> tuple[str, ...]:
+        """The domains that have samples in this view."""
+        return tuple(self.domains[d] for d in np.unique(self.domain_ids))
+
+    # -- identity --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256, hex, over keys, classes, domains and file sizes, in order; independent of where the data lies."""
+        digest = hashlib.sha256()
+        sizes_N = self.sizes_and_times[0]
+        for i, key in enumerate(self.keys):
+            names = (key, self.classes[self.labels[i]], self.domains[self.domain_ids[i]], str(sizes_N[i]))
+            digest.update("\0".join(names).encode() + b"\1")
+        return digest.hexdigest()
+
+    @cached_property
+    def sizes_and_times(self) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) size in bytes (-1: the file is gone) and (N,) time of change in ns (0: embedded), both int64."""
+        import pyarrow.compute as pc
+
+        column = self.images.with_format("arrow")[:][IMAGE]
+        paths = pc.struct_field(column, "path")
+        lengths = pc.binary_length(pc.struct_field(column, "bytes"))
+        sizes_N = np.empty(len(self), dtype=np.int64)
+        times_N = np.zeros(len(self), dtype=np.int64)
+        lengths_all, paths_all = lengths.to_pylist(), paths.to_pylist()
+        for i, row in enumerate(self.rows):
+            if lengths_all[row] is not None:
+                sizes_N[i] = lengths_all[row]
+                continue
+            try:
+                status = os.stat(self._path(paths_all[row]))
+            except OSError:
+                sizes_N[i] = -1
+            else:
+                sizes_N[i], times_N[i] = status.st_size, status.st_mtime_ns
+        return sizes_N, times_N
+
+    def content_hash(self, index: int) -> str:
+        """sha256 of the image file of sample ``index``, hex.
+
+        Raises:
+            BadImage: it cannot be read.
+        """
+        if self.hashes is not None:
+            return self.hashes[index]
+        return hashlib.sha256(self.content(index)).hexdigest()

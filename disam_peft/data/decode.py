@@ -1,0 +1,125 @@
+"""Bytes of an image file to an RGB picture: one defined conversion for every kind of file, or a named error.
+
+| file                       | becomes                                                                |
+|----------------------------|------------------------------------------------------------------------|
+| EXIF orientation           | turned upright; unreadable EXIF counts as none                         |
+| grey, palette, CMYK, YCbCr | RGB as Pillow converts it; embedded colour profiles are not applied    |
+| alpha, transparent colour  | laid over white                                                        |
+| 16-bit grey                | ``round(v * 255 / 65535)``                                             |
+| animated, several pages    | the first frame                                                        |
+| 32-bit integers, floats    | BadImage, unless the integers fit 16 bits: their range is not defined  |
+"""
+
+from __future__ import annotations
+
+import io
+from contextlib import suppress
+from typing import Final
+
+import numpy as np
+from PIL import Image
+
+from disam_peft.errors import UserError
+
+MAX_PIXELS: Final = 100_000_000
+# A short list, because Pillow's other readers include some that start a program (EPS runs Ghostscript).
+FORMATS: Final = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+EXTENSIONS: Final = frozenset({".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
+
+_ORIENTATION_TAG: Final = 0x0112
+_UPRIGHT: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImage(UserError):
+    """An image that cannot be used. ``source`` says which file or row it is, ``reason`` why."""
+
+    # One argument only: exceptions that cross a process border are rebuilt from their arguments.
+    source: str = ""
+    reason: str = ""
+
+    @classmethod
+    def of(cls, source: str, reason: str) -> BadImage:
+        error = cls(f"image {source}: {reason}")
+        error.source, error.reason = source, reason
+        return error
+
+
+def decode_image(data: bytes, source: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The picture in ``data`` as an upright RGB image, by the table of this module.
+
+    Args:
+        data: the content of an image file.
+        source: path or row, for the message.
+        max_pixels: width times height allowed. It is compared with the header, before any pixel is decoded.
+
+    Raises:
+        BadImage: empty, not an image, truncated, too large, or of a kind without a defined conversion.
+    """
+    if not data:
+        raise BadImage.of(source, "the file is empty (0 bytes)")
+    try:
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = picture.size
+        if width * height > max_pixels:
+            raise BadImage.of(source, _too_large(f"{width} x {height} = {width * height} pixels", max_pixels))
+        picture.load()
+        return _to_rgb(_upright(picture), source)
+    except BadImage:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadImage.of(source, _too_large(str(error).rstrip("."), max_pixels)) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers raise whatever a broken file leads them to
+        raise BadImage.of(source, _why(data, error)) from error
+
+
+def _too_large(size: str, max_pixels: int) -> str:
+    return f"{size}, more than the limit of {max_pixels}; shrink the image or raise data.max_pixels"
+
+
+def _why(data: bytes, error: Exception) -> str:
+    start = data[:256].lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg", b"<head")):
+        return "holds HTML or XML text, not an image (a failed download?)"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"not an image of a known format ({', '.join(FORMATS)})"
+    if "truncated" in str(error).lower():
+        return "the file is truncated"
+    return f"cannot be decoded ({type(error).__name__}: {error})"
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    orientation = None
+    with suppress(Exception):  # the pixels are fine even where the EXIF block is not
+        orientation = picture.getexif().get(_ORIENTATION_TAG)
+    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _to_rgb(picture: Image.Image, source: str) -> Image.Image:
+    if picture.mode.startswith("I"):
+        return _from_integers(picture, source)
+    if picture.mode == "F":
+        raise BadImage.of(source, "floating-point pixels have no defined range; save it with 8 or 16 bits")
+    if picture.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _from_integers(picture: Image.Image, source: str) -> Image.Image:
+    grey_HW = np.asarray(picture).astype(np.int64)
+    if grey_HW.min() < 0 or grey_HW.max() > 65535:
+        raise BadImage.of(source, "32-bit pixels have no defined range; save it with 8 or 16 bits")
+    scaled_HW = (grey_HW * 255 + 32767) // 65535
+    return Image.fromarray(scaled_HW.astype(np.uint8)).convert("RGB")

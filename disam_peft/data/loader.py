@@ -1,0 +1,165 @@
+"""DataLoaders that give the same batches whatever the number of workers and however they are started.
+
+A batch is ``{"pixels": (B, 3, H, W) float32, "labels": (B,), "domains": (B,), "indices": (B,) int64}``; ``indices``
+are positions in the dataset. Both loaders give each rank its own share already and need no further sharding.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from disam_peft.data.batches import DomainBatches
+from disam_peft.data.dataset import DomainDataset
+from disam_peft.data.decode import BadImage
+from disam_peft.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_WORKERS = 8
+RETRY_SECONDS = 0.2
+StartMethod = Literal["fork", "spawn", "forkserver"]
+
+
+class ImageLoader(DataLoader):
+    """A DataLoader that raises a bad image as itself: torch would wrap it in the traceback of a worker."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, BadImage):
+                # Ends kept workers now; caught in the cycle of a traceback, they would take seconds to be ended.
+                self._iterator = None
+                raise batch
+            yield batch
+
+
+def make_train_loader(
+    dataset: DomainDataset,
+    batches: DomainBatches,
+    transform: Callable[[Image, int, int], Tensor],
+    *,
+    workers: int | Literal["auto"] = "auto",
+    pin_memory: bool = False,
+    start_method: StartMethod | None = None,
+) -> ImageLoader:
+    """The batches of one rank, from ``batches.first_step`` to the end of the run.
+
+    Args:
+        dataset: what ``batches`` was made for: its ``domain_ids`` are theirs.
+        transform: image, index and epoch to pixels, a TrainTransform.
+        workers: processes that decode; 0 decodes in this one.
+        start_method: how workers start. Unset: Python's own choice.
+
+    Raises:
+        BadImage: while iterating, an image that twice could not be read or decoded.
+    """
+    return _loader(_TrainSamples(dataset, transform), batches, workers, pin_memory, start_method, reused=False)
+
+
+def make_eval_loader(
+    dataset: DomainDataset,
+    transform: Callable[[Image], Tensor],
+    batch_size: int,
+    *,
+    workers: int | Literal["auto"] = "auto",
+    pin_memory: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    start_method: StartMethod | None = None,
+) -> ImageLoader:
+    """Samples ``rank``, ``rank + world_size``, ... in order; over all ranks each sample comes exactly once.
+
+    Ranks may differ by one in their number of samples, and one may have none: nothing is padded.
+
+    Args:
+        transform: image to pixels, deterministic.
+        batch_size: per rank.
+
+    Raises:
+        UserError: a batch size below 1.
+        BadImage: while iterating, an image that twice could not be read or decoded.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1")
+    own = range(rank, len(dataset), world_size)
+    batches = [list(own[start : start + batch_size]) for start in range(0, len(own), batch_size)]
+    return _loader(_EvalSamples(dataset, transform), batches, workers, pin_memory, start_method, reused=True)
+
+
+def resolve_workers(workers: int | Literal["auto"]) -> int:
+    """The number of worker processes: ``auto`` shares the CPUs that this machine's processes may use, keeps one for
+    the training itself, and stops at 8.
+
+    Raises:
+        UserError: neither ``auto`` nor a number from 0 on.
+    """
+    if workers == "auto":
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        local_ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return max(0, min(MAX_WORKERS, cpus // local_ranks - 1))
+    if not isinstance(workers, int) or workers < 0:
+        raise UserError(f"workers={workers!r} must be 'auto' or a number from 0 on")
+    return workers
+
+
+def _loader(
+    samples: Dataset, batches: Any, workers: int | Literal["auto"], pin: bool, start: StartMethod | None, reused: bool
+) -> ImageLoader:
+    count = resolve_workers(workers)
+    return ImageLoader(
+        samples,
+        batch_sampler=batches,
+        num_workers=count,
+        collate_fn=_collate,
+        pin_memory=pin,
+        # Training is one long pass; validation comes again and again and would start its workers anew each time.
+        persistent_workers=reused and count > 0,
+        multiprocessing_context=start if count > 0 else None,
+    )
+
+
+class _TrainSamples(Dataset):
+    def __init__(self, dataset: DomainDataset, transform: Callable[[Image, int, int], Tensor]) -> None:
+        self._dataset, self._transform = dataset, transform
+
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any] | BadImage:
+        index, epoch = place
+        return _sample(self._dataset, index, lambda image: self._transform(image, index, epoch))
+
+
+class _EvalSamples(Dataset):
+    def __init__(self, dataset: DomainDataset, transform: Callable[[Image], Tensor]) -> None:
+        self._dataset, self._transform = dataset, transform
+
+    def __getitem__(self, index: int) -> dict[str, Any] | BadImage:
+        return _sample(self._dataset, index, self._transform)
+
+
+def _sample(dataset: DomainDataset, index: int, transform: Callable[[Image], Tensor]) -> dict[str, Any] | BadImage:
+    try:
+        image = dataset.image(index)
+    except BadImage:
+        time.sleep(RETRY_SECONDS)  # a network disk may need a moment
+        try:
+            image = dataset.image(index)
+        except BadImage as error:
+            return error
+    return {
+        "pixels": transform(image),
+        "labels": int(dataset.labels[index]),
+        "domains": int(dataset.domain_ids[index]),
+        "indices": index,
+    }
+
+
+def _collate(samples: list[dict[str, Any] | BadImage]) -> dict[str, Tensor] | BadImage:
+    for sample in samples:
+        if isinstance(sample, BadImage):
+            return sample
+    return default_collate(samples)

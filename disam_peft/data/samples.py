@@ -1,0 +1,70 @@
+"""What every reader of a source hands over: an Arrow table of images and, beside it, one name per sample."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from disam_peft.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples as found, unsorted; row i of ``images`` has ``labels[i]``, ``domains[i]`` and ``keys[i]``."""
+
+    images: Dataset
+    """One column ``image`` of {bytes, path}, not decoded."""
+    labels: Sequence[str]
+    domains: Sequence[str]
+    keys: Sequence[str]
+    origin: str
+    base: Path | None = None
+    ignored: Mapping[str, int] = field(default_factory=dict)
+
+
+class Fence:
+    """Refuses paths that lead out of the given folders: by ``..``, as absolute names, or through symbolic links."""
+
+    def __init__(self, *roots: Path) -> None:
+        self._roots = [os.path.join(os.path.realpath(root), "") for root in roots]
+        self._parents: dict[str, str] = {}
+        self._name = " or ".join(map(str, roots))
+
+    def require(self, path: str, what: str) -> None:
+        """Pass if ``path``, every link followed, lies inside.
+
+        Raises:
+            UserError: it does not; ``what`` begins the message.
+        """
+        parent, name = os.path.split(path)
+        if name in ("", ".", "..") or os.path.islink(path):
+            real = os.path.realpath(path)
+        else:  # tables name many files of few folders
+            if parent not in self._parents:
+                self._parents[parent] = os.path.realpath(parent)
+            real = os.path.join(self._parents[parent], name)
+        if not any(os.path.join(real, "").startswith(root) for root in self._roots):
+            raise UserError(
+                f"{what} {path} leads to {real}, outside of {self._name}; "
+                "copy the file there, or name the folder that holds all images as the root"
+            )
+
+
+def require_domains(wanted: Iterable[str], known: Iterable[str], origin: str) -> None:
+    """Refuse a name of ``data.domains`` that is not among ``known``.
+
+    Raises:
+        UserError: names the close ones.
+    """
+    known = sorted(known)
+    for name in wanted:
+        if name not in known:
+            raise UserError(
+                f"data.domains: no domain {name!r} in {origin}{did_you_mean(name, known)} (found: {', '.join(known)})"
+            )

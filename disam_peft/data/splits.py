@@ -1,0 +1,102 @@
+"""Who may see which sample: the held-out domain, the validation part of the sources, and the search for leaks."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections import defaultdict
+
+import numpy as np
+
+from disam_peft.data.dataset import DomainDataset
+from disam_peft.errors import UserError
+
+FEW_VALIDATION_SAMPLES = 5
+
+
+def leave_out(dataset: DomainDataset, held_out: str) -> tuple[DomainDataset, DomainDataset]:
+    """``(sources, target)``: every domain but ``held_out``, and ``held_out`` alone. Numbering stays as it was.
+
+    Raises:
+        UserError: fewer than two domains; no such domain, or one without samples (names the close ones).
+    """
+    number = dataset.domain_id(held_out)
+    if len(dataset.present_domains) < 2:
+        raise UserError(
+            f"{dataset.origin} has one domain, {held_out!r}: nothing is left to train on when it is held out; "
+            "add a domain"
+        )
+    is_target_N = dataset.domain_ids == number
+    return dataset.select(np.flatnonzero(~is_target_N)), dataset.select(np.flatnonzero(is_target_N))
+
+
+def split_train_validation(sources: DomainDataset, fraction: float, seed: int) -> tuple[DomainDataset, DomainDataset]:
+    """``(train, validation)``: in each domain the first ``round(fraction * n)`` samples, at least one, by the order
+    of ``sha256(seed/key)`` validate. A file that comes or goes moves at most one other across the border.
+
+    Args:
+        fraction: share of each domain that validates, between 0 and 1.
+
+    Raises:
+        UserError: ``fraction`` out of range; a domain too small to give a sample to both parts.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"validation fraction {fraction} must lie between 0 and 1, for example 0.2")
+    is_validation_N = np.zeros(len(sources), dtype=bool)
+    few = []
+    for name in sources.present_domains:
+        members = np.flatnonzero(sources.domain_ids == sources.domains.index(name))
+        count = max(1, round(fraction * len(members)))
+        if count >= len(members):
+            raise UserError(
+                f"domain {name!r} has {len(members)} sample(s), {count} of which would validate and none train "
+                f"(fraction {fraction}); add samples, lower the fraction, or leave the domain out of data.domains"
+            )
+        if count < FEW_VALIDATION_SAMPLES:
+            few.append(f"{name!r} ({count} of {len(members)})")
+        members_in_order = sorted(members, key=lambda i: _rank(sources.keys[i], seed))
+        is_validation_N[members_in_order[:count]] = True
+    if few:
+        warnings.warn(
+            f"few validation samples in {', '.join(few)}: choosing a checkpoint by them is mostly chance; "
+            "add samples or raise the fraction",
+            stacklevel=2,
+        )
+    return sources.select(np.flatnonzero(~is_validation_N)), sources.select(np.flatnonzero(is_validation_N))
+
+
+def _rank(key: str, seed: int) -> tuple[bytes, str]:
+    return hashlib.sha256(f"{seed}/{key}".encode()).digest(), key
+
+
+def check_no_leak(sources: DomainDataset, target: DomainDataset) -> None:
+    """Pass if the target is unseen: no domain and no image file, compared by content, is on both sides.
+
+    Raises:
+        UserError: a leak; lists the files.
+    """
+    shared = [name for name in target.present_domains if name in sources.present_domains]
+    if shared:
+        raise UserError(
+            f"leak: the held-out domain {', '.join(map(repr, shared))} is also a source; remove it from the sources"
+        )
+    pairs = _same_content(sources, target)
+    if pairs:
+        lines = [f"  {sources.source(i)}  =  {target.source(j)}" for i, j in pairs[:10]]
+        more = f"\n  and {len(pairs) - 10} more" if len(pairs) > 10 else ""
+        raise UserError(
+            f"leak: {len(pairs)} image file(s) of the held-out domain are also in the sources:\n"
+            + "\n".join(lines)
+            + more
+            + "\nremove them from one side"
+        )
+
+
+def _same_content(sources: DomainDataset, target: DomainDataset) -> list[tuple[int, int]]:
+    source_sizes, target_sizes = sources.sizes_and_times[0], target.sizes_and_times[0]
+    # Only files of equal size can be equal, so most need not be read.
+    by_hash: dict[str, list[int]] = defaultdict(list)
+    for i in np.flatnonzero(np.isin(source_sizes, target_sizes)):
+        by_hash[sources.content_hash(int(i))].append(int(i))
+    candidates = np.flatnonzero(np.isin(target_sizes, source_sizes))
+    return [(i, int(j)) for j in candidates for i in by_hash.get(target.content_hash(int(j)), [])]
