@@ -1,0 +1,195 @@
+"""One contract for every CLIP: images and text to features, in parts that can be frozen or trained.
+
+Nothing downstream asks which family a backbone is of. Shapes in this file: B images, C prompts, L tokens,
+W token width, E embedding width of the shared image-text space.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from disam_peft.backbones.config import BackboneConfig
+from disam_peft.backbones.hashing import weights_hash
+
+TowerName = Literal["image", "text"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module of a tower that an adapter may attach to."""
+
+    name: str
+    """Full dotted name under ``ClipBackbone.model``; unique there, also as a suffix."""
+    tower: TowerName
+    block: int | None
+    """Index of the transformer block; None outside the blocks (patch embedding, final norm, projection)."""
+    projection: str
+    """``q k v out fc1 fc2`` for the Linear layers and ``norm1 norm2`` for the norms of a standard block; elsewhere
+    the module's own last name."""
+    kind: Literal["linear", "norm"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What the checkpoint was trained to see; training augmentation ends in the same size and normalisation."""
+
+    size: tuple[int, int]
+    """Height and width in pixels."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["bicubic", "bilinear"]
+
+
+class ClipBackbone(ABC):
+    """A frozen CLIP in eval mode. Adapters attach to ``model``; everything else goes through the methods.
+
+    Attributes:
+        model: the whole CLIP as its family builds it (open_clip: with attention split into Linear layers).
+        config: what was asked for.
+        base_hash: sha256 over the base weights as loaded, hex; adapters are bound to it.
+        image_blocks, text_blocks: number of transformer blocks of each tower; 0 where a tower cannot be split.
+        embed_dim: E.  token_width: W.  context_length: the most tokens of a prompt.
+        preprocessing: size and normalisation of images.
+        image_transform: the model's own transform, a PIL image to a (3, H, W) float32 tensor; deterministic.
+        quick_gelu: whether the checkpoint's activation is QuickGELU, as its config says.
+    """
+
+    family: ClassVar[str]
+    model: nn.Module
+    config: BackboneConfig
+    image_blocks: int
+    text_blocks: int
+    embed_dim: int
+    token_width: int
+    context_length: int
+    preprocessing: Preprocessing
+    image_transform: Callable[[Any], Tensor]
+    quick_gelu: bool
+    base_hash: str
+
+    def _freeze(self) -> None:
+        """Called once by each family after loading: freeze, set eval mode, remember and hash the base weights."""
+        self.model.requires_grad_(False)
+        self.model.eval()
+        # Parameter objects, not copies: attaching an adapter renames them, but they stay the same objects.
+        self._base = dict(self.model.named_parameters())
+        self.base_hash = self.current_hash()
+
+    def current_hash(self) -> str:
+        """sha256 of the base weights as they are now: equal to ``base_hash`` for as long as nobody touched them."""
+        return weights_hash(self._base)
+
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        """The frozen weights by the names they had at load, whatever adapters are attached by now."""
+        return dict(self._base)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self._base.values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self._base.values())).dtype
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ClipBackbone:
+        """Move the model; returns self."""
+        self.model.to(device=device, dtype=dtype)
+        return self
+
+    # -- images ----------------------------------------------------------------------------------------------
+
+    def encode_image(self, pixels_BCHW: Tensor) -> Tensor:
+        """Images to features (B, E), not normalised."""
+        return self.image_head(self.image_trunk(pixels_BCHW, 0), 0)
+
+    @abstractmethod
+    def image_trunk(self, pixels_BCHW: Tensor, blocks: int) -> Tensor:
+        """The stem and the first ``blocks`` blocks of the image tower, 0 <= blocks <= image_blocks.
+
+        A tower that cannot be split (``image_blocks == 0``) returns the pixels unchanged.
+        """
+
+    @abstractmethod
+    def image_head(self, hidden: Tensor, blocks: int) -> Tensor:
+        """The rest of the image tower after ``image_trunk(..., blocks)``: features (B, E), bit-identical for any
+        split of the same tower."""
+
+    # -- text ------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Token ids (C, context_length), int64, on the model's device.
+
+        Raises:
+            UserError: a text does not fit the context length (the family's tokenizer would truncate it silently);
+                names the text and its number of tokens.
+        """
+
+    @abstractmethod
+    def embed_tokens(self, tokens_CL: Tensor) -> Tensor:
+        """Token embeddings (C, L, W), before positions are added."""
+
+    @abstractmethod
+    def encode_text_embeddings(self, embeddings_CLW: Tensor, tokens_CL: Tensor) -> Tensor:
+        """Token embeddings to features (C, E), not normalised. ``tokens_CL`` says where each text ends (and what
+        is padding); its ids at positions whose embedding was replaced are placeholders."""
+
+    def encode_text(self, tokens_CL: Tensor) -> Tensor:
+        """Token ids to features (C, E), not normalised."""
+        return self.text_head(self.text_trunk(tokens_CL, 0), tokens_CL, 0)
+
+    @abstractmethod
+    def text_trunk(self, tokens_CL: Tensor, blocks: int) -> Tensor:
+        """The stem and the first ``blocks`` blocks of the text tower, 0 <= blocks <= text_blocks."""
+
+    @abstractmethod
+    def text_head(self, hidden: Tensor, tokens_CL: Tensor, blocks: int) -> Tensor:
+        """The rest of the text tower after ``text_trunk(..., blocks)``: features (C, E)."""
+
+    # -- scale, targets, identity ----------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def logit_scale(self) -> Tensor:
+        """The temperature's inverse, already exponentiated; shape (). Detached."""
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """SigLIP-like models add a constant to every logit; None for the others."""
+        return None
+
+    @abstractmethod
+    def targets(self) -> list[Target]:
+        """Every Linear and norm layer of both towers, in the order of the forward pass."""
+
+    def describe(self) -> dict[str, Any]:
+        """What an adapter must record to find this backbone again; JSON types only."""
+        return {
+            **self.config.model_dump(mode="json"),
+            "sha256": self.base_hash,
+            "quick_gelu": self.quick_gelu,
+            "embed_dim": self.embed_dim,
+        }
+
+    @abstractmethod
+    def save(self, directory: Path, model: nn.Module) -> None:
+        """Write ``model`` (this backbone's architecture, e.g. with merged adapters) as a complete checkpoint of the
+        family: weights as safetensors, config, image transform, tokenizer. The family's own loader takes it as is.
+        """
+
+
+def warn_random_weights(config: BackboneConfig) -> None:
+    """The loud warning of ``pretrained: none``."""
+    warnings.warn(
+        f"backbone '{config.name}' has RANDOM weights (pretrained: none): accuracies will be at chance and say "
+        "nothing about the method; set backbone.pretrained to a tag such as 'openai'",
+        stacklevel=2,
+    )

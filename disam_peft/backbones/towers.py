@@ -1,0 +1,119 @@
+"""Parts of a tower, run by the family's own forward, and the modules in it that adapters may attach to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from disam_peft.backbones.base import Target, TowerName
+from disam_peft.errors import UserError
+
+
+def shallow_clone(module: nn.Module, **children: nn.Module) -> Any:
+    """A module with the same parameters, hooks and flags, in which some children are exchanged.
+
+    It is built for one call: what an adapter or ``train()`` changes later would not reach a clone that is kept.
+    """
+    clone = copy.copy(module)
+    clone._modules = {**module._modules, **children}
+    return clone
+
+
+class Given(nn.Module):
+    """Stands in for an embedding or stem and returns what was computed before, whatever it is called with."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return self.value
+
+
+def check_split(blocks: int, available: int, tower: TowerName) -> None:
+    """Raises ValueError unless a tower of ``available`` blocks can be split after ``blocks`` of them."""
+    if not 0 <= blocks <= available:
+        raise ValueError(f"cannot split the {tower} tower after {blocks} blocks: it has {available}")
+
+
+BlockRoles = Mapping[str, tuple[str, Literal["linear", "norm"]]]
+"""Path within a block -> (projection, kind), in the order of the forward pass."""
+
+
+def block_targets(model: nn.Module, tower: TowerName, block: int, prefix: str, roles: BlockRoles) -> Iterator[Target]:
+    """The targets of one block, as far as the block has them as Linear or LayerNorm."""
+    modules = dict(model.get_submodule(prefix).named_modules())
+    for path, (projection, kind) in roles.items():
+        wanted = nn.Linear if kind == "linear" else nn.LayerNorm
+        if isinstance(modules.get(path), wanted):
+            yield Target(f"{prefix}.{path}", tower, block, projection, kind)
+
+
+def loose_targets(model: nn.Module, tower: TowerName, prefix: str, skip: tuple[str, ...] = ()) -> Iterator[Target]:
+    """Every Linear and LayerNorm below ``prefix`` (itself included), except under the prefixes ``skip``.
+
+    Batch norms are left out: their running statistics belong to the frozen weights. So are Linear layers whose
+    weights are handed to a fused function by their parent and whose forward is therefore never called.
+    """
+    fused = tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention) or type(module).__name__ == "AttentionPool2d"
+    )
+    for path, module in model.get_submodule(prefix).named_modules(prefix=prefix):
+        if path.startswith(fused) or any(path == one or path.startswith(f"{one}.") for one in skip):
+            continue
+        projection = path.rsplit(".", 1)[-1]
+        if isinstance(module, nn.Linear):
+            yield Target(path, tower, None, projection, "linear")
+        elif isinstance(module, nn.LayerNorm):
+            yield Target(path, tower, None, projection, "norm")
+
+
+def tower_targets(
+    model: nn.Module,
+    tower: TowerName,
+    roots: Sequence[str],
+    stack: str,
+    blocks: int,
+    roles: BlockRoles,
+    stem_norm: str,
+) -> list[Target]:
+    """Every target of one tower in the order of the forward pass.
+
+    Args:
+        roots: modules that make up the tower; the blocks are in the first.
+        stack: full name of the list of blocks.
+        blocks: their number; 0 where the tower has no such list.
+        stem_norm: last name of the norm that comes before the blocks.
+    """
+    skip = (stack,) if blocks else ()
+    loose = [target for root in roots for target in loose_targets(model, tower, root, skip)]
+    found = [target for target in loose if target.projection == stem_norm]
+    for block in range(blocks):
+        found += block_targets(model, tower, block, f"{stack}.{block}", roles)
+    return found + [target for target in loose if target.projection != stem_norm]
+
+
+def check_length(text: str, count: int, context_length: int) -> None:
+    """Raises UserError for a text that the family's tokenizer would truncate silently."""
+    if count > context_length:
+        raise UserError(
+            f"the text '{text}' has {count} tokens, but this model's context holds {context_length}: shorten the "
+            "class name or the template"
+        )
+
+
+def refuse_adapter_keys(found: Mapping[str, Tensor], expected: frozenset[str]) -> None:
+    """Raises UserError if a state dict to be saved is not that of the plain architecture."""
+    extra = sorted(found.keys() - expected)
+    missing = sorted(expected - found.keys())
+    if extra or missing:
+        some = ", ".join((extra or missing)[:3])
+        raise UserError(
+            f"cannot save this model: {len(extra)} weights too many and {len(missing)} missing against the "
+            f"backbone ({some}, ...); an adapter is still attached, merge it first"
+        )
