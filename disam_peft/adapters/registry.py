@@ -1,0 +1,38 @@
+"""Kind of adapter -> class. A new adapter is one file, one config and one line here."""
+
+from __future__ import annotations
+
+from disam_peft.adapters.base import Adapter, ClassPrompts, fill_templates
+from disam_peft.adapters.config import AdapterConfig
+from disam_peft.adapters.linear_probe import LinearProbeAdapter
+from disam_peft.adapters.lora import LoraAdapter, PeftAdapter
+from disam_peft.adapters.prompt import CoOpAdapter
+from disam_peft.backbones.base import ClipBackbone
+from disam_peft.errors import UserError
+
+ADAPTERS: dict[str, type[Adapter]] = {
+    "lora": LoraAdapter,
+    "peft": PeftAdapter,
+    "coop": CoOpAdapter,
+    "linear_probe": LinearProbeAdapter,
+}
+
+
+def build_adapter(config: AdapterConfig, backbone: ClipBackbone, prompts: ClassPrompts) -> Adapter:
+    """Build the adapter of a config on a backbone, for these classes. On an error the backbone is left as it was.
+
+    Raises:
+        UserError: the backbone already carries an adapter, the config asks for something that the backbone does not
+            have, a prompt cannot be used, or nothing would be trained.
+    """
+    fill_templates(prompts)
+    if {name for name, _ in backbone.model.named_parameters()} != backbone.base_parameters().keys():
+        raise UserError(
+            f"backbone {backbone.config.name} already carries an adapter; call its detach(backbone) first, or load "
+            "the backbone again"
+        )
+    adapter = ADAPTERS[config.kind].build(config, backbone, prompts)
+    if not adapter.trainable():
+        adapter.detach(backbone)
+        raise UserError(f"adapter '{config.kind}' has no trainable parameter with {config!r}; change its config")
+    return adapter

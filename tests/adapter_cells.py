@@ -1,0 +1,85 @@
+"""The cells of the adapter x backbone matrix, and tiny classifiers to fill them with."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from disam_peft.adapters import (
+    AdapterConfig,
+    ClassPrompts,
+    CoOpConfig,
+    LastBlocks,
+    LinearProbeConfig,
+    LoraAdapterConfig,
+    PeftAdapterConfig,
+    build_adapter,
+)
+from disam_peft.backbones import BackboneConfig, load_backbone
+from disam_peft.backbones.base import ClipBackbone
+from disam_peft.classifier import ClipClassifier
+
+FAMILIES = ("open_clip", "transformers")
+ALL_LINEAR = ["q", "k", "v", "out", "fc1", "fc2"]
+LAST_TWO = LastBlocks(last=2)
+
+CELLS: dict[str, AdapterConfig] = {
+    "lora-image": LoraAdapterConfig(projections=ALL_LINEAR, blocks=LAST_TWO, rank=2, seed=1),
+    "lora-text": LoraAdapterConfig(towers=["text"], projections=ALL_LINEAR, blocks=[1], rank=2, seed=1),
+    "lora-both": LoraAdapterConfig(towers=["image", "text"], rank=2, seed=1),
+    "dora": PeftAdapterConfig(method="dora", projections=ALL_LINEAR, blocks=LAST_TWO, options={"r": 2}, seed=1),
+    "ia3": PeftAdapterConfig(method="ia3", blocks=LAST_TWO, seed=1),
+    "oft": PeftAdapterConfig(method="oft", projections=ALL_LINEAR, blocks=LAST_TWO, seed=1),
+    "ln_tuning": PeftAdapterConfig(method="ln_tuning", blocks=LAST_TWO, seed=1),
+    "loha": PeftAdapterConfig(method="loha", blocks=LAST_TWO, options={"r": 2}, seed=1),
+    "lokr": PeftAdapterConfig(method="lokr", blocks=LAST_TWO, options={"r": 2}, seed=1),
+    "hra": PeftAdapterConfig(method="hra", blocks=LAST_TWO, options={"r": 2}, seed=1),
+    "hira": PeftAdapterConfig(method="hira", blocks=LAST_TWO, options={"r": 2}, seed=1),
+    "delora": PeftAdapterConfig(method="delora", blocks=LAST_TWO, options={"r": 2}, seed=1),
+    "vera": PeftAdapterConfig(method="vera", blocks=LAST_TWO, options={"r": 4}, seed=1),
+    "coop-shared": CoOpConfig(context_tokens=4, seed=1),
+    "coop-class": CoOpConfig(context_tokens=4, class_specific=True, seed=1),
+    "probe-zero_shot": LinearProbeConfig(),
+    "probe-random": LinearProbeConfig(init="random", seed=1),
+}
+PEFT_CELLS = [name for name, config in CELLS.items() if config.kind in ("lora", "peft")]
+OTHER_CELLS = [name for name in CELLS if name not in PEFT_CELLS]
+
+PROMPTS = ClassPrompts(("cat", "polar bear", "fire truck"), ("a photo of a {}.", "a drawing of the {}!"))
+
+
+@cache
+def _loaded(family: str, name: str) -> ClipBackbone:
+    return load_backbone(BackboneConfig(family=family, name=name))
+
+
+def tiny_backbone(twins: tuple[str, str], family: str, dtype: torch.dtype = torch.float64) -> ClipBackbone:
+    """A backbone of one's own; both families hold the same weights. Tokenizer and transform are shared: read only."""
+    shared = _loaded(family, twins[FAMILIES.index(family)])
+    backbone = copy.copy(shared)
+    backbone.model = copy.deepcopy(shared.model)
+    backbone._base = dict(backbone.model.named_parameters())
+    return backbone.to(dtype=dtype)
+
+
+def tiny_classifier(
+    backbone: ClipBackbone, cell: str | AdapterConfig, *, scramble: float = 0.05, prompts: ClassPrompts = PROMPTS
+) -> ClipClassifier:
+    """The cell's classifier with noise on every trained parameter, so that no gradient is zero by construction."""
+    config = CELLS[cell] if isinstance(cell, str) else cell
+    classifier = ClipClassifier(backbone, build_adapter(config, backbone, prompts), prompts)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in classifier.trainable().values():
+            parameter += scramble * torch.randn(parameter.shape, generator=generator)
+    return classifier
+
+
+def pixels(count: int = 6, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+LABELS = torch.tensor([0, 1, 2, 2, 1, 0])
