@@ -1,0 +1,227 @@
+"""The adapter folder: tensors as safetensors, everything else as JSON, and back to a classifier.
+
+``adapter_model.safetensors`` and ``disam_peft.json`` are all that ``load_adapter`` reads. For methods of peft on a
+transformers model, ``adapter_config.json`` makes the same folder what ``peft.PeftModel.from_pretrained`` loads; it
+is written, compared, and never obeyed. CoOp exports ``class_features.safetensors`` too, the class features (C, E)
+that its prompts came to, which is all that classification needs beside the image tower.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from disam_peft import __version__
+from disam_peft.adapters.base import ClassPrompts
+from disam_peft.adapters.config import LoraAdapterConfig, PeftAdapterConfig
+from disam_peft.adapters.lora import PeftAdapter, plan, to_json
+from disam_peft.adapters.prompt import CoOpAdapter
+from disam_peft.adapters.registry import build_adapter
+from disam_peft.backbones import load_backbone
+from disam_peft.backbones.base import ClipBackbone
+from disam_peft.classifier import ClipClassifier
+from disam_peft.errors import UserError
+from disam_peft.export.publish import published
+from disam_peft.export.record import (
+    PEFT_CONFIG_NAME,
+    RECORD_NAME,
+    TENSORS_NAME,
+    AdapterRecord,
+    BackboneRecord,
+    TensorRecord,
+    read_json,
+    read_record,
+    write_json,
+)
+
+CLASS_FEATURES_NAME = "class_features.safetensors"
+_LIBRARIES = ("torch", "open_clip_torch", "transformers", "peft", "safetensors")
+# What may differ between two adapter_config.json of the same adapter.
+_INCIDENTAL = {"peft_version", "base_model_name_or_path", "revision", "inference_mode", "task_type"}
+
+
+def save_adapter(directory: str | Path, classifier: ClipClassifier, *, trained_with: Mapping[str, Any]) -> None:
+    """Write the adapter of ``classifier`` as a folder, in place of the adapter that may be there; the classifier
+    stays as it is.
+
+    Args:
+        trained_with: JSON types; the recipe and whatever else should travel with the adapter.
+
+    Raises:
+        UserError: no adapter to save, one that is merged into the live model, non-finite tensors, or ``directory``
+            holds something other than an adapter.
+    """
+    with published(Path(directory), replaces=RECORD_NAME) as folder:
+        _write(folder, classifier, trained_with)
+
+
+def export_peft(
+    directory: str | Path, classifier: ClipClassifier, *, trained_with: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """The adapter folder for use elsewhere, with CoOp's class features in it; never replaces anything.
+
+    Raises:
+        UserError: as ``save_adapter``, or ``directory`` exists and is not empty.
+    """
+    with published(Path(directory)) as folder:
+        _write(folder, classifier, trained_with)
+        if isinstance(classifier.adapter, CoOpAdapter):
+            (folder / CLASS_FEATURES_NAME).write_bytes(_class_features(classifier))
+
+
+def _write(folder: Path, classifier: ClipClassifier, trained_with: Mapping[str, Any]) -> None:
+    adapter, backbone = classifier.adapter, classifier.backbone
+    if adapter is None:
+        raise UserError("zero-shot classification has no adapter to save; train one first")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(adapter.state().items())}
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise UserError(f"{len(broken)} tensors of the adapter hold NaN or infinity ({broken[0]}); nothing was saved")
+    content = save_tensors(tensors, metadata={"format": "pt"})
+    record = AdapterRecord(
+        kind=adapter.kind,
+        config=adapter.config,  # type: ignore[arg-type]  # checked by pydantic
+        backbone=BackboneRecord(**backbone.describe()),
+        classes=list(classifier.class_names),
+        templates=list(classifier.prompts.templates),
+        logit_scale=float(backbone.logit_scale),
+        tensors={name: _tensor_record(tensor) for name, tensor in tensors.items()},
+        sha256=hashlib.sha256(content).hexdigest(),
+        trained_with=dict(trained_with),
+        versions=_versions(),
+    )
+    (folder / TENSORS_NAME).write_bytes(content)
+    write_json(folder / RECORD_NAME, record.model_dump(mode="json"))
+    if isinstance(adapter, PeftAdapter) and backbone.family == "transformers":
+        write_json(folder / PEFT_CONFIG_NAME, adapter.peft_json)
+
+
+def load_adapter(
+    directory: str | Path, backbone: ClipBackbone | None = None, *, device: torch.device | str | None = None
+) -> ClipClassifier:
+    """The classifier of an adapter folder, in eval mode.
+
+    Args:
+        backbone: a backbone without adapter to attach to; None loads the recorded one.
+        device: moves the backbone there first.
+
+    Raises:
+        UserError: not an adapter folder, pickled weights, another backbone than the recorded one, tensors that are
+            missing, extra, misshapen, non-finite or damaged, or a peft config that says something else than the
+            record. A ``backbone`` that was passed in is left as it was.
+    """
+    directory = Path(directory)
+    record = read_record(directory)
+    state = _read_tensors(directory, record)
+    if backbone is None:
+        backbone = load_backbone(record.backbone.config())
+    if backbone.base_hash != record.backbone.sha256:
+        raise UserError(
+            f"the adapter in {directory} was trained on {record.backbone.name} with weights "
+            f"{record.backbone.sha256}, but {backbone.config.name} has {backbone.base_hash}; load the backbone that "
+            "it was trained on"
+        )
+    if device is not None:
+        backbone.to(device)
+    _check_peft_config(directory, record, backbone)
+    prompts = ClassPrompts(tuple(record.classes), tuple(record.templates))
+    with torch.random.fork_rng(devices=[]):  # building draws initial weights that are overwritten at once
+        adapter = build_adapter(record.config, backbone, prompts)
+    try:
+        adapter.load_state(state)
+        return ClipClassifier(backbone, adapter, prompts)
+    except BaseException:
+        adapter.detach(backbone)
+        raise
+
+
+def _read_tensors(directory: Path, record: AdapterRecord) -> dict[str, Tensor]:
+    path = directory / TENSORS_NAME
+    if not path.is_file():
+        raise UserError(f"{directory} has no {TENSORS_NAME}; copy the folder again, complete")
+    content = path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != record.sha256:
+        raise UserError(
+            f"{path} is not the file that was saved: sha256 {record.sha256} expected, {digest} found; copy it again"
+        )
+    try:
+        tensors = load_tensors(content)
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a safetensors file: {error}") from error
+    found = {name: _tensor_record(tensor) for name, tensor in tensors.items()}
+    if found != record.tensors:
+        differing = sorted(
+            name for name in found.keys() | record.tensors.keys() if found.get(name) != record.tensors.get(name)
+        )
+        raise UserError(f"{path} does not hold the tensors that {RECORD_NAME} lists: {', '.join(differing[:5])}")
+    return tensors
+
+
+def _check_peft_config(directory: Path, record: AdapterRecord, backbone: ClipBackbone) -> None:
+    """``adapter_config.json`` is for peft. Here it must say the same as the record; nothing in it is acted upon."""
+    path = directory / PEFT_CONFIG_NAME
+    if not path.is_file():
+        return
+    found = read_json(path)
+    if not isinstance(record.config, LoraAdapterConfig | PeftAdapterConfig):
+        raise UserError(f"{path} does not belong to a '{record.kind}' adapter; remove it")
+    if not isinstance(found, dict):
+        raise UserError(f"{path} must be a JSON object")
+    if isinstance(found.get("target_modules"), str):
+        raise UserError(
+            f"{path} chooses its modules by the pattern {found['target_modules']!r}; only a list of names is "
+            f"accepted, and {RECORD_NAME} has it. Remove {PEFT_CONFIG_NAME} or export the adapter again"
+        )
+    _, peft_config = plan(record.config, backbone)
+    expected = json.loads(json.dumps(to_json(peft_config, backbone)))
+    # Fields that the file leaves out are the business of its version of peft; these two are never left out.
+    keys = (found.keys() | {"peft_type", "target_modules"}) - _INCIDENTAL
+    differing = sorted(key for key in keys if _canonical(found.get(key)) != _canonical(expected.get(key)))
+    if differing:
+        raise UserError(
+            f"{path} disagrees with {RECORD_NAME} in {', '.join(differing)} "
+            f"(found {differing[0]}: {str(found.get(differing[0]))[:200]}); it was changed after the export. "
+            f"Nothing was loaded; export the adapter again, or remove {PEFT_CONFIG_NAME} if you trust {RECORD_NAME}"
+        )
+
+
+def _canonical(value: Any) -> Any:
+    """Lists of names are sets to peft; False, None and empty mean that nothing was asked for."""
+    if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+        value = sorted(value)
+    return value or None
+
+
+def _class_features(classifier: ClipClassifier) -> bytes:
+    training = classifier.training
+    with torch.no_grad():
+        features_CE = classifier.train(False).class_features().float().cpu().contiguous()
+    classifier.train(training)
+    names = json.dumps(list(classifier.class_names), ensure_ascii=False)
+    return save_tensors({"class_features": features_CE}, metadata={"format": "pt", "classes": names})
+
+
+def _tensor_record(tensor: Tensor) -> TensorRecord:
+    return TensorRecord(shape=list(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
+
+
+def _versions() -> dict[str, str]:
+    found = {"disam_peft": __version__}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

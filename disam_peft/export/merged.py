@@ -1,0 +1,77 @@
+"""A merged checkpoint in the family's own format, published only after it was loaded again and gave the same logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from disam_peft.adapters.base import ClassPrompts
+from disam_peft.backbones import load_backbone
+from disam_peft.backbones.base import ClipBackbone
+from disam_peft.backbones.config import folder_config
+from disam_peft.classifier import ClipClassifier
+from disam_peft.errors import UserError
+from disam_peft.export.publish import published
+
+TOLERANCE = 1e-5
+"""Largest difference of logits, in units of the largest logit (of 1 where all are smaller)."""
+
+_IMAGES, _CLASSES = 4, 8
+
+
+def export_merged(directory: str | Path, classifier: ClipClassifier) -> float:
+    """Merge a copy, write it as a complete checkpoint (weights, config, image transform, tokenizer), load that with
+    the family's own loader and compare logits on random images. The classifier stays as it is.
+
+    Returns:
+        the largest difference between its logits and the classifier's, in units of the largest logit: at most 1e-5,
+        or the rounding of the weights where the backbone is in half precision.
+
+    Raises:
+        UserError: nothing to merge, an adapter that has no weights to merge into, ``directory`` is not empty, or the
+            written checkpoint disagrees with the classifier (nothing is left behind then).
+    """
+    adapter, backbone = classifier.adapter, classifier.backbone
+    if adapter is None:
+        raise UserError("zero-shot classification has nothing to merge; the backbone itself is the checkpoint")
+    model = adapter.merged(backbone)
+    with published(Path(directory)) as folder:
+        backbone.save(folder, model)
+        difference = _difference(classifier, folder)
+        # Merged weights are rounded to the backbone's precision, the live model adds the adapter unrounded.
+        allowed = max(TOLERANCE, 8 * torch.finfo(backbone.dtype).eps)
+        if not difference <= allowed:
+            raise UserError(
+                f"the merged checkpoint of {backbone.config.name} disagrees with the model it was made from: logits "
+                f"differ by {difference:.2e} of the largest, {allowed:.0e} is allowed; nothing was published. "
+                "Export the adapter itself (--to peft) and report this"
+            )
+    return difference
+
+
+def _difference(classifier: ClipClassifier, folder: Path) -> float:
+    source, adapter = classifier.backbone, classifier.adapter
+    again = load_backbone(folder_config(source.config.family, folder)).to(source.device, source.dtype)
+    _require_same_inputs(source, again)
+    # A sample of the prompts sees every weight of the text tower; an ensemble of thousands would see no more.
+    prompts = ClassPrompts(classifier.class_names[:_CLASSES], classifier.prompts.templates[:1])
+    height, width = source.preprocessing.size
+    generator = torch.Generator().manual_seed(0)
+    pixels_BCHW = torch.randn(_IMAGES, 3, height, width, generator=generator).to(source.device, source.dtype)
+    training = classifier.training
+    with torch.no_grad():
+        wanted_BC = ClipClassifier(source, adapter, prompts)(pixels_BCHW).double()
+        found_BC = ClipClassifier(again, None, prompts)(pixels_BCHW).double()
+    classifier.train(training)
+    return float((found_BC - wanted_BC).abs().max() / wanted_BC.abs().max().clamp(min=1))
+
+
+def _require_same_inputs(source: ClipBackbone, again: ClipBackbone) -> None:
+    for name in ("preprocessing", "context_length", "quick_gelu"):
+        if getattr(source, name) != getattr(again, name):
+            raise UserError(
+                f"the merged checkpoint of {source.config.name} would have another {name}: "
+                f"{getattr(again, name)} instead of {getattr(source, name)}; nothing was published. "
+                "Export the adapter itself (--to peft) and report this"
+            )
