@@ -1,0 +1,106 @@
+"""Logits of every sample of a dataset, each exactly once, over any number of processes. N samples, C classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor
+
+from disam_peft.classifier import ClipClassifier
+from disam_peft.config import Config
+from disam_peft.data.dataset import DomainDataset
+from disam_peft.data.loader import make_eval_loader
+from disam_peft.errors import UserError
+from disam_peft.progress import track
+
+
+class EvaluationConfig(Config):
+    """How predictions are computed; the numbers do not depend on it, but for rounding."""
+
+    batch_size: int = Field(default=64, ge=1)
+    """Per process."""
+    workers: int | Literal["auto"] = "auto"
+    """Processes that decode images."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a classifier says of every sample, on the CPU, in the order of the dataset.
+
+    Attributes:
+        logits_NC: float32 (float64 for a float64 model).
+        labels_N, domains_N: int64; ``domains_N`` counts in ``domain_names``.
+    """
+
+    logits_NC: Tensor
+    labels_N: Tensor
+    domains_N: Tensor
+    domain_names: tuple[str, ...]
+
+
+@torch.no_grad()
+def predict(
+    classifier: ClipClassifier,
+    dataset: DomainDataset,
+    config: EvaluationConfig | None = None,
+    *,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    description: str = "evaluating",
+) -> Predictions:
+    """Run ``classifier`` in eval mode over ``dataset``; every rank gets all predictions.
+
+    Args:
+        autocast: makes the context of a forward pass, for example ``accelerator.autocast``.
+
+    Raises:
+        UserError: an empty dataset, or one whose labels the classifier has no class for.
+        BadImage: an image that cannot be decoded.
+    """
+    config = config or EvaluationConfig()
+    if len(dataset) == 0:
+        raise UserError(f"nothing to evaluate: no samples left of {dataset.origin}")
+    if int(dataset.labels.max()) >= len(classifier.class_names):
+        raise UserError(
+            f"{dataset.origin} has {len(dataset.classes)} classes, the classifier {len(classifier.class_names)}"
+        )
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = next(classifier.model.parameters()).device
+    loader = make_eval_loader(
+        dataset,
+        classifier.backbone.image_transform,
+        config.batch_size,
+        workers=config.workers,
+        pin_memory=device.type == "cuda",
+        rank=rank,
+        world_size=world_size,
+    )
+    dtype = next(classifier.model.parameters()).dtype
+    was_training = classifier.training
+    classifier.eval()
+    try:
+        parts: list[tuple[Tensor, Tensor]] = []
+        for batch in track(loader, description, total=len(loader)):
+            with autocast():
+                logits_BC = classifier(batch["pixels"].to(device, dtype, non_blocking=True))
+            parts.append((batch["indices"], logits_BC.to(torch.promote_types(logits_BC.dtype, torch.float32)).cpu()))
+    finally:
+        classifier.train(was_training)
+    logits_NC = torch.empty(len(dataset), len(classifier.class_names), dtype=torch.promote_types(dtype, torch.float32))
+    for indices, logits_BC in parts if world_size == 1 else _from_all_ranks(parts):
+        logits_NC[indices] = logits_BC.to(logits_NC.dtype)
+    return Predictions(
+        logits_NC, torch.from_numpy(dataset.labels), torch.from_numpy(dataset.domain_ids), dataset.domains
+    )
+
+
+def _from_all_ranks(parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    # ranks hold unequal shares, and padding would count samples twice: every part keeps its indices
+    gathered: list[list[tuple[Tensor, Tensor]] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, parts)
+    return [part for share in gathered if share is not None for part in share]

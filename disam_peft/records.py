@@ -1,0 +1,101 @@
+"""The schema of ``metrics.jsonl`` (one event a line) and ``results.json`` (one flat list of rows).
+
+Records are the database: every table and figure is rebuilt from them. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One number of one run."""
+
+    backbone: str
+    adapter: str
+    """Kind of the adapter; ``none`` for zero-shot."""
+    method: str
+    """``zero_shot``, ``erm``, ``sam`` or ``disam``."""
+    held_out: str
+    """The domain that training did not see."""
+    seed: int
+    split: str
+    """``held_out`` or ``source_validation``; ``given`` for data that the run was not trained for."""
+    domain: str
+    """A domain, or ``mean`` or ``worst`` over the domains of the split."""
+    metric: str
+    """``top1``, ``macro_accuracy`` (both 0 to 1), ``nll`` (nats) or ``ece`` (0 to 1)."""
+    value: float | None
+    """None where it is not defined."""
+    n: int
+    """Number of samples; for ``mean`` and ``worst`` the number of domains."""
+
+
+def write_results(path: Path, rows: Iterable[ResultRow]) -> None:
+    """Replace ``path`` by these rows; a reader sees the old file or the new one, never half of it."""
+    write_json(path, [_plain(asdict(row)) for row in rows])
+
+
+def read_results(path: Path) -> list[ResultRow]:
+    """The rows of a ``results.json``.
+
+    Raises:
+        ValueError: not a list of such rows.
+    """
+    names = {f.name for f in fields(ResultRow)}
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(rows, list) or any(not isinstance(row, dict) or set(row) != names for row in rows):
+        raise ValueError(f"{path} is not a list of rows with the keys {', '.join(sorted(names))}")
+    return [ResultRow(**row) for row in rows]
+
+
+def append_event(path: Path, event: str, **values: Any) -> None:
+    """Append one line ``{"event": event, ...}``; numbers that JSON cannot say become null."""
+    line = json.dumps(_plain({"event": event, **values}), ensure_ascii=False)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def read_events(path: Path, event: str | None = None) -> list[dict[str, Any]]:
+    """The events of a ``metrics.jsonl``, or those of one kind. A last line cut short by a crash is left out."""
+    events = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    return [e for e in events if event is None or e["event"] == event]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write beside ``path``, then rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,86 @@
+"""What one run of training is made of."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from disam_peft.config import Config
+
+
+class MethodConfig(Config):
+    """The gradient that the optimizer gets. So that methods can be swapped by ``method.name=...`` alone, ``rho`` and
+    ``variance_weight`` may stand in any recipe; erm uses neither, sam only the first."""
+
+    name: Literal["erm", "sam", "disam"] = "disam"
+    rho: float = Field(default=0.05, ge=0)
+    """Radius of the perturbation, in units of the norm of the trained weights."""
+    variance_weight: float = Field(default=0.1, ge=0)
+    """lambda in L - lambda * Var(per-domain losses); the paper finds 0.1 to 0.7 stable."""
+    adaptive: bool = False
+    """ASAM's scale-invariant perturbation; needs a larger rho (0.5 to 2)."""
+
+    @property
+    def effective_rho(self) -> float:
+        return 0.0 if self.name == "erm" else self.rho
+
+    @property
+    def effective_variance_weight(self) -> float:
+        return self.variance_weight if self.name == "disam" else 0.0
+
+
+class TrainConfig(Config):
+    """How long, how fast, on what."""
+
+    steps: int = Field(default=1000, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(default=32, ge=1)
+    """Images of a step, over all processes."""
+    sampling: Literal["balanced", "proportional"] = "balanced"
+    """``balanced``: as many images of every domain in each batch."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Highest learning rate, reached after the warm-up."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of SGD; AdamW keeps its usual 0.9 and 0.999."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Largest norm of the gradient; unset: not clipped."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Precision of the forward passes; what is trained stays float32."""
+    gradient_accumulation_steps: int = 1
+    """Only 1 for now: the variance over domains belongs to the whole batch."""
+    validate_every: int | None = Field(default=None, ge=1)
+    """Steps between validations on the sources; unset: ten times a run. The last step is always validated."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps between records; reading the numbers makes the device wait."""
+    log_ascent_cosine: bool = False
+    """Record the cosine between the ascent direction and plain SAM's; costs a third backward."""
+    workers: int | Literal["auto"] = "auto"
+    """Processes that decode and augment images."""
+    tracker: Literal["none", "tensorboard"] = "none"
+    """Where numbers go besides ``metrics.jsonl``."""
+
+    @field_validator("gradient_accumulation_steps")
+    @classmethod
+    def _no_accumulation_yet(cls, steps: int) -> int:
+        if steps != 1:
+            raise ValueError(
+                f"gradient_accumulation_steps={steps} is not supported yet: a variance over domains taken per "
+                "micro-batch would be another objective; use 1 and more processes, or a smaller batch_size"
+            )
+        return steps
+
+    @model_validator(mode="after")
+    def _warmup_within_run(self) -> TrainConfig:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be less than steps={self.steps}")
+        return self
+
+    @property
+    def validation_interval(self) -> int:
+        return self.validate_every if self.validate_every is not None else max(1, self.steps // 10)

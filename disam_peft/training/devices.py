@@ -1,0 +1,51 @@
+"""Devices, precision and processes, through Accelerate."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import ProjectConfiguration
+
+from disam_peft.errors import UserError
+
+
+def start_accelerator(
+    mixed_precision: str = "no", *, tracker: str = "none", log_folder: Path | None = None
+) -> Accelerator:
+    """An Accelerator for this process: one of many under ``accelerate launch``, the only one otherwise.
+
+    Args:
+        mixed_precision: ``no``, ``bf16`` or ``fp16``.
+        tracker: ``none`` or ``tensorboard``; the latter writes to ``log_folder``.
+
+    Raises:
+        UserError: a precision that the device does not have; a tracker that is not installed.
+    """
+    if tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise UserError('train.tracker=tensorboard needs a package: pip install "disam_peft[tensorboard]"')
+    project = None if log_folder is None else ProjectConfiguration(str(log_folder), logging_dir=str(log_folder))
+    options: dict[str, Any] = {"log_with": "tensorboard", "project_config": project} if tracker != "none" else {}
+    # before Accelerate sees it: fp16 on a CPU would silently run in float32
+    check_precision(mixed_precision, PartialState().device)
+    return Accelerator(mixed_precision=mixed_precision, **options)
+
+
+def check_precision(mixed_precision: str, device: torch.device) -> None:
+    """Pass if ``device`` computes in this precision.
+
+    Raises:
+        UserError: it does not; names the alternative.
+    """
+    if mixed_precision == "fp16" and device.type == "cpu":
+        raise UserError("train.mixed_precision=fp16 does not exist on a CPU; use bf16, or no")
+    if (
+        mixed_precision == "bf16"
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"train.mixed_precision=bf16: {name} has no bfloat16; use fp16, or no")

@@ -1,0 +1,277 @@
+"""The training loop: data in, best adapter out. Shapes in this file: B samples of this rank, D domains."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from disam_peft.classifier import ClipClassifier
+from disam_peft.data.augment import AugmentConfig, TrainTransform
+from disam_peft.data.batches import DomainBatches
+from disam_peft.data.dataset import DomainDataset
+from disam_peft.data.loader import make_train_loader
+from disam_peft.errors import UserError
+from disam_peft.objectives import cross_entropy
+from disam_peft.progress import track
+from disam_peft.sharpness import DISAM, StepReport
+from disam_peft.training.config import MethodConfig, TrainConfig
+from disam_peft.training.counters import StepCounters
+from disam_peft.training.devices import start_accelerator
+from disam_peft.training.schedule import learning_rate_factor
+
+MAX_SKIPPED_IN_A_ROW = 10
+OnEvent = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a run of training went.
+
+    Attributes:
+        best_step: number of optimizer steps after which the chosen state was reached; the last one if nobody
+            validated.
+        best_score: its score; None if nobody validated.
+        first_loss, last_loss: mean training loss of the first and the last step, at w.
+        skipped_steps: steps without effect, because a loss or gradient was not finite.
+    """
+
+    best_step: int
+    best_score: Any
+    first_loss: float
+    last_loss: float
+    skipped_steps: int
+
+
+def fit(
+    classifier: ClipClassifier,
+    dataset: DomainDataset,
+    *,
+    method: MethodConfig | None = None,
+    config: TrainConfig | None = None,
+    augment: AugmentConfig | None = None,
+    seed: int = 0,
+    accelerator: Accelerator | None = None,
+    validate: Callable[[], Any] | None = None,
+    on_best: Callable[[], None] | None = None,
+    on_event: OnEvent | None = None,
+) -> FitResult:
+    """Train the classifier's adapter on ``dataset``, which holds source data only; in the end it is in its best state.
+
+    Args:
+        classifier: moved to the accelerator's device.
+        dataset: training samples; their labels index the classifier's classes.
+        seed: of batches, augmentation and dropout.
+        accelerator: from ``start_accelerator``; the default is one with the config's precision.
+        validate: scores the present state on held-back source data; greater is better. Called at intervals and after
+            the last step; the state with the highest score (the first of equals) is the one that is kept. Unset: the
+            last state is kept.
+        on_best: called in that state, whenever it is a new best, to save it.
+        on_event: called on the main process as ``on_event(name, **values)`` with the records of ``metrics.jsonl``.
+
+    Raises:
+        UserError: nothing to train; a batch too small for the domains; losses that stay not finite (names the files).
+    """
+    method, config = method or MethodConfig(), config or TrainConfig()
+    accelerator = accelerator or start_accelerator(config.mixed_precision)
+    emit = on_event if on_event is not None and accelerator.is_main_process else _ignore
+    trainable = classifier.trainable()
+    if not trainable:
+        raise UserError("the classifier has no adapter with trainable parameters; build one and hand it over")
+    set_seed(seed, device_specific=True)  # other dropout masks on other ranks
+    classifier.to(accelerator.device)
+    params = list(classifier.trainable().values())
+    optimizer = _optimizer(params, config)
+    scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(config, step))
+    stepper = accelerator.prepare_optimizer(optimizer)
+    disam = _disam(params, method, config, dataset, accelerator)
+    counters = StepCounters(dataset.domains, len(dataset.present_domains), method)
+    keeper = _BestState(classifier, validate, on_best)
+    losses: list[Tensor] = []
+    skipped_in_a_row = 0
+
+    loader = _train_loader(classifier, dataset, config, augment or AugmentConfig(), seed, accelerator)
+    classifier.train()
+    for step, batch in enumerate(track(loader, "training", total=config.steps), start=1):
+        report = _gradient(classifier, disam, batch, accelerator)
+        gradient_norm = _clipped(params, config, accelerator)
+        learning_rate = scheduler.get_last_lr()[0]
+        if accelerator.scaler is None and not bool(report.is_finite & torch.isfinite(gradient_norm)):
+            skipped = True
+        else:
+            stepper.step()  # under a loss scaler it skips by itself, and halves the scale
+            skipped = bool(stepper.step_was_skipped)
+        if not skipped:
+            scheduler.step()
+        skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
+        if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise UserError(_diverged(dataset, batch, config))
+        losses = [losses[0] if losses else report.loss, report.loss]
+        counters.count(report, skipped)
+        if step % config.log_every == 0 or step in (1, config.steps) or skipped:
+            values = counters.numbers(report, gradient_norm)
+            emit("step", step=step, learning_rate=learning_rate, skipped=skipped, **values)
+            _track(accelerator, step, {"learning_rate": learning_rate, **values})
+        if step % config.validation_interval == 0 or step == config.steps:
+            score = keeper.offer(step)
+            if score is not None:
+                emit("validation", step=step, **score._asdict())
+                _track(accelerator, step, {f"validation/{name}": value for name, value in score._asdict().items()})
+
+    counters.warn_at_the_end()
+    keeper.restore_best()
+    emit("trained", best_step=keeper.best_step or config.steps, **counters.totals())
+    return FitResult(
+        best_step=keeper.best_step or config.steps,
+        best_score=keeper.best_score,
+        first_loss=float(losses[0]),
+        last_loss=float(losses[1]),
+        skipped_steps=counters.skipped,
+    )
+
+
+def _ignore(name: str, **values: Any) -> None:
+    """Nobody records."""
+
+
+def _optimizer(params: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(params, config.learning_rate, config.momentum, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(params, config.learning_rate, weight_decay=config.weight_decay)
+
+
+def _disam(
+    params: list[torch.nn.Parameter],
+    method: MethodConfig,
+    config: TrainConfig,
+    dataset: DomainDataset,
+    accelerator: Accelerator,
+) -> DISAM:
+    if method.name == "disam" and len(dataset.present_domains) == 1:
+        warnings.warn(
+            f"disam with one source domain ({dataset.present_domains[0]!r}): the variance over domains is 0 and the "
+            "run equals sam bit for bit; add a domain, or use method.name=sam",
+            stacklevel=3,
+        )
+    return DISAM(
+        params,
+        rho=method.effective_rho,
+        variance_weight=method.effective_variance_weight,
+        adaptive=method.adaptive,
+        num_domains=len(dataset.domains),
+        backward=accelerator.backward,
+        # An adapter's gradients fit one flat buffer: one collective per pass, and no wrapper around the model that the
+        # frozen part, its split and the text features would have to be called through.
+        reduce_gradients=True,
+        ascent_cosine=config.log_ascent_cosine,
+    )
+
+
+def _train_loader(
+    classifier: ClipClassifier,
+    dataset: DomainDataset,
+    config: TrainConfig,
+    augment: AugmentConfig,
+    seed: int,
+    accelerator: Accelerator,
+) -> Any:
+    batches = DomainBatches(
+        dataset.domain_ids,
+        config.batch_size,
+        seed,
+        config.steps,
+        sampling=config.sampling,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    sees = classifier.backbone.preprocessing
+    transform = TrainTransform(sees.size, sees.mean, sees.std, sees.interpolation, augment, seed)
+    pin = accelerator.device.type == "cuda"
+    return make_train_loader(dataset, batches, transform, workers=config.workers, pin_memory=pin)
+
+
+def _gradient(
+    classifier: ClipClassifier, disam: DISAM, batch: dict[str, Tensor], accelerator: Accelerator
+) -> StepReport:
+    device, dtype = accelerator.device, next(classifier.model.parameters()).dtype
+    labels_B, domains_B = (batch[key].to(device, non_blocking=True) for key in ("labels", "domains"))
+    with accelerator.autocast():
+        # once per batch, without a graph: it gives the same in both passes
+        frozen = classifier.encode_frozen(batch["pixels"].to(device, dtype, non_blocking=True))
+
+    def per_sample_loss() -> Tensor:
+        with accelerator.autocast():  # per pass: its cache of casts must not outlive the weights
+            logits_BC = classifier.logits(frozen)
+        return cross_entropy(logits_BC, labels_B)
+
+    return disam.backward(per_sample_loss, domains_B)
+
+
+def _clipped(params: list[torch.nn.Parameter], config: TrainConfig, accelerator: Accelerator) -> Tensor:
+    """The norm of the gradient before clipping, at loss scale 1."""
+    limit = float("inf") if config.clip_norm is None else config.clip_norm
+    if accelerator.scaler is not None or config.clip_norm is not None:
+        norm = accelerator.clip_grad_norm_(params, limit)  # unscales, once per step
+        assert norm is not None
+        return norm
+    return torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+
+
+def _track(accelerator: Accelerator, step: int, values: dict[str, Any]) -> None:
+    if not accelerator.trackers:
+        return
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat.update({f"{name}/{inner}": v for inner, v in value.items() if v is not None})
+        elif value is not None:
+            flat[name] = value
+    accelerator.log(flat, step=step)
+
+
+def _diverged(dataset: DomainDataset, batch: dict[str, Tensor], config: TrainConfig) -> str:
+    files = "\n".join(f"  {dataset.source(int(i))}" for i in batch["indices"][:10])
+    hint = "mixed_precision=bf16" if config.mixed_precision == "fp16" else "a lower train.learning_rate or method.rho"
+    return (
+        f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a loss or gradient that is not finite and were skipped; "
+        f"try {hint}. The last batch held, among others:\n{files}"
+    )
+
+
+class _BestState:
+    """Remembers the adapter's state with the highest score; the first of equals."""
+
+    def __init__(
+        self, classifier: ClipClassifier, validate: Callable[[], Any] | None, on_best: Callable[[], None] | None
+    ) -> None:
+        self._classifier, self._validate, self._on_best = classifier, validate, on_best
+        self._state: dict[str, Tensor] | None = None
+        self.best_step: int | None = None
+        self.best_score: Any = None
+
+    def offer(self, step: int) -> Any:
+        """Validate the present state; its score, or None if nobody validates."""
+        if self._validate is None:
+            return None
+        score = self._validate()
+        self._classifier.train()
+        if self.best_score is None or score > self.best_score:
+            self.best_step, self.best_score = step, score
+            self._state = {name: p.detach().clone() for name, p in self._classifier.trainable().items()}
+            if self._on_best is not None:
+                self._on_best()
+        return score
+
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        self._classifier.eval()
+        if self._state is not None:
+            for name, p in self._classifier.trainable().items():
+                p.copy_(self._state[name])

@@ -1,0 +1,58 @@
+"""Records: what is written is what is read, and JSON stays JSON."""
+
+import json
+import math
+
+import pytest
+
+from disam_peft.records import ResultRow, append_event, read_events, read_results, write_json, write_results
+
+ROW = ResultRow("ViT-B-16:openai", "lora", "disam", "sketch", 0, "held_out", "sketch", "top1", 0.5, 20)
+
+
+def test_results_round_trip_with_undefined_values_as_null(tmp_path):
+    path = tmp_path / "results.json"
+    undefined = ResultRow(**{**ROW.__dict__, "metric": "ece", "value": math.nan})
+    write_results(path, [ROW, undefined])
+    assert read_results(path) == [ROW, ResultRow(**{**ROW.__dict__, "metric": "ece", "value": None})]
+    assert list(json.loads(path.read_text())[0]) == [
+        *("backbone", "adapter", "method", "held_out", "seed", "split", "domain", "metric", "value", "n")
+    ]
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"], "no temporary file stays behind"
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "results.json"
+    write_json(path, [1])
+    with pytest.raises(TypeError):
+        write_json(path, [object()])
+    assert json.loads(path.read_text()) == [1]
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_other_json_is_refused(tmp_path):
+    path = tmp_path / "results.json"
+    for value in ({"rows": []}, [{"backbone": "x"}], [1]):
+        write_json(path, value)
+        with pytest.raises(ValueError, match="is not a list of rows"):
+            read_results(path)
+
+
+def test_events_append_and_a_line_cut_short_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    append_event(path, "step", step=1, loss=math.inf, domain_loss={"art": math.nan, "foto": 1.5})
+    append_event(path, "validation", step=1, mean_top1=0.25)
+    with open(path, "a") as file:
+        file.write('{"event": "st')
+    assert read_events(path) == [
+        {"event": "step", "step": 1, "loss": None, "domain_loss": {"art": None, "foto": 1.5}},
+        {"event": "validation", "step": 1, "mean_top1": 0.25},
+    ]
+    assert len(read_events(path, "validation")) == 1
+
+
+def test_damage_in_the_middle_is_an_error(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "st\n{"event": "step"}\n')
+    with pytest.raises(ValueError, match="line 1"):
+        read_events(path)

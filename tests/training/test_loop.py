@@ -1,0 +1,245 @@
+"""The loop: every field of its config changes what happens; the held-out data never comes near it."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from disam_peft.adapters import ClassPrompts, LinearProbeConfig, LoraAdapterConfig, build_adapter
+from disam_peft.backbones import BackboneConfig, load_backbone
+from disam_peft.classifier import ClipClassifier
+from disam_peft.data import AugmentConfig, DataConfig, load
+from disam_peft.errors import UserError
+from disam_peft.evaluation import Score
+from disam_peft.training import MethodConfig, TrainConfig, fit
+from disam_peft.training.devices import check_precision, start_accelerator
+
+SETTINGS = {"steps": 3, "batch_size": 6, "workers": 0, "log_every": 1}
+
+
+@pytest.fixture
+def dataset(domains_folder):
+    return load(DataConfig(root=domains_folder))
+
+
+@pytest.fixture
+def make_classifier(openclip_name, dataset):
+    def make(config=None):
+        backbone = load_backbone(BackboneConfig(name=openclip_name))
+        prompts = ClassPrompts(dataset.prompt_names, ("a photo of a {}.",))
+        return ClipClassifier(backbone, build_adapter(config or LoraAdapterConfig(seed=0), backbone, prompts), prompts)
+
+    return make
+
+
+@pytest.fixture
+def trained(make_classifier, dataset):
+    """Trains afresh and gives (trained parameters as one vector, events, result)."""
+
+    def run(*, method=None, adapter=None, samples=None, seed=0, augment=None, validate=None, **settings):
+        classifier, events = make_classifier(adapter), []
+        result = fit(
+            classifier,
+            samples if samples is not None else dataset,
+            method=method,
+            config=TrainConfig(**{**SETTINGS, **settings}),
+            augment=augment,
+            seed=seed,
+            validate=validate,
+            on_event=lambda name, **values: events.append((name, values)),
+        )
+        vector = torch.cat([p.detach().reshape(-1) for p in classifier.trainable().values()])
+        return vector, events, result
+
+    return run
+
+
+def test_the_loss_on_the_sources_falls(trained):
+    _, events, result = trained(steps=60, batch_size=12, learning_rate=1e-2, augment=AugmentConfig(kind="none"))
+    losses = [values["loss"] for name, values in events if name == "step"]
+    assert len(losses) == 60
+    assert sum(losses[-10:]) / 10 < 0.7 * sum(losses[:5]) / 5
+    assert (result.first_loss, result.last_loss) == (losses[0], losses[-1])
+    assert result.best_step == 60
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(trained):
+    dropout = LoraAdapterConfig(seed=0, dropout=0.3)
+    first, again, other = (trained(adapter=dropout, seed=seed)[0] for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_workers_do_not_change_the_result(trained):
+    assert torch.equal(trained()[0], trained(workers=2)[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch_size": 9},
+        {"sampling": "proportional"},
+        {"optimizer": "sgd"},
+        {"learning_rate": 2e-3},
+        {"weight_decay": 0.5},
+        {"schedule": "constant"},
+        {"warmup_steps": 2},
+        {"clip_norm": 1e-3, "optimizer": "sgd"},
+        {"optimizer": "sgd", "momentum": 0.5},
+        {"mixed_precision": "bf16"},
+        {"method": MethodConfig(name="erm")},
+        {"method": MethodConfig(name="sam")},
+        {"method": MethodConfig(rho=0.5)},
+        {"method": MethodConfig(variance_weight=0.7)},
+        {"method": MethodConfig(adaptive=True, rho=1.0)},
+        {"augment": AugmentConfig(kind="none")},
+    ],
+    ids=str,
+)
+def test_every_setting_changes_the_weights(trained, change):
+    base = {"optimizer": "sgd"} if change.get("optimizer") == "sgd" and len(change) > 1 else {}
+    before = trained(**base)[0]
+    AcceleratorState._reset_state()  # Accelerate keeps one precision per process
+    after = trained(**change)[0]
+    AcceleratorState._reset_state()
+    assert not torch.equal(before, after)
+
+
+def test_row_25_erm_sam_and_disam_agree_where_they_must(trained):
+    erm = trained(method=MethodConfig(name="erm", rho=0.3))[0]
+    assert torch.equal(erm, trained(method=MethodConfig(name="disam", rho=0.0))[0])
+    sam = trained(method=MethodConfig(name="sam", variance_weight=0.5))[0]
+    assert torch.equal(sam, trained(method=MethodConfig(name="disam", variance_weight=0.0))[0])
+    assert not torch.equal(erm, sam)
+
+
+def test_row_02_one_source_domain_with_disam_warns_once_and_equals_sam(trained, dataset):
+    art = dataset.with_domains(["art"])
+    with pytest.warns(UserWarning, match=r"one source domain \('art'\).*equals sam bit for bit") as caught:
+        disam = trained(samples=art)[0]
+    assert len([w for w in caught if "one source domain" in str(w.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(disam, trained(samples=art, method=MethodConfig(name="sam"))[0])
+
+
+def test_records_name_the_domains_and_weights_sum_to_one(trained):
+    _, events, _ = trained(log_ascent_cosine=True, method=MethodConfig(variance_weight=0.2))
+    step = events[0][1]
+    assert set(step["domain_loss"]) == {"art", "cartoon", "photo"}
+    assert sum(step["domain_weight"].values()) == pytest.approx(1, abs=1e-12)
+    assert 0 < step["ascent_cosine"] < 1
+    assert step["ascent_norm"] > 0
+    assert events[-1] == (
+        "trained",
+        {
+            "best_step": 3,
+            "steps": 3,
+            "skipped_steps": 0,
+            "one_domain_steps": 0,
+            "zero_ascent_steps": 0,
+            "negative_domain_weights": 0,
+            "domain_weights": 9,
+        },
+    )
+
+
+def test_row_27_negative_domain_weights_are_counted_and_warned_about(trained):
+    with pytest.warns(UserWarning, match=r"of the domain weights were negative.*lower method.variance_weight=50"):
+        _, events, _ = trained(method=MethodConfig(variance_weight=50.0))
+    assert events[-1][1]["negative_domain_weights"] > 0
+    assert any(weight < 0 for weight in events[0][1]["domain_weight"].values()), "not clamped"
+
+
+def test_the_best_state_by_validation_is_kept_the_first_of_equals(make_classifier, dataset):
+    classifier, states = make_classifier(), []
+    scores = iter([Score(0.5, -1.0), Score(0.8, -1.0), Score(0.8, -1.0), Score(0.7, 0.0)])
+
+    def validate():
+        assert classifier.trainable(), "in the present state"
+        states.append([p.detach().clone() for p in classifier.trainable().values()])
+        return next(scores)
+
+    saved = []
+    result = fit(
+        classifier,
+        dataset,
+        config=TrainConfig(**{**SETTINGS, "steps": 8}, validate_every=2),
+        validate=validate,
+        on_best=lambda: saved.append(len(states)),
+    )
+    assert (result.best_step, result.best_score) == (4, Score(0.8, -1.0))
+    assert saved == [1, 2]
+    final = list(classifier.trainable().values())
+    assert all(torch.equal(a, b) for a, b in zip(final, states[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(final, states[3], strict=True))
+
+
+def test_row_11_losses_that_stay_nan_stop_the_run_and_name_the_files(make_classifier, dataset):
+    classifier = make_classifier(LinearProbeConfig())
+    with torch.no_grad():
+        next(iter(classifier.trainable().values())).fill_(math.nan)
+    events = []
+    with pytest.raises(UserError, match=r"10 steps in a row.*lower train.learning_rate[\s\S]*\.png"):
+        fit(
+            classifier,
+            dataset,
+            config=TrainConfig(**{**SETTINGS, "steps": 30}),
+            on_event=lambda name, **values: events.append(values),
+        )
+    assert [values["skipped"] for values in events] == [True] * 9, "the tenth raises"
+
+
+def test_a_skipped_step_changes_nothing_and_does_not_advance_the_schedule(make_classifier, dataset, monkeypatch):
+    from disam_peft.training import loop
+
+    real, calls = loop.cross_entropy, []
+
+    def sometimes_nan(logits, labels):
+        calls.append(1)
+        return real(logits, labels) * (math.nan if len(calls) in (3, 4) else 1.0)  # both passes of step 2
+
+    monkeypatch.setattr(loop, "cross_entropy", sometimes_nan)
+    events = []
+    result = fit(
+        make_classifier(),
+        dataset,
+        config=TrainConfig(**SETTINGS),
+        on_event=lambda name, **values: events.append((name, values)),
+    )
+    rates = [values["learning_rate"] for name, values in events if name == "step"]
+    assert result.skipped_steps == 1
+    assert rates[1] == rates[2] < rates[0]
+
+
+def test_row_05_a_batch_smaller_than_the_domains_is_an_error(trained):
+    with pytest.raises(UserError, match="use at least 3"):
+        trained(batch_size=2)
+
+
+def test_row_23_nothing_to_train_is_an_error(openclip_name, dataset):
+    backbone = load_backbone(BackboneConfig(name=openclip_name))
+    prompts = ClassPrompts(dataset.prompt_names, ("a photo of a {}.",))
+    with pytest.raises(UserError, match="no adapter with trainable parameters"):
+        fit(ClipClassifier(backbone, None, prompts), dataset)
+
+
+def test_row_30_precisions_that_the_device_does_not_have():
+    with pytest.raises(UserError, match="fp16 does not exist on a CPU; use bf16"):
+        start_accelerator("fp16")
+    check_precision("bf16", torch.device("cpu"))
+
+
+def test_row_30_bf16_on_a_gpu_without_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(UserError, match="Tesla T4 has no bfloat16; use fp16"):
+        check_precision("bf16", torch.device("cuda"))
+
+
+def test_an_unknown_tracker_package_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'pip install "disam_peft\[tensorboard\]"'):
+        start_accelerator(tracker="tensorboard")
