@@ -1,0 +1,153 @@
+"""Thin verbs. Heavy imports stay inside them, so that ``disam-peft --help`` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TextIO
+
+import typer
+
+from disam_peft.errors import UserError
+
+if TYPE_CHECKING:
+    from disam_peft.records import ResultRow
+    from disam_peft.run import Outcome
+
+app = typer.Typer(
+    name="disam-peft",
+    help="Fine-tune CLIP on new domains with DISAM, and judge it on the domain it has not seen.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe settings, e.g. train.steps=200.")
+]
+
+
+@app.command("check-data")
+def check_data(
+    root: Annotated[Path, typer.Argument(help="A folder ROOT/<domain>/<class>/*.jpg, a CSV or a Parquet file.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the findings to this file.")] = None,
+    held_out: Annotated[str | None, typer.Option(help="Also look for leaks into this domain.")] = None,
+) -> None:
+    """Census of domains and classes, bad files, duplicates. Exits with 1 if a file cannot be used."""
+    from disam_peft.data import DataConfig, check_no_leak, inspect, leave_out, load
+    from disam_peft.records import write_json
+    from disam_peft.tables import print_data_report
+
+    is_table = root.suffix.lower() in (".csv", ".tsv", ".parquet")
+    # as the data are: what training would refuse is shown here, not raised
+    look = DataConfig(root=None if is_table else root, table=root if is_table else None, verify=False, classes="union")
+    dataset = load(look)
+    report = inspect(dataset)
+    print_data_report(report)
+    if json_file is not None:
+        write_json(json_file, report.to_dict())
+    if held_out is not None:
+        check_no_leak(*leave_out(dataset, held_out))
+        typer.echo(f"no file of '{held_out}' is in another domain")
+    if report.bad:
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace runs that are in the way.")] = False,
+) -> None:
+    """Train an adapter without the held-out domain, and judge it there beside zero-shot CLIP."""
+    from disam_peft import run
+    from disam_peft.recipe import load_recipe
+
+    outcomes = run.train(load_recipe(recipe, overrides or []), overwrite=overwrite)
+    _print_outcomes(outcomes)
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="A run, or a folder of runs.")],
+    overrides: Overrides = None,
+    data: Annotated[Path | None, typer.Option(help="Another folder of domains; short for data.root=FOLDER.")] = None,
+) -> None:
+    """Reload the adapter of a run and evaluate it again."""
+    from disam_peft import run
+
+    given = [*(overrides or []), *([f"data.root={data}"] if data is not None else [])]
+    for outcome in run.evaluate(folder, given):
+        if _is_main():
+            _print_evaluation(outcome, run.recorded(outcome.folder))
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A run.")],
+    to: Annotated[str, typer.Option(help="'peft': the adapter alone; 'merged': a complete checkpoint.")],
+    output: Annotated[Path, typer.Option(help="A new folder.")],
+    held_out: Annotated[str | None, typer.Option(help="Which run, if the folder holds several.")] = None,
+) -> None:
+    """Write the adapter, or the whole model with the adapter merged in, for use elsewhere."""
+    from disam_peft import run
+
+    typer.echo(f"wrote {run.export(folder, to, output, held_out=held_out)}")
+
+
+def _print_outcomes(outcomes: list[Outcome]) -> None:
+    from disam_peft.tables import print_held_out
+
+    if not _is_main():
+        return
+    for outcome in outcomes:
+        if outcome.fit is None:
+            typer.echo(f"{outcome.folder}: this very run is finished already; kept (--overwrite runs it again)")
+    print_held_out([row for outcome in outcomes for row in outcome.rows])
+    for outcome in outcomes:
+        if outcome.fit is not None:
+            fit = outcome.fit
+            typer.echo(
+                f"{outcome.folder}: loss {fit.first_loss:.4f} -> {fit.last_loss:.4f}, best step {fit.best_step}"
+                + (f", {fit.skipped_steps} steps skipped" if fit.skipped_steps else "")
+            )
+    first = outcomes[0].folder
+    typer.echo(f"next: disam-peft evaluate {first}   |   disam-peft export {first} --to peft --output DIR")
+
+
+def _print_evaluation(outcome: Outcome, recorded: list[ResultRow]) -> None:
+    from disam_peft.tables import print_evaluation
+
+    print_evaluation(outcome.rows, recorded, str(outcome.folder))
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """One line; where the code stands that warned is of no use to who typed a command."""
+    if _is_main():
+        typer.secho(f"warning: {message}", err=True, fg="yellow")
+
+
+def main() -> None:
+    """Entry point: a user's mistake is a message and exit code 2, not a traceback."""
+    warnings.showwarning = _show_warning
+    try:
+        app()
+    except UserError as error:
+        if _is_main():
+            typer.secho(f"error: {error}", err=True, fg="red")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""The pipeline, in order: data -> backbone -> zero-shot -> adapter -> training -> evaluation -> files."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from disam_peft.adapters import build_adapter
+from disam_peft.adapters.base import ClassPrompts
+from disam_peft.backbones import BackboneConfig, load_backbone
+from disam_peft.classifier import ClipClassifier
+from disam_peft.data import DomainDataset, check_no_leak, leave_out, load, split_train_validation
+from disam_peft.errors import UserError, did_you_mean
+from disam_peft.evaluation import Predictions, held_out_domains, metrics_by_domain, predict, validation_score
+from disam_peft.export import export_merged, export_peft, load_adapter, read_record, save_adapter
+from disam_peft.recipe import Recipe, as_dict, differences, load_recipe, save_recipe
+from disam_peft.records import METRICS, RESULTS, ResultRow, append_event, read_results, write_results
+from disam_peft.training import FitResult, fit, start_accelerator
+
+RECIPE = "recipe.yaml"
+ADAPTER = "adapter"
+EVALUATION = "evaluation.json"
+EXPORTS = ("peft", "merged")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run that left one domain out. ``fit`` is None where a finished run was found and kept."""
+
+    folder: Path
+    held_out: str
+    rows: list[ResultRow]
+    fit: FitResult | None
+
+
+def train(recipe: Recipe, *, overwrite: bool = False) -> list[Outcome]:
+    """Train and judge the recipe's adapter, once for each domain to hold out.
+
+    A finished run of the very same recipe is kept as it is. Files of a run, in ``recipe.folder(held_out)``:
+    ``recipe.yaml`` (resolved), ``metrics.jsonl``, ``adapter/`` (the best state by source validation), ``results.json``.
+
+    Raises:
+        UserError: data, recipe or device that cannot be used; a folder that holds another run.
+    """
+    log_folder = recipe.output / recipe.name / "tensorboard"
+    accelerator = start_accelerator(recipe.train.mixed_precision, tracker=recipe.train.tracker, log_folder=log_folder)
+    with accelerator.main_process_first():  # the first process checks the files, the others read its findings
+        dataset = load(recipe.data)
+    cells = [_cell(recipe, domain) for domain in held_out_domains(recipe.protocol.held_out, dataset.present_domains)]
+    finished = [_finished(cell, overwrite) for cell in cells]
+    outcomes = [
+        Outcome(_folder(cell), cell.protocol.held_out, read_results(_folder(cell) / RESULTS), None)
+        if done
+        else _leave_one_out(cell, dataset, accelerator)
+        for cell, done in zip(cells, finished, strict=True)
+    ]
+    if len(outcomes) > 1 and accelerator.is_main_process:
+        write_results(recipe.output / recipe.name / RESULTS, [row for outcome in outcomes for row in outcome.rows])
+    return outcomes
+
+
+def _leave_one_out(recipe: Recipe, dataset: DomainDataset, accelerator: Accelerator) -> Outcome:
+    folder, main = _folder(recipe), accelerator.is_main_process
+    sources, target = leave_out(dataset, recipe.protocol.held_out)
+    check_no_leak(sources, target)
+    training, validation = split_train_validation(sources, recipe.protocol.validation_fraction, recipe.seed)
+
+    backbone = load_backbone(recipe.backbone).to(accelerator.device)
+    prompts = ClassPrompts(dataset.prompt_names, recipe.prompts.resolved())
+    judge = _Judge(recipe, validation, target, accelerator)
+    zero_shot = ClipClassifier(backbone, None, prompts)
+    rows = judge.rows(zero_shot, adapter="none", method="zero_shot")
+
+    set_seed(recipe.seed)
+    classifier = ClipClassifier(backbone, build_adapter(recipe.adapter, backbone, prompts), prompts)
+    if main:
+        _fresh(folder)
+        save_recipe(recipe, folder / RECIPE)
+    accelerator.wait_for_everyone()
+    _start_tracking(accelerator, recipe)
+    trained_with = {"recipe": as_dict(recipe), "held_out": recipe.protocol.held_out, "classes": list(dataset.classes)}
+    fitted = fit(
+        classifier,
+        training,
+        method=recipe.method,
+        config=recipe.train,
+        augment=recipe.augment,
+        seed=recipe.seed,
+        accelerator=accelerator,
+        validate=lambda: validation_score(judge.predictions(classifier, validation, "validating")),
+        on_best=(lambda: save_adapter(folder / ADAPTER, classifier, trained_with=trained_with)) if main else None,
+        on_event=lambda event, **values: append_event(folder / METRICS, event, **values),
+    )
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+    rows += judge.rows(classifier, adapter=recipe.adapter.kind, method=recipe.method.name)
+    if main:
+        write_results(folder / RESULTS, rows)
+    accelerator.wait_for_everyone()
+    return Outcome(folder, recipe.protocol.held_out, rows, fitted)
+
+
+def evaluate(folder: Path, overrides: Sequence[str] = ()) -> list[Outcome]:
+    """Reload the adapter of a finished run and evaluate it again; by default on its own data, with the same numbers.
+
+    With other data (``data.root=...``) that lacks the held-out domain, every domain there is evaluated, as split
+    ``given``. Writes ``evaluation.json`` beside ``results.json``.
+
+    Raises:
+        UserError: no run in ``folder``; data with classes that the adapter does not know.
+    """
+    outcomes = []
+    for cell in find_runs(folder):
+        recipe = load_recipe(cell / RECIPE, overrides)
+        accelerator = start_accelerator(recipe.train.mixed_precision)
+        with accelerator.main_process_first():
+            dataset = load(recipe.data)
+        classifier = load_adapter(cell / ADAPTER, device=accelerator.device)
+        dataset = _in_classes_of(classifier, dataset)
+        held_out, domains = recipe.protocol.held_out, dataset.present_domains
+        about = {"adapter": recipe.adapter.kind, "method": recipe.method.name}
+        if held_out in domains and len(domains) > 1:
+            sources, target = leave_out(dataset, held_out)
+            _, validation = split_train_validation(sources, recipe.protocol.validation_fraction, recipe.seed)
+            rows = _Judge(recipe, validation, target, accelerator).rows(classifier, **about)
+        else:
+            judge = _Judge(recipe, None, dataset, accelerator)
+            rows = judge.rows(classifier, **about, target_split="held_out" if domains == (held_out,) else "given")
+        if accelerator.is_main_process:
+            write_results(cell / EVALUATION, rows)
+        outcomes.append(Outcome(cell, held_out, rows, None))
+    return outcomes
+
+
+def export(folder: Path, to: str, output: Path, *, held_out: str | None = None) -> Path:
+    """Export the adapter of a run: ``peft`` (the adapter alone) or ``merged`` (a complete checkpoint of its family).
+
+    Raises:
+        UserError: several runs in ``folder`` and none chosen; an ``output`` that holds files; an adapter that cannot
+            be merged.
+    """
+    cells = find_runs(folder)
+    names = [cell.name for cell in cells]
+    if held_out is not None:
+        cells = [cell for cell in cells if cell.name == held_out]
+        if not cells:
+            raise UserError(f"no run with held-out domain {held_out!r} in {folder}{did_you_mean(held_out, names)}")
+    if len(cells) > 1:
+        listed = ", ".join(names)
+        raise UserError(f"{folder} holds {len(cells)} runs ({listed}): choose one with --held-out, or name its folder")
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"{output} is not empty; choose another --output, or remove it")
+    if to not in EXPORTS:
+        raise UserError(f"--to {to!r} is not one of {', '.join(EXPORTS)}{did_you_mean(to, EXPORTS)}")
+    source = cells[0] / ADAPTER
+    classifier = load_adapter(source)
+    if to == "merged":
+        export_merged(output, classifier)
+    else:
+        export_peft(output, classifier, trained_with=read_record(source).trained_with)
+    return output
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The run in ``folder``, or those one level below.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [cell for cell in [folder, *sorted(folder.glob("*/"))] if (cell / ADAPTER).is_dir()]
+    runs = [cell for cell in found if (cell / RECIPE).is_file()]
+    if not runs:
+        raise UserError(f"no finished run in {folder}: expected {RECIPE} and {ADAPTER}/ there or one folder below")
+    return runs
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Turns a classifier into rows of results, always the same way."""
+
+    recipe: Recipe
+    validation: DomainDataset | None
+    target: DomainDataset
+    accelerator: Accelerator
+
+    def predictions(self, classifier: ClipClassifier, dataset: DomainDataset, description: str) -> Predictions:
+        autocast = self.accelerator.autocast
+        return predict(classifier, dataset, self.recipe.evaluation, autocast=autocast, description=description)
+
+    def rows(
+        self, classifier: ClipClassifier, *, adapter: str, method: str, target_split: str = "held_out"
+    ) -> list[ResultRow]:
+        rows = []
+        for split, dataset in (("source_validation", self.validation), (target_split, self.target)):
+            if dataset is None:
+                continue
+            predictions = self.predictions(classifier, dataset, f"{method}: {split.replace('_', ' ')}")
+            by_domain = metrics_by_domain(predictions)
+            for domain, values in by_domain.items():
+                pooled = domain in ("mean", "worst")
+                number = -1 if pooled else predictions.domain_names.index(domain)
+                n = len(by_domain) - 2 if pooled else int((predictions.domains_N == number).sum())
+                rows += [
+                    ResultRow(
+                        backbone=backbone_label(self.recipe.backbone),
+                        adapter=adapter,
+                        method=method,
+                        held_out=self.recipe.protocol.held_out,
+                        seed=self.recipe.seed,
+                        split=split,
+                        domain=domain,
+                        metric=metric,
+                        value=value,
+                        n=n,
+                    )
+                    for metric, value in values.items()
+                ]
+        return rows
+
+
+def backbone_label(config: BackboneConfig) -> str:
+    """Name and pretrained tag, as in tables."""
+    return config.name if config.pretrained is None else f"{config.name}:{config.pretrained}"
+
+
+def _cell(recipe: Recipe, held_out: str) -> Recipe:
+    return recipe.model_copy(update={"protocol": recipe.protocol.model_copy(update={"held_out": held_out})})
+
+
+def _folder(recipe: Recipe) -> Path:
+    return recipe.folder(recipe.protocol.held_out)
+
+
+def _finished(recipe: Recipe, overwrite: bool) -> bool:
+    """Whether the folder holds this very run, complete.
+
+    Raises:
+        UserError: it holds something else, and nobody said to overwrite it.
+    """
+    folder = _folder(recipe)
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    if not (folder / RECIPE).is_file():
+        raise UserError(f"{folder} holds files that are no run of disam-peft; choose another output or name")
+    if overwrite:
+        return False
+    before = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+    changes = differences(before, as_dict(recipe))
+    if changes:
+        listed = "\n  ".join(changes)
+        raise UserError(
+            f"{folder} holds another run; choose another name, or --overwrite it. It differs in:\n  {listed}"
+        )
+    if not (folder / RESULTS).is_file():
+        raise UserError(f"{folder} holds a run that did not finish; --overwrite starts it again")
+    return True
+
+
+def _fresh(folder: Path) -> None:
+    if (folder / RECIPE).is_file():  # ours, and the user said to overwrite it
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _start_tracking(accelerator: Accelerator, recipe: Recipe) -> None:
+    if recipe.train.tracker != "none":
+        accelerator.init_trackers(recipe.protocol.held_out)
+
+
+def _in_classes_of(classifier: ClipClassifier, dataset: DomainDataset) -> DomainDataset:
+    """The same samples with labels that count in the classifier's classes, which may be more."""
+    known = classifier.class_names
+    if dataset.prompt_names == known:
+        return dataset
+    unknown = sorted(set(dataset.prompt_names) - set(known))
+    if unknown:
+        raise UserError(
+            f"{dataset.origin} has classes that the adapter was not trained for: {', '.join(unknown[:10])} "
+            f"(it knows {', '.join(known[:10])}{', ...' if len(known) > 10 else ''}); "
+            "leave them out, or map their names with data.class_names"
+        )
+    label_of = np.array([known.index(name) for name in dataset.prompt_names])
+    return replace(dataset, labels=label_of[dataset.labels])
+
+
+def recorded(folder: Path) -> list[ResultRow]:
+    """The rows that training wrote, or none."""
+    path = folder / RESULTS
+    return read_results(path) if path.is_file() else []

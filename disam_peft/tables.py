@@ -1,0 +1,139 @@
+"""Tables on the terminal, from records and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from disam_peft.records import ResultRow
+
+if TYPE_CHECKING:
+    from disam_peft.data.check import DataReport
+
+SPLITS = {"source_validation": "source val.", "held_out": "held out", "given": "given"}
+_LISTED = 20
+
+
+def print_held_out(rows: Iterable[ResultRow], console: Console | None = None) -> None:
+    """One line per held-out domain, zero-shot beside the adapter; and their mean, if there are several."""
+    console = console or Console()
+    values = {
+        (row.held_out, row.method, row.metric): row.value
+        for row in rows
+        if row.split == "held_out" and row.domain == row.held_out
+    }
+    domains = list(dict.fromkeys(held_out for held_out, _, _ in values))
+    methods = list(dict.fromkeys(method for _, method, _ in values))
+    table = Table(title="Accuracy on the held-out domain (top-1, %)", box=box.SIMPLE, title_justify="left")
+    table.add_column("held out")
+    for method in methods:
+        table.add_column(method.replace("_", "-"), justify="right")
+    table.add_column("macro", justify="right")
+    table.add_column("NLL", justify="right")
+    table.add_column("ECE", justify="right")
+    last = methods[-1]
+
+    def line(name: str, of: Iterable[str]) -> None:
+        chosen = list(of)
+
+        def mean(method: str, metric: str) -> float | None:
+            found = [values.get((domain, method, metric)) for domain in chosen]
+            numbers = [value for value in found if value is not None]
+            return sum(numbers) / len(numbers) if len(numbers) == len(chosen) else None
+
+        table.add_row(
+            escape(name),
+            *(_percent(mean(method, "top1")) for method in methods),
+            _percent(mean(last, "macro_accuracy")),
+            _number(mean(last, "nll")),
+            _number(mean(last, "ece")),
+        )
+
+    for domain in domains:
+        line(domain, [domain])
+    if len(domains) > 1:
+        table.add_section()
+        line("mean", domains)
+    console.print(table)
+
+
+def print_evaluation(
+    rows: Iterable[ResultRow], recorded: Iterable[ResultRow], title: str, console: Console | None = None
+) -> None:
+    """Every split and domain, with the top-1 that training recorded for the same, where it did."""
+    console = console or Console()
+    before = {(r.method, r.split, r.domain, r.metric): r.value for r in recorded}
+    table = Table(title=escape(title), box=box.SIMPLE, title_justify="left")
+    for name in ("split", "domain"):
+        table.add_column(name, no_wrap=True)
+    for name in ("n", "top-1 %", "macro %", "NLL", "ECE", "recorded"):
+        table.add_column(name, justify="right", no_wrap=True)
+    lines: dict[tuple[str, str], dict[str, ResultRow]] = {}
+    for row in rows:
+        lines.setdefault((row.split, row.domain), {})[row.metric] = row
+    for (split, domain), of in lines.items():
+        top1 = of["top1"]
+        if domain in ("mean", "worst") and top1.n == 1:
+            continue  # over one domain: the line above again
+        table.add_row(
+            SPLITS[split],
+            escape(domain),
+            str(top1.n),
+            _percent(top1.value),
+            _percent(of["macro_accuracy"].value),
+            _number(of["nll"].value),
+            _number(of["ece"].value),
+            _percent(before.get((top1.method, split, domain, "top1"))),
+        )
+    console.print(table)
+
+
+def print_data_report(report: DataReport, console: Console | None = None) -> None:
+    """The census, then what is wrong with it."""
+    console = console or Console()
+    table = Table(title=f"{report.total} images", box=box.SIMPLE, title_justify="left")
+    table.add_column("class")
+    for domain in report.domains:
+        table.add_column(escape(domain), justify="right")
+    for label, name in enumerate(report.classes):
+        prompt = report.prompt_names[label]
+        shown = name if prompt == name else f"{name} ({prompt})"
+        table.add_row(escape(shown), *(str(row[label]) if row[label] else "-" for row in report.counts))
+    table.add_section()
+    table.add_row("all", *(str(sum(row)) for row in report.counts))
+    console.print(table)
+    if report.sizes is not None:
+        small, median, large = report.sizes.smallest, report.sizes.median, report.sizes.largest
+        console.print(
+            f"sizes: {small[0]}x{small[1]} to {large[0]}x{large[1]} pixels, median {median[0]:g}x{median[1]:g}"
+        )
+    for kind, count in report.ignored.items():
+        console.print(f"passed over: {count} {kind}", markup=False)
+    _list(console, "bad files", [f"{bad.source}: {bad.reason}" for bad in report.bad])
+    _list(console, "the same image twice in a domain", [" = ".join(g.sources) for g in report.duplicates_within])
+    _list(
+        console,
+        "the same image in several domains (a leak once one of them is held out)",
+        [" = ".join(g.sources) for g in report.duplicates_across],
+    )
+
+
+def _list(console: Console, title: str, lines: list[str]) -> None:
+    console.print(f"{title}: {len(lines) or 'none'}", markup=False)
+    for line in lines[:_LISTED]:
+        console.print(f"  {line}", markup=False)
+    if len(lines) > _LISTED:
+        console.print(f"  and {len(lines) - _LISTED} more")
+
+
+def _percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{100 * value:.1f}"
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3f}"
