@@ -17,6 +17,7 @@ from disam_peft.data.sources import DataConfig
 from disam_peft.errors import UserError, did_you_mean
 from disam_peft.evaluation.predict import EvaluationConfig
 from disam_peft.evaluation.protocol import ProtocolConfig
+from disam_peft.frozen import FeatureConfig
 from disam_peft.prompts import PromptConfig
 from disam_peft.training.config import MethodConfig, TrainConfig
 
@@ -35,6 +36,7 @@ class Recipe(Config):
     method: MethodConfig = MethodConfig()
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()
+    features: FeatureConfig = FeatureConfig()
     prompts: PromptConfig = PromptConfig()
     protocol: ProtocolConfig
     train: TrainConfig = TrainConfig()

@@ -20,6 +20,7 @@ from disam_peft.data import DomainDataset, check_no_leak, leave_out, load, split
 from disam_peft.errors import UserError, did_you_mean
 from disam_peft.evaluation import Predictions, held_out_domains, metrics_by_domain, predict, validation_score
 from disam_peft.export import export_merged, export_peft, load_adapter, read_record, save_adapter
+from disam_peft.frozen import evaluation_store
 from disam_peft.recipe import Recipe, as_dict, differences, load_recipe, save_recipe
 from disam_peft.records import METRICS, RESULTS, ResultRow, append_event, read_results, write_results
 from disam_peft.training import FitResult, fit, start_accelerator
@@ -92,6 +93,7 @@ def _leave_one_out(recipe: Recipe, dataset: DomainDataset, accelerator: Accelera
         method=recipe.method,
         config=recipe.train,
         augment=recipe.augment,
+        features=recipe.features,
         seed=recipe.seed,
         accelerator=accelerator,
         validate=lambda: validation_score(judge.predictions(classifier, validation, "validating")),
@@ -192,8 +194,13 @@ class _Judge:
     accelerator: Accelerator
 
     def predictions(self, classifier: ClipClassifier, dataset: DomainDataset, description: str) -> Predictions:
-        autocast = self.accelerator.autocast
-        return predict(classifier, dataset, self.recipe.evaluation, autocast=autocast, description=description)
+        autocast, config = self.accelerator.autocast, self.recipe.evaluation
+        store = None
+        if self.recipe.features.store:
+            store = evaluation_store(
+                classifier, dataset, self.recipe.features, autocast=autocast, workers=config.workers
+            )
+        return predict(classifier, dataset, config, store=store, autocast=autocast, description=description)
 
     def rows(
         self, classifier: ClipClassifier, *, adapter: str, method: str, target_split: str = "held_out"

@@ -16,6 +16,7 @@ FLOORS = {
     "backbones": 1,
     "adapters": 2,
     "classifier": 3,
+    "frozen": 3,
     "objectives": 3,
     "prompts": 3,
     "training": 4,
@@ -26,8 +27,8 @@ FLOORS = {
     "run": 6,
     "cli": 7,
 }
-# Only one file each may know a family's library.
-GUARDED = {"open_clip": "backbones/openclip.py", "accelerate": ("training/", "run.py")}
+# Only one place each may know a family's library.
+GUARDED = {"open_clip": "backbones/openclip", "accelerate": ("training/", "run.py")}
 
 
 def imports(path: Path) -> set[str]:
@@ -63,7 +64,7 @@ def test_imports_go_down():
         here = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
         for name in imports(path):
             there = place(name) if name.startswith("disam_peft.") else None
-            if there in FLOORS and there != here and FLOORS[there] >= FLOORS[here]:
+            if there in FLOORS and there != here and FLOORS[there] >= FLOORS[here] and (here, there) not in BESIDE:
                 wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
     assert not wrong
 

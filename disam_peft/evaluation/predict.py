@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from pydantic import Field
@@ -15,6 +16,7 @@ from torch import Tensor
 from disam_peft.classifier import ClipClassifier
 from disam_peft.config import Config
 from disam_peft.data.dataset import DomainDataset
+from disam_peft.data.features import FeatureStore
 from disam_peft.data.loader import make_eval_loader
 from disam_peft.errors import UserError
 from disam_peft.progress import track
@@ -50,12 +52,14 @@ def predict(
     dataset: DomainDataset,
     config: EvaluationConfig | None = None,
     *,
+    store: FeatureStore | None = None,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     description: str = "evaluating",
 ) -> Predictions:
     """Run ``classifier`` in eval mode over ``dataset``; every rank gets all predictions.
 
     Args:
+        store: of this dataset and classifier (``frozen.evaluation_store``), to be read in place of the images.
         autocast: makes the context of a forward pass, for example ``accelerator.autocast``.
 
     Raises:
@@ -70,28 +74,39 @@ def predict(
             f"{dataset.origin} has {len(dataset.classes)} classes, the classifier {len(classifier.class_names)}"
         )
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = next(classifier.model.parameters()).device
-    loader = make_eval_loader(
-        dataset,
-        classifier.backbone.image_transform,
-        config.batch_size,
-        workers=config.workers,
-        pin_memory=device.type == "cuda",
-        rank=rank,
-        world_size=world_size,
-    )
-    dtype = next(classifier.model.parameters()).dtype
+    like = next(classifier.model.parameters())
+    batches: Iterable[tuple[Tensor, Tensor]]
+    if store is not None:
+        own = np.arange(rank, len(dataset), world_size)
+        pieces = [own[start : start + config.batch_size] for start in range(0, len(own), config.batch_size)]
+        total = len(pieces)
+        batches = ((torch.from_numpy(piece), store.rows(piece)) for piece in pieces)
+    else:
+        loader = make_eval_loader(
+            dataset,
+            classifier.backbone.image_transform,
+            config.batch_size,
+            workers=config.workers,
+            pin_memory=like.device.type == "cuda",
+            rank=rank,
+            world_size=world_size,
+        )
+        total = len(loader)
+        batches = ((batch["indices"], batch["pixels"].to(like.dtype)) for batch in loader)
     was_training = classifier.training
     classifier.eval()
     try:
         parts: list[tuple[Tensor, Tensor]] = []
-        for batch in track(loader, description, total=len(loader)):
+        for indices, inputs in track(batches, description, total=total):
             with autocast():
-                logits_BC = classifier(batch["pixels"].to(device, dtype, non_blocking=True))
-            parts.append((batch["indices"], logits_BC.to(torch.promote_types(logits_BC.dtype, torch.float32)).cpu()))
+                inputs = inputs.to(like.device, non_blocking=True)
+                logits_BC = classifier(inputs) if store is None else classifier.logits(inputs)
+            parts.append((indices, logits_BC.to(torch.promote_types(logits_BC.dtype, torch.float32)).cpu()))
     finally:
         classifier.train(was_training)
-    logits_NC = torch.empty(len(dataset), len(classifier.class_names), dtype=torch.promote_types(dtype, torch.float32))
+    logits_NC = torch.empty(
+        len(dataset), len(classifier.class_names), dtype=torch.promote_types(like.dtype, torch.float32)
+    )
     for indices, logits_BC in parts if world_size == 1 else _from_all_ranks(parts):
         logits_NC[indices] = logits_BC.to(logits_NC.dtype)
     return Predictions(

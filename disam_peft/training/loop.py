@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -17,8 +18,10 @@ from disam_peft.classifier import ClipClassifier
 from disam_peft.data.augment import AugmentConfig, TrainTransform
 from disam_peft.data.batches import DomainBatches
 from disam_peft.data.dataset import DomainDataset
+from disam_peft.data.features import FeatureStore
 from disam_peft.data.loader import make_train_loader
 from disam_peft.errors import UserError
+from disam_peft.frozen import FeatureConfig, training_store
 from disam_peft.objectives import cross_entropy
 from disam_peft.progress import track
 from disam_peft.sharpness import DISAM, StepReport
@@ -57,6 +60,7 @@ def fit(
     method: MethodConfig | None = None,
     config: TrainConfig | None = None,
     augment: AugmentConfig | None = None,
+    features: FeatureConfig | None = None,
     seed: int = 0,
     accelerator: Accelerator | None = None,
     validate: Callable[[], Any] | None = None,
@@ -68,6 +72,7 @@ def fit(
     Args:
         classifier: moved to the accelerator's device.
         dataset: training samples; their labels index the classifier's classes.
+        features: whether to train from stored features of the frozen part; unset: from images.
         seed: of batches, augmentation and dropout.
         accelerator: from ``start_accelerator``; the default is one with the config's precision.
         validate: scores the present state on held-back source data; greater is better. Called at intervals and after
@@ -97,9 +102,9 @@ def fit(
     losses: list[Tensor] = []
     skipped_in_a_row = 0
 
-    loader = _train_loader(classifier, dataset, config, augment or AugmentConfig(), seed, accelerator)
+    batches = _batches(classifier, dataset, config, augment or AugmentConfig(), features, seed, accelerator)
     classifier.train()
-    for step, batch in enumerate(track(loader, "training", total=config.steps), start=1):
+    for step, batch in enumerate(track(batches, "training", total=config.steps), start=1):
         report = _gradient(classifier, disam, batch, accelerator)
         gradient_norm = _clipped(params, config, accelerator)
         learning_rate = scheduler.get_last_lr()[0]
@@ -174,15 +179,17 @@ def _disam(
     )
 
 
-def _train_loader(
+def _batches(
     classifier: ClipClassifier,
     dataset: DomainDataset,
     config: TrainConfig,
     augment: AugmentConfig,
+    features: FeatureConfig | None,
     seed: int,
     accelerator: Accelerator,
-) -> Any:
-    batches = DomainBatches(
+) -> Iterable[dict[str, Tensor]]:
+    """This rank's part of every batch, as images or, from a store, as what the frozen part makes of them."""
+    places = DomainBatches(
         dataset.domain_ids,
         config.batch_size,
         seed,
@@ -191,10 +198,25 @@ def _train_loader(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
+    if features is not None and features.store:
+        autocast = accelerator.autocast
+        store = training_store(classifier, dataset, augment, seed, features, autocast=autocast, workers=config.workers)
+        return _stored_batches(store, dataset, places)
     sees = classifier.backbone.preprocessing
     transform = TrainTransform(sees.size, sees.mean, sees.std, sees.interpolation, augment, seed)
     pin = accelerator.device.type == "cuda"
-    return make_train_loader(dataset, batches, transform, workers=config.workers, pin_memory=pin)
+    return make_train_loader(dataset, places, transform, workers=config.workers, pin_memory=pin)
+
+
+def _stored_batches(store: FeatureStore, dataset: DomainDataset, places: DomainBatches) -> Iterator[dict[str, Tensor]]:
+    for batch in places:
+        indices, epochs = (np.array(column, dtype=np.int64) for column in zip(*batch, strict=True))
+        yield {
+            "frozen": store.rows(indices, epochs),
+            "labels": torch.from_numpy(dataset.labels[indices]),
+            "domains": torch.from_numpy(dataset.domain_ids[indices]),
+            "indices": torch.from_numpy(indices),
+        }
 
 
 def _gradient(
@@ -202,9 +224,12 @@ def _gradient(
 ) -> StepReport:
     device, dtype = accelerator.device, next(classifier.model.parameters()).dtype
     labels_B, domains_B = (batch[key].to(device, non_blocking=True) for key in ("labels", "domains"))
-    with accelerator.autocast():
-        # once per batch, without a graph: it gives the same in both passes
-        frozen = classifier.encode_frozen(batch["pixels"].to(device, dtype, non_blocking=True))
+    if "frozen" in batch:
+        frozen = batch["frozen"].to(device, non_blocking=True)
+    else:
+        with accelerator.autocast():
+            # once per batch, without a graph: it gives the same in both passes
+            frozen = classifier.encode_frozen(batch["pixels"].to(device, dtype, non_blocking=True))
 
     def per_sample_loss() -> Tensor:
         with accelerator.autocast():  # per pass: its cache of casts must not outlive the weights

@@ -1,0 +1,196 @@
+"""The feature store: exact, resumable, never stale."""
+
+import shutil
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+
+from disam_peft.adapters import (
+    ClassPrompts,
+    CoOpConfig,
+    LastBlocks,
+    LinearProbeConfig,
+    LoraAdapterConfig,
+    build_adapter,
+)
+from disam_peft.backbones import BackboneConfig, load_backbone
+from disam_peft.classifier import ClipClassifier
+from disam_peft.data import AugmentConfig, DataConfig, TrainTransform, features, load
+from disam_peft.data.features import FeatureStore
+from disam_peft.errors import UserError
+from disam_peft.evaluation import predict
+from disam_peft.frozen import FeatureConfig, evaluation_store, training_store
+from disam_peft.training import TrainConfig, fit
+
+LORA = LoraAdapterConfig(blocks=LastBlocks(last=1), seed=0)
+NO_AUGMENT = AugmentConfig(kind="none")
+
+
+@pytest.fixture
+def dataset(domains_folder):
+    return load(DataConfig(root=domains_folder))
+
+
+@pytest.fixture
+def make_classifier(openclip_name, dataset):
+    def make(config=LORA):
+        backbone = load_backbone(BackboneConfig(name=openclip_name))
+        prompts = ClassPrompts(dataset.prompt_names, ("a photo of a {}.",))
+        return ClipClassifier(backbone, build_adapter(config, backbone, prompts), prompts)
+
+    return make
+
+
+@pytest.fixture
+def stored(tmp_path):
+    return FeatureConfig(store=True, folder=tmp_path / "stores")
+
+
+class Watched:
+    """Counts the images that pass through ``encode_frozen``."""
+
+    def __init__(self, monkeypatch):
+        self.images = 0
+        real = ClipClassifier.encode_frozen
+
+        def counted(classifier, pixels):
+            self.images += len(pixels)
+            return real(classifier, pixels)
+
+        monkeypatch.setattr(ClipClassifier, "encode_frozen", counted)
+
+
+def test_stored_features_are_those_of_the_image(make_classifier, dataset, stored):
+    classifier = make_classifier()
+    store = evaluation_store(classifier, dataset, stored, workers=0)
+    indices = [95, 0, 17, 64]
+    pixels = torch.stack([classifier.backbone.image_transform(dataset.image(i)) for i in indices])
+    assert classifier.adapter.image_split == 2
+    # the same numbers but for the order of additions in batches of other sizes
+    assert torch.allclose(store.rows(indices), classifier.encode_frozen(pixels), atol=1e-5, rtol=0)
+    assert store.rows(indices).shape == (4, 5, 32)
+    assert len(store) == len(dataset) == 96
+
+
+def test_augmented_views_are_those_of_the_epochs_and_wrap_round(make_classifier, dataset, stored):
+    classifier, augment = make_classifier(), AugmentConfig()
+    store = training_store(classifier, dataset, augment, 3, stored.model_copy(update={"views": 2}), workers=0)
+    sees = classifier.backbone.preprocessing
+    transform = TrainTransform(sees.size, sees.mean, sees.std, sees.interpolation, augment, seed=3)
+    for epoch in (0, 1):
+        expected = classifier.encode_frozen(transform(dataset.image(40), 40, epoch)[None])
+        assert torch.allclose(store.rows([40], [epoch]), expected, atol=1e-5, rtol=0)
+    assert not torch.equal(store.rows([40], [0]), store.rows([40], [1]))
+    assert torch.equal(store.rows([40, 41], [5, 4]), store.rows([40, 41], [1, 0]))
+
+
+@pytest.mark.parametrize(
+    "config", [LORA, LinearProbeConfig(), CoOpConfig(context_tokens=4, seed=0)], ids=lambda c: c.kind
+)
+def test_training_from_a_store_is_training_from_images(make_classifier, dataset, stored, monkeypatch, config):
+    settings = TrainConfig(steps=5, batch_size=9, workers=0)
+    weights, watched = [], Watched(monkeypatch)
+    for use in (None, stored, stored):
+        classifier = make_classifier(config)
+        before = watched.images
+        fit(classifier, dataset, config=settings, augment=NO_AUGMENT, features=use)
+        weights.append(torch.cat([p.detach().reshape(-1) for p in classifier.trainable().values()]))
+        seen = watched.images - before
+        # a built store costs one pass over the data and a probe; the next run looks at no image at all
+        assert seen == {0: 45, 1: 97, 2: 0}[len(weights) - 1]
+    assert torch.allclose(weights[0], weights[1], atol=1e-5, rtol=0)
+    assert torch.equal(weights[1], weights[2])
+
+
+def test_predictions_from_a_store(make_classifier, dataset, stored):
+    classifier = make_classifier()
+    store = evaluation_store(classifier, dataset, stored, workers=0)
+    from_images, from_store = predict(classifier, dataset), predict(classifier, dataset, store=store)
+    assert torch.allclose(from_images.logits_NC, from_store.logits_NC, atol=1e-4, rtol=0)
+    assert torch.equal(from_images.labels_N, from_store.labels_N)
+
+
+def test_another_model_split_transform_or_data_is_another_store(
+    make_classifier, dataset, stored, domains_folder, tmp_path
+):
+    def build(classifier, samples):
+        evaluation_store(classifier, samples, stored, workers=0)
+        return len(list(stored.folder.iterdir()))
+
+    first = make_classifier()
+    assert build(first, dataset) == 1
+    assert build(make_classifier(), dataset) == 1, "the very same is found again"
+    assert build(make_classifier(LinearProbeConfig()), dataset) == 2, "another split"
+    assert build(first, dataset.with_domains(["art"])) == 3, "other data"
+    other = make_classifier()
+    other.backbone.base_hash = "0" * 64
+    assert build(other, dataset) == 4, "other weights"
+    assert build(make_classifier().double(), dataset) == 5, "another precision"
+    changed = tmp_path / "changed"
+    shutil.copytree(domains_folder, changed)
+    a, b = changed / "art/red/0.png", changed / "art/red/1.png"
+    content = a.read_bytes()
+    a.write_bytes(b.read_bytes())
+    b.write_bytes(content)
+    assert build(first, load(DataConfig(root=changed))) == 6, "same names, other contents"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "header gone", "header changed"])
+def test_a_damaged_store_is_built_again_not_used(make_classifier, dataset, stored, monkeypatch, damage):
+    classifier = make_classifier()
+    before = evaluation_store(classifier, dataset, stored, workers=0).rows([5])
+    [place] = stored.folder.iterdir()
+    if damage == "truncated":
+        with open(place / "features.bin", "r+b") as file:
+            file.truncate(1000)
+    elif damage == "header gone":
+        (place / "store.json").unlink()
+    else:
+        (place / "store.json").write_text((place / "store.json").read_text().replace("float32", "float64"))
+    watched = Watched(monkeypatch)
+    again = evaluation_store(classifier, dataset, stored, workers=0)
+    assert watched.images == 97
+    assert torch.equal(again.rows([5]), before)
+
+
+def test_a_build_that_was_killed_goes_on_where_it_stopped(make_classifier, dataset, stored, monkeypatch):
+    monkeypatch.setattr(features, "CHUNK", 10)
+    classifier = make_classifier()
+    whole = evaluation_store(classifier, dataset, stored, workers=0).rows(np.arange(96))
+    shutil.rmtree(stored.folder)
+    real, calls = classifier.backbone.image_transform, []
+
+    def killed(image):
+        calls.append(1)
+        if len(calls) > 36:  # one to see the shape, three chunks, and five of the fourth
+            raise KeyboardInterrupt
+        return real(image)
+
+    classifier.backbone.image_transform = killed
+    with pytest.raises(KeyboardInterrupt):
+        evaluation_store(classifier, dataset, stored, workers=0)
+    [place] = stored.folder.iterdir()
+    with pytest.raises(UserError, match="no complete feature store"):
+        FeatureStore(place, features.FeatureKey("", None, "", "", "", 1))
+    classifier.backbone.image_transform = real
+    watched = Watched(monkeypatch)
+    resumed = evaluation_store(classifier, dataset, stored, workers=0).rows(np.arange(96))
+    assert watched.images == 1 + 96 - 30
+    assert torch.equal(resumed, whole)
+
+
+def test_a_disk_without_room_is_an_error_before_anything_is_built(make_classifier, dataset, stored, monkeypatch):
+    usage = namedtuple("usage", "total used free")(10**9, 10**9, 50_000)
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"96 images x 3 views needs 0\.0 GB.*fewer features.views"):
+        training_store(
+            make_classifier(), dataset, AugmentConfig(), 0, stored.model_copy(update={"views": 3}), workers=0
+        )
+    assert not list(stored.folder.iterdir())
+
+
+def test_augmentation_without_a_number_of_views_is_an_error(make_classifier, dataset, stored):
+    with pytest.raises(UserError, match=r"choose features\.views, for example 8, or set augment\.kind=none"):
+        training_store(make_classifier(), dataset, AugmentConfig(), 0, stored)
