@@ -27,6 +27,8 @@ FLOORS = {
     "run": 6,
     "cli": 7,
 }
+# On one floor, but one rests on the other: a classifier's frozen part, stored.
+BESIDE = {("frozen", "classifier")}
 # Only one place each may know a family's library.
 GUARDED = {"open_clip": "backbones/openclip", "accelerate": ("training/", "run.py")}
 
