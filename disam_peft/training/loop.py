@@ -93,7 +93,7 @@ def fit(
     set_seed(seed, device_specific=True)  # other dropout masks on other ranks
     classifier.to(accelerator.device)
     params = list(classifier.trainable().values())
-    optimizer = _optimizer(params, config)
+    optimizer = _optimizer(params, config, accelerator)
     scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(config, step))
     stepper = accelerator.prepare_optimizer(optimizer)
     disam = _disam(params, method, config, dataset, accelerator)
@@ -146,10 +146,15 @@ def _ignore(name: str, **values: Any) -> None:
     """Nobody records."""
 
 
-def _optimizer(params: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+def _optimizer(
+    params: list[torch.nn.Parameter], config: TrainConfig, accelerator: Accelerator
+) -> torch.optim.Optimizer:
+    # a fused optimizer would hide from Accelerate that a loss scaler skipped its step
+    fused = accelerator.scaler is None and accelerator.device.type in ("cpu", "cuda")
     if config.optimizer == "sgd":
-        return torch.optim.SGD(params, config.learning_rate, config.momentum, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(params, config.learning_rate, weight_decay=config.weight_decay)
+        rate, decay = config.learning_rate, config.weight_decay
+        return torch.optim.SGD(params, rate, config.momentum, weight_decay=decay, fused=fused)
+    return torch.optim.AdamW(params, config.learning_rate, weight_decay=config.weight_decay, fused=fused)
 
 
 def _disam(
