@@ -26,6 +26,10 @@ class DomainSums:
     sum_D: Tensor
     count_D: Tensor
 
+    def __add__(self, other: DomainSums) -> DomainSums:
+        """Of two batches together; both must hold the same ``ids_D``."""
+        return DomainSums(self.ids_D, self.sum_D + other.sum_D, self.count_D + other.count_D)
+
     @property
     def mean_D(self) -> Tensor:
         """Mean loss per domain; NaN for an absent domain."""
@@ -42,22 +46,26 @@ class DomainSums:
         return self.sum_D.sum() / self.total
 
 
-def domain_sums(loss_B: Tensor, index_B: Tensor, ids_D: Tensor) -> DomainSums:
+def domain_sums(loss_B: Tensor, index_B: Tensor, ids_D: Tensor, mask_B: Tensor | None = None) -> DomainSums:
     """Sums and counts per domain by one scatter each.
 
     Args:
         loss_B: per-sample losses; detached here.
         index_B: position of each sample's domain in ``ids_D``.
         ids_D: the domain ids in play.
+        mask_B: bool; a sample where it is False is not counted and its loss is not read. Unset: all are.
     """
     # float64 also for float32 losses: a float32 sum over a large batch would cost the weights their last digits
     dtype = torch.float32 if loss_B.device.type == "mps" else torch.float64
     zeros_D = torch.zeros(len(ids_D), dtype=dtype, device=loss_B.device)
     loss_B = loss_B.detach().to(dtype)
+    ones_B = torch.ones_like(loss_B)
+    if mask_B is not None:
+        loss_B, ones_B = loss_B.where(mask_B, 0.0), mask_B.to(dtype)
     return DomainSums(
         ids_D,
         sum_D=zeros_D.index_add(0, index_B, loss_B),
-        count_D=zeros_D.index_add(0, index_B, torch.ones_like(loss_B)),
+        count_D=zeros_D.index_add(0, index_B, ones_B),
     )
 
 
@@ -105,17 +113,9 @@ def union_of_ids(ids_D: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     world_size = dist.get_world_size(group)
     sizes = [torch.zeros(1, dtype=torch.int64, device=ids_D.device) for _ in range(world_size)]
     dist.all_gather(sizes, torch.tensor([len(ids_D)], device=ids_D.device), group=group)
-    longest = int(torch.stack(sizes).max())
+    longest = max(1, int(torch.stack(sizes).max()))
     padded = torch.zeros(longest, dtype=torch.int64, device=ids_D.device)
     padded[: len(ids_D)] = ids_D
     gathered = [torch.empty_like(padded) for _ in range(world_size)]
     dist.all_gather(gathered, padded, group=group)
     return torch.unique(torch.cat([ids[: int(size)] for ids, size in zip(gathered, sizes, strict=True)]))
-
-
-def all_reduced(sums: DomainSums, group: dist.ProcessGroup | None) -> DomainSums:
-    """The same sums over all ranks: one all-reduce. All ranks must hold the same ``ids_D``."""
-    flat = torch.cat([sums.sum_D, sums.count_D])
-    dist.all_reduce(flat, group=group)
-    sum_D, count_D = flat.chunk(2)
-    return DomainSums(sums.ids_D, sum_D, count_D)

@@ -1,7 +1,7 @@
 """Perturb exactly these parameters, and restore them bit for bit on every way out.
 
 Everything works on one flat buffer per device and dtype: adapters are many small tensors, and a loop over them costs
-more than the arithmetic.
+more than the arithmetic. Of a sharded parameter the buffer holds this rank's shard.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from disam_peft.sharpness.sharding import joined_over_shards, layout, local
+
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """All elements in one new 1-D tensor."""
-    return torch.cat([t.detach().reshape(-1) for t in tensors])
+    """All elements, on this rank, in one new 1-D tensor."""
+    return torch.cat([local(t).reshape(-1) for t in tensors])
 
 
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Views of ``flat`` with the shapes of ``like``."""
+    """Views of ``flat`` with the shapes of ``like`` (plain tensors)."""
     return [part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in like]), like, strict=True)]
 
 
 def by_device_and_dtype(params: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Groups that fit one flat buffer each; nearly always one."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    """Groups that fit one flat buffer each; nearly always one. (Those of another sharding are another group.)"""
+    groups: dict[tuple[object, ...], list[Tensor]] = {}
     for p in params:
-        groups.setdefault((p.device, p.dtype), []).append(p)
+        groups.setdefault((p.device, p.dtype, layout(p)), []).append(p)
     return list(groups.values())
 
 
@@ -56,7 +58,8 @@ class restored(AbstractContextManager[None]):
         """Restore now, if entered. Whoever must survive an interrupt *during* the exit calls it once more."""
         for group, snapshot in zip(self._groups, self._snapshots, strict=bool(self._snapshots)):
             # copy back, not subtract: (w + e) - e != w in floating point
-            torch._foreach_copy_(group, unflatten(snapshot, group))
+            shards = [local(p) for p in group]
+            torch._foreach_copy_(shards, unflatten(snapshot, shards))
 
 
 class AscentDirection:
@@ -71,7 +74,7 @@ class AscentDirection:
         adaptive: ASAM.
 
     Attributes:
-        norm: ``||g||``, or ``|| |w| g ||`` if adaptive, at the loss scale of the gradients; shape ().
+        norm: ``||g||``, or ``|| |w| g ||`` if adaptive, at the loss scale of the gradients, over all shards; shape ().
         is_finite: shape (), bool, on the device.
     """
 
@@ -86,10 +89,11 @@ class AscentDirection:
             gradient = flatten([torch.zeros_like(p) if g is None else g for p, g in found])
             if adaptive:
                 weights = flatten(group)
-                norms.append(torch.linalg.vector_norm(weights * gradient))
+                norm = torch.linalg.vector_norm(weights * gradient)
                 gradient = weights.square().mul_(gradient)
             else:
-                norms.append(torch.linalg.vector_norm(gradient))
+                norm = torch.linalg.vector_norm(gradient)
+            norms.append(joined_over_shards(norm, like=group[0]))
             self._directions.append(gradient)
         self.norm = _joined_norm(norms)
         self.is_finite = torch.isfinite(self.norm)
@@ -102,11 +106,12 @@ class AscentDirection:
         for group, direction in zip(self._groups, self._directions, strict=True):
             size = (rho / self.norm).to(direction.device)
             step = torch.where(usable.to(direction.device), direction * size, torch.zeros_like(direction))
-            torch._foreach_add_(group, unflatten(step, group))
+            shards = [local(p) for p in group]
+            torch._foreach_add_(shards, unflatten(step, shards))
 
     @torch.no_grad()
     def cosine(self, other: AscentDirection) -> Tensor:
-        """Cosine between two directions over the same parameters; shape (), NaN where one of them is zero."""
+        """Cosine between two directions over the same unsharded parameters; shape (), NaN where one of them is zero."""
         pairs = list(zip(self._directions, other._directions, strict=True))
         dot = torch.stack([(a @ b).to(self.norm) for a, b in pairs]).sum()
         lengths = [_joined_norm([torch.linalg.vector_norm(v) for v in side]) for side in zip(*pairs, strict=True)]

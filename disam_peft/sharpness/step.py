@@ -6,56 +6,22 @@ Shapes in this file: B samples, D domains.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from disam_peft.sharpness.domains import (
-    DomainSums,
-    all_reduced,
-    ascent_weights,
-    domain_index,
-    domain_sums,
-    union_of_ids,
-)
+from disam_peft.sharpness.domains import DomainSums
+from disam_peft.sharpness.microbatches import EffectiveBatch, PerSampleLoss
+from disam_peft.sharpness.parameters import all_sharded, trainable
+from disam_peft.sharpness.passes import Ascent, Passes, Way
 from disam_peft.sharpness.perturbation import AscentDirection, by_device_and_dtype, restored
-from disam_peft.sharpness.reduction import check_replicas_agree, reduce_gradients_
-from disam_peft.sharpness.rng import RandomState
-
-PerSampleLoss = Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one step saw. Tensors, detached and still on the device: reading one may wait for the device.
-
-    Attributes:
-        loss: mean loss at w over the (global) batch, shape ().
-        perturbed_loss: mean loss at w + e; equals ``loss`` where there was no second pass.
-        domain_ids: (D,) int64, ascending.
-        domain_counts: (D,) samples per domain; 0 for a domain that is absent from the batch.
-        domain_losses: (D,) mean loss per domain at w; NaN for an absent domain.
-        domain_weights: (D,) w_d = n_d c_d, which sum to one; n_d / N for ERM and SAM. Negative: see ``ascent_weights``.
-        ascent_norm: norm of the ascent gradient over the trained parameters (adaptive: of |w| g), at loss scale 1,
-            shape (); 0 where there was no ascent.
-        is_finite: shape (), bool: losses and ascent gradient of this step are finite, on every rank. If False the
-            gradients hold NaN (a loss scaler skips and backs off by itself); without a scaler, skip the step.
-        ascent_cosine: cosine between the ascent direction and plain SAM's on the same batch, shape (); None unless
-            asked for.
-    """
-
-    loss: Tensor
-    perturbed_loss: Tensor
-    domain_ids: Tensor
-    domain_counts: Tensor
-    domain_losses: Tensor
-    domain_weights: Tensor
-    ascent_norm: Tensor
-    is_finite: Tensor
-    ascent_cosine: Tensor | None = None
+from disam_peft.sharpness.ranks import NoSync, Ranks
+from disam_peft.sharpness.report import StepReport
+from disam_peft.sharpness.sharding import local, perturbation_arrived
 
 
 @dataclass
@@ -96,16 +62,19 @@ class DISAM:
         num_domains: the ids are 0..num_domains-1. Optional; with it a step needs no synchronisation with the device
             and, over several ranks, one collective less.
         backward: called as ``backward(loss)`` in place of ``loss.backward()``, for example ``accelerator.backward``.
-            Gradients of other leaves than ``params`` are then those of both passes added up.
+            Gradients of other leaves than ``params`` are then those of all passes added up.
         reduce_gradients: with torch.distributed initialised, add up the gradients over the ranks here. For models
-            *without* a wrapper; False leaves that to DistributedDataParallel around the model.
+            *without* a wrapper; False leaves that to DistributedDataParallel or ``fully_shard`` around the model.
         ascent_cosine: report the cosine between the ascent direction and plain SAM's, for a second backward in pass 1.
         process_group: the ranks that share a batch; the default is all.
+        reshard: called whenever the weights changed in place, to drop copies of them. Needed with ``fully_shard`` only
+            where modules do not reshard after the backward (``reshard_after_backward``); it must reach all of them:
+            ``lambda: [m.reshard() for m in model.modules() if isinstance(m, FSDPModule)]``.
 
     Raises:
         ValueError: rho or variance_weight negative or not finite; no parameter that requires a gradient; a parameter
             that is no leaf, appears twice, or is float16 or bfloat16 (too coarse for w + e: keep what is trained in
-            float32 and use autocast).
+            float32 and use autocast); sharded and unsharded parameters (DTensor) together.
     """
 
     def __init__(
@@ -120,13 +89,14 @@ class DISAM:
         reduce_gradients: bool = False,
         ascent_cosine: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        reshard: Callable[[], object] | None = None,
     ) -> None:
         for name, value in (("rho", rho), ("variance_weight", variance_weight)):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a finite number >= 0, not {value}")
         if num_domains is not None and num_domains < 1:
             raise ValueError(f"num_domains must be at least 1, not {num_domains}; leave it out if unknown")
-        self.params = _trainable(params)
+        self.params = trainable(params)
         self.rho = float(rho)
         self.variance_weight = float(variance_weight)
         self.adaptive = adaptive
@@ -135,134 +105,192 @@ class DISAM:
         self.ascent_cosine = ascent_cosine
         self._call_backward = backward
         self._group = process_group
+        self._reshard = reshard
         self._scale = _LossScale()
+        self._sharded = all_sharded(self.params, reduce_gradients=reduce_gradients, ascent_cosine=ascent_cosine)
         self._replicas_checked = False
+        self._arrived: bool | None = None
 
-    def backward(self, per_sample_loss: PerSampleLoss, domains: Tensor) -> StepReport:
+    def backward(self, per_sample_loss: PerSampleLoss, domains: Tensor, mask: Tensor | None = None) -> StepReport:
         """Put the gradient of this batch into ``p.grad``, in place of what was there.
 
         ``per_sample_loss`` is called once per pass and must compute the same function both times: it sees the same
         random numbers of torch (dropout masks), so only the weights differ. Any autocast belongs inside it.
 
+        Over several ranks each hands over its own samples, as many as it has, and the result is the gradient of them
+        all together. A rank without samples returns losses of shape (0,). These need a graph only where the model is
+        wrapped (the others wait for this rank's backward); a model that cannot run on nothing then runs on any one
+        sample, with ``mask=torch.tensor([False])``. If no rank has a sample, the report is not finite.
+
         Args:
             per_sample_loss: takes nothing, returns the losses (B,) of the batch, with a graph.
             domains: (B,) integers; any values, in any order, any of them absent (with ``num_domains``: in range).
+            mask: (B,) bool; samples where it is False count nowhere, as if they were not there. Unset: all count.
 
         Returns:
             A report of this step. If anything raises in a pass, the weights are restored and ``p.grad`` is None.
 
         Raises:
             ValueError: losses that are not a (B,) tensor with a graph, or domains that do not match them.
+            torch.OutOfMemoryError: as it came, with a note that suggests a size of micro-batches.
         """
-        random_state = RandomState.of(self.params)
+        return self._step([per_sample_loss], [domains], [mask], way="two_phase", no_sync=None)
+
+    def backward_accumulated(
+        self,
+        per_sample_losses: Sequence[PerSampleLoss],
+        domains: Sequence[Tensor],
+        masks: Sequence[Tensor | None] | None = None,
+        *,
+        way: Way = "auto",
+        no_sync: NoSync | None = None,
+    ) -> StepReport:
+        """``backward`` on a batch that goes through the model in micro-batches: the same gradient, in less memory.
+
+        The variance over domains belongs to the whole effective batch (over all micro-batches and ranks), so this is no
+        sum over micro-batches: take one optimizer step after one call.
+
+        .. code-block:: python
+
+            pieces = [(images, labels, domains), ...]
+            losses = [lambda x=x, y=y: cross_entropy(model(x), y, reduction="none") for x, y, _ in pieces]
+            report = disam.backward_accumulated(losses, [domains for _, _, domains in pieces])
+            optimizer.step()
+
+        Ways of pass 1, which differ in cost alone:
+
+        - ``two_phase``: a pass without a graph for the losses, then the weighted gradients. One forward more.
+        - ``per_domain``: all samples of a micro-batch are of one domain; one gradient per domain is kept, and no
+          forward is added.
+        - ``auto``: one pass where the weights need no losses (ERM, SAM); else ``per_domain`` where it is possible on
+          every rank and the kept gradients take at most 256 MiB; else ``two_phase``.
+
+        Args:
+            per_sample_losses: one per micro-batch, as in ``backward``; ``two_phase`` calls them up to three times. Each
+                micro-batch sees the same random numbers every time.
+            domains: one tensor per micro-batch.
+            masks: one per micro-batch, or None for all.
+            way: see above.
+            no_sync: of a wrapper that reduces gradients, such as ``DistributedDataParallel.no_sync``: all micro-batches
+                run inside it, and the gradients are added up here, once per pass. Without it a wrapper communicates in
+                every micro-batch, and every rank needs the same number of them. With it, or with ``reduce_gradients``,
+                a rank may have any number, or none.
+
+        Raises:
+            ValueError: see ``backward``; a way that is not possible.
+        """
+        if way not in get_args(Way):
+            raise ValueError(f"way must be one of {', '.join(get_args(Way))}, not {way!r}")
+        return self._step(per_sample_losses, domains, masks, way=way, no_sync=no_sync)
+
+    # -- the step, in order ----------------------------------------------------------------------------------
+
+    def _step(
+        self,
+        per_sample_losses: Sequence[PerSampleLoss],
+        domains: Sequence[Tensor],
+        masks: Sequence[Tensor | None] | None,
+        *,
+        way: Way,
+        no_sync: NoSync | None,
+    ) -> StepReport:
+        ranks = Ranks.of(self._group, self.reduce_gradients, no_sync)
+        batch = EffectiveBatch.of(
+            per_sample_losses, domains, masks, num_domains=self.num_domains, params=self.params, ranks=ranks
+        )
+        passes = Passes(self.params, batch, ranks, self._backward, lambda: self._scale.seen)
         weights = restored(self.params)
         self._clear_gradients()
         try:
-            loss_B = _checked_losses(per_sample_loss())
-            index_B, sums = self._sums(loss_B, domains)
-            weight_D = ascent_weights(sums.mean_D, sums.count_D, self.variance_weight if self.rho > 0 else 0.0)
-            ascent_loss = self._weighted(loss_B, weight_D[index_B])
-            plain_gradients = self._plain_gradients(loss_B, sums) if self.ascent_cosine and self.rho > 0 else None
-            self._backward(ascent_loss)
-            del loss_B, ascent_loss
+            ascent = passes.ascent(
+                self.variance_weight if self.rho > 0 else 0.0,
+                way,
+                with_plain_gradients=self.ascent_cosine and self.rho > 0,
+            )
             if self.rho == 0:
-                return self._report(sums, weight_D, perturbed=sums)
-            direction = self._direction([p.grad for p in self.params])
-            cosine = None if plain_gradients is None else direction.cosine(self._direction(plain_gradients))
+                return self._report(ascent, perturbed=ascent.sums)
+            direction = self._direction([p.grad for p in self.params], ranks)
+            cosine = None
+            if ascent.plain_gradients is not None:
+                cosine = direction.cosine(self._direction(ascent.plain_gradients, ranks))
             self._clear_gradients()
 
             with weights:
                 direction.add_(self.rho)
-                # an autocast around both passes would serve this one the casts of the unperturbed weights
-                torch.clear_autocast_cache()
-                random_state.restore()
-                loss_B = _checked_losses(per_sample_loss())
-                _, perturbed = self._sums(loss_B, domains)
-                self._backward(self._weighted(loss_B, (1.0 / sums.total).expand(len(loss_B))))
-            torch.clear_autocast_cache()
+                self._drop_copies_of_weights()
+                perturbed = passes.mean(ascent.sums.total)
+            self._drop_copies_of_weights()
             self._poison_unless(direction.is_finite)
-            return self._report(sums, weight_D, perturbed, direction, cosine)
-        except BaseException:
+            self._check_arrival(ascent.sums, perturbed, direction)
+            return self._report(ascent, perturbed, direction, cosine)
+        except BaseException as error:
             weights.copy_back()  # an interrupt may have hit the exit of the block above
             self._clear_gradients()  # half a gradient must not reach an optimizer
+            self._drop_copies_of_weights()
+            if isinstance(error, torch.OutOfMemoryError):
+                error.add_note(_advice_on_memory(batch.largest))
             raise
-
-    # -- the parts, in the order of the step -----------------------------------------------------------------
-
-    @property
-    def _world_size(self) -> int:
-        if not (dist.is_available() and dist.is_initialized()):
-            return 1
-        return dist.get_world_size(self._group)
 
     def _clear_gradients(self) -> None:
         # not through an optimizer: a wrapped zero_grad may do nothing inside an accumulation context
         for p in self.params:
             p.grad = None
 
-    def _sums(self, loss_B: Tensor, domains: Tensor) -> tuple[Tensor, DomainSums]:
-        domains_B = _checked_domains(domains, loss_B, self.num_domains)
-        ids_D, index_B = domain_index(domains_B, self.num_domains)
-        if self._world_size > 1 and self.num_domains is None:
-            ids_D = union_of_ids(ids_D, self._group)
-            index_B = torch.searchsorted(ids_D, domains_B)
-        sums = domain_sums(loss_B, index_B, ids_D)
-        return index_B, all_reduced(sums, self._group) if self._world_size > 1 else sums
-
-    def _weighted(self, loss_B: Tensor, weight_B: Tensor) -> Tensor:
-        """This rank's share of ``sum_i weight_i l_i``; the weights are numbers, no graph runs through them."""
-        if not self.reduce_gradients:
-            weight_B = weight_B * self._world_size  # a wrapper around the model averages over the ranks
-        return self._scale.watch(torch.dot(weight_B.to(loss_B.dtype), loss_B))
-
     def _backward(self, loss: Tensor) -> None:
+        loss = self._scale.watch(loss)
         if self._call_backward is not None:
             self._call_backward(loss)
+        elif self._sharded:
+            loss.backward()  # the leaves are unsharded copies, which only their owner knows
         else:
             loss.backward(inputs=self.params)
-        if self._world_size > 1 and self.reduce_gradients:
-            reduce_gradients_(self.params, self._group)
 
-    def _plain_gradients(self, loss_B: Tensor, sums: DomainSums) -> list[Tensor | None]:
-        """Plain SAM's ascent gradient of the same batch; keeps the graph."""
-        share = torch.dot((1.0 / sums.total).expand(len(loss_B)).to(loss_B.dtype), loss_B)
-        # under a loss scaler unscaled half-precision gradients may vanish: the scale of the last step keeps them
-        scale = torch.ones_like(share) if self._scale.seen is None else self._scale.seen.to(share)
-        gradients = torch.autograd.grad(share, self.params, scale, retain_graph=True, allow_unused=True)
-        if self._world_size == 1:
-            return list(gradients)
-        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, gradients, strict=True)]
-        for gradient in filled:
-            dist.all_reduce(gradient, group=self._group)
-        return list(filled)
-
-    def _direction(self, gradients: list[Tensor | None]) -> AscentDirection:
+    def _direction(self, gradients: list[Tensor | None], ranks: Ranks) -> AscentDirection:
         direction = AscentDirection(self.params, gradients, adaptive=self.adaptive)
-        if self._world_size > 1 and not self._replicas_checked:
-            check_replicas_agree(direction.norm, self._group)
+        if ranks.size > 1 and not self._replicas_checked:
+            ranks.check_replicas_agree(direction.norm)
             self._replicas_checked = True
         return direction
+
+    def _drop_copies_of_weights(self) -> None:
+        """The weights changed in place: whatever was computed from them is old."""
+        # an autocast around both passes would serve the second the casts of the unperturbed weights
+        torch.clear_autocast_cache()
+        if self._reshard is not None:
+            self._reshard()
 
     @torch.no_grad()
     def _poison_unless(self, is_finite: Tensor) -> None:
         """NaN into every gradient where pass 1 overflowed: a loss scaler must see it, pass 2 alone would hide it."""
         factor = torch.where(is_finite, 1.0, math.nan)
         for group in by_device_and_dtype([p.grad for p in self.params if p.grad is not None]):
-            torch._foreach_mul_(group, factor.to(group[0]))
+            torch._foreach_mul_([local(g) for g in group], factor.to(group[0].device, group[0].dtype))
+
+    def _check_arrival(self, sums: DomainSums, perturbed: DomainSums, direction: AscentDirection) -> None:
+        if not self._sharded or self._arrived:
+            return
+        self._arrived = perturbation_arrived(sums, perturbed, self._at_scale_1(direction.norm), self.rho)
+        if self._arrived is False:
+            raise ValueError(
+                "pass 2 ran on the unperturbed weights: the model keeps unsharded copies of them after the backward; "
+                "use fully_shard's reshard_after_backward, or give DISAM reshard=..., which reshards every FSDPModule"
+            )
+
+    def _at_scale_1(self, norm: Tensor) -> Tensor:
+        return norm if self._scale.seen is None else norm / self._scale.seen.to(norm)
 
     def _report(
         self,
-        sums: DomainSums,
-        weight_D: Tensor,
+        ascent: Ascent,
         perturbed: DomainSums,
         direction: AscentDirection | None = None,
         cosine: Tensor | None = None,
     ) -> StepReport:
+        sums = ascent.sums
         is_finite = torch.isfinite(sums.mean) & torch.isfinite(perturbed.mean)
         norm = torch.zeros_like(sums.mean)
         if direction is not None:
-            scale = self._scale.seen
-            norm = direction.norm if scale is None else direction.norm / scale.to(direction.norm)
+            norm = self._at_scale_1(direction.norm)
             is_finite = is_finite & direction.is_finite.to(is_finite.device)
         return StepReport(
             loss=sums.mean,
@@ -270,60 +298,18 @@ class DISAM:
             domain_ids=sums.ids_D,
             domain_counts=sums.count_D,
             domain_losses=sums.mean_D,
-            domain_weights=sums.count_D * weight_D,
+            domain_weights=sums.count_D * ascent.weight_D,
             ascent_norm=norm,
             is_finite=is_finite,
             ascent_cosine=cosine,
+            way=ascent.way,
         )
 
 
-def _trainable(params: Iterable[Tensor]) -> list[Tensor]:
-    found = list(params)
-    for p in found:
-        if not isinstance(p, Tensor):
-            raise ValueError(
-                f"params must be tensors, not {type(p).__name__}; pass model.parameters(), not names or groups"
-            )
-    trainable = [p for p in found if p.requires_grad]
-    if not trainable:
-        raise ValueError(f"none of the {len(found)} parameters requires a gradient: there is nothing to train")
-    if len({id(p) for p in trainable}) != len(trainable):
-        raise ValueError("a parameter appears twice in params")
-    for p in trainable:
-        if not p.is_leaf:
-            raise ValueError(f"a parameter of shape {tuple(p.shape)} is the result of a computation, not a leaf")
-        if p.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"a trained parameter is {str(p.dtype).removeprefix('torch.')}: w + e rounds back to w there; "
-                "keep what is trained in float32 and use autocast"
-            )
-    return trainable
-
-
-def _checked_losses(loss_B: Tensor) -> Tensor:
-    if not isinstance(loss_B, Tensor) or loss_B.ndim != 1:
-        got = tuple(loss_B.shape) if isinstance(loss_B, Tensor) else type(loss_B).__name__
-        raise ValueError(
-            f"per_sample_loss must return one loss per sample, shape (B,), not {got}; use reduction='none'"
-        )
-    if not loss_B.requires_grad:
-        raise ValueError("the losses have no graph: nothing that requires a gradient took part (or no_grad is on)")
-    # sums and weights of losses need more than half precision
-    return loss_B.float() if loss_B.dtype in (torch.float16, torch.bfloat16) else loss_B
-
-
-def _checked_domains(domains: Tensor, loss_B: Tensor, num_domains: int | None) -> Tensor:
-    domains_B = torch.as_tensor(domains, device=loss_B.device)
-    if domains_B.shape != loss_B.shape:
-        raise ValueError(f"domains has shape {tuple(domains_B.shape)}, the losses have {tuple(loss_B.shape)}")
-    if len(domains_B) == 0:
-        raise ValueError("the batch is empty")
-    if domains_B.is_floating_point() or domains_B.is_complex() or domains_B.dtype == torch.bool:
-        raise ValueError(f"domains must be integers, not {domains_B.dtype}")
-    domains_B = domains_B.long()
-    # on an accelerator this check would wait for the device; index_add fails there by itself
-    in_range = num_domains is None or domains_B.is_cuda or bool(((domains_B >= 0) & (domains_B < num_domains)).all())
-    if not in_range:
-        found = f"{int(domains_B.min())}..{int(domains_B.max())}"
-        raise ValueError(f"with num_domains={num_domains} the domains must be in 0..{num_domains}-1, found {found}")
-    return domains_B
+def _advice_on_memory(largest: int) -> str:
+    if largest < 2:
+        return "out of memory on a single sample; the weights are restored. A smaller model or image size is needed"
+    return (
+        f"out of memory with up to {largest} samples at once; the weights are restored. Hand the batch over in "
+        f"micro-batches of at most {largest // 2} samples (DISAM.backward_accumulated): the gradient stays the same"
+    )
