@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 _HOMES = {
     "AugmentConfig": "augment",
     "BadImage": "decode",
+    "BatchAugment": "batch_augment",
     "DataConfig": "sources",
     "DataReport": "check",
     "DomainBatches": "batches",
     "DomainDataset": "dataset",
     "ImageLoader": "loader",
+    "ShapesConfig": "shapes.config",
     "TrainTransform": "augment",
     "check_no_leak": "splits",
     "clean_class_name": "classnames",
@@ -24,6 +26,7 @@ _HOMES = {
     "leave_out": "splits",
     "load": "sources",
     "make_eval_loader": "loader",
+    "make_stored_loader": "loader",
     "make_train_loader": "loader",
     "split_train_validation": "splits",
     "verified": "check",
@@ -31,11 +34,13 @@ _HOMES = {
 __all__ = [
     "AugmentConfig",
     "BadImage",
+    "BatchAugment",
     "DataConfig",
     "DataReport",
     "DomainBatches",
     "DomainDataset",
     "ImageLoader",
+    "ShapesConfig",
     "TrainTransform",
     "check_no_leak",
     "clean_class_name",
@@ -44,6 +49,7 @@ __all__ = [
     "leave_out",
     "load",
     "make_eval_loader",
+    "make_stored_loader",
     "make_train_loader",
     "split_train_validation",
     "verified",
@@ -51,12 +57,14 @@ __all__ = [
 
 if TYPE_CHECKING:
     from disam_peft.data.augment import AugmentConfig, TrainTransform
+    from disam_peft.data.batch_augment import BatchAugment
     from disam_peft.data.batches import DomainBatches
     from disam_peft.data.check import DataReport, inspect, verified
     from disam_peft.data.classnames import clean_class_name
     from disam_peft.data.dataset import DomainDataset
     from disam_peft.data.decode import BadImage, decode_image
-    from disam_peft.data.loader import ImageLoader, make_eval_loader, make_train_loader
+    from disam_peft.data.loader import ImageLoader, make_eval_loader, make_stored_loader, make_train_loader
+    from disam_peft.data.shapes.config import ShapesConfig
     from disam_peft.data.sources import DataConfig, load
     from disam_peft.data.splits import check_no_leak, leave_out, split_train_validation
 

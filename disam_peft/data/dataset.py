@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -31,6 +31,15 @@ class Skipped:
 
 
 @dataclass(frozen=True, eq=False)
+class PixelPlan:
+    """That training reads its images from a store of resized pixels, which is built when first needed."""
+
+    whole: DomainDataset
+    """Everything that was loaded: one store serves every view of it, whatever domain is held out."""
+    side: int | Literal["auto"]
+
+
+@dataclass(frozen=True, eq=False)
 class DomainDataset:
     """N samples; ``select`` gives views that keep the numbering of classes and domains. N samples in this file.
 
@@ -46,6 +55,7 @@ class DomainDataset:
         ignored: files that the source passed over, counted by kind.
         skipped: what ``skip_bad`` left out.
         hashes: sha256 of every file, where the data check has run; None before.
+        pixel_plan: whether training reads stored pixels; None: it decodes the files.
     """
 
     images: Dataset
@@ -62,6 +72,7 @@ class DomainDataset:
     ignored: Mapping[str, int] = field(default_factory=dict)
     skipped: tuple[Skipped, ...] = ()
     hashes: tuple[str, ...] | None = None
+    pixel_plan: PixelPlan | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -157,6 +168,20 @@ class DomainDataset:
         for i, key in enumerate(self.keys):
             names = (key, self.classes[self.labels[i]], self.domains[self.domain_ids[i]], str(sizes_N[i]))
             digest.update("\0".join(names).encode() + b"\1")
+        return digest.hexdigest()
+
+    @cached_property
+    def content_identity(self) -> str:
+        """sha256, hex, over ``fingerprint`` and contents: the check's hashes, or where it has not run, the place and
+        times of change (for embedded images, what the table calls its own state)."""
+        digest = hashlib.sha256(self.fingerprint.encode())
+        if self.hashes is not None:
+            digest.update("".join(self.hashes).encode())
+        else:
+            times_N = self.sizes_and_times[1]
+            digest.update(f"{self.base}\0".encode() + times_N.tobytes())
+            if (times_N == 0).any():  # embedded images have no time of change
+                digest.update(getattr(self.images, "_fingerprint", "").encode())
         return digest.hexdigest()
 
     @cached_property

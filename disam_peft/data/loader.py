@@ -1,7 +1,7 @@
 """DataLoaders that give the same batches whatever the number of workers and however they are started.
 
 A batch is ``{"pixels": (B, 3, H, W) float32, "labels": (B,), "domains": (B,), "indices": (B,) int64}``; ``indices``
-are positions in the dataset. Both loaders give each rank its own share already and need no further sharding.
+are positions in the dataset. All loaders give each rank its own share already and need no further sharding.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from disam_peft.data.batch_augment import BatchAugment
 from disam_peft.data.batches import DomainBatches
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.decode import BadImage
+from disam_peft.data.pixels import PixelStore, auto_side, open_or_build
 from disam_peft.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +40,22 @@ class ImageLoader(DataLoader):
                 # Ends kept workers now; caught in the cycle of a traceback, they would take seconds to be ended.
                 self._iterator = None
                 raise batch
+            yield batch
+
+
+class StoredLoader(DataLoader):
+    """Batches of the pixel store; where the workers left the augmentation to the device, it happens here."""
+
+    def __init__(self, samples: _StoredSamples, augment: BatchAugment, device: torch.device, **options: Any) -> None:
+        super().__init__(samples, **options)
+        self._augment, self._device = augment, device
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
+        for batch in super().__iter__():
+            sizes_B2, epochs_B = batch.pop("sizes"), batch.pop("epochs")
+            if self._device.type != "cpu":
+                images = batch["pixels"].to(self._device, non_blocking=True)
+                batch["pixels"] = self._augment(images, batch["indices"].tolist(), epochs_B.tolist(), sizes_B2.numpy())
             yield batch
 
 
@@ -60,6 +80,43 @@ def make_train_loader(
         BadImage: while iterating, an image that twice could not be read or decoded.
     """
     return _loader(_TrainSamples(dataset, transform), batches, workers, pin_memory, start_method, reused=False)
+
+
+def make_stored_loader(
+    dataset: DomainDataset,
+    batches: DomainBatches,
+    augment: BatchAugment,
+    *,
+    device: torch.device | str = "cpu",
+    workers: int | Literal["auto"] = "auto",
+    pin_memory: bool = False,
+    start_method: StartMethod | None = None,
+) -> StoredLoader:
+    """``make_train_loader`` for a dataset with a ``pixel_plan``: the same batches from the pixel store, built here if
+    it is not there; ``pixels`` come on ``device``.
+
+    Args:
+        augment: what is done to the stored images: in the workers on a CPU, else on the device, where only a quarter
+            of the bytes has to go.
+
+    Raises:
+        UserError: the dataset has no plan, or a side below the model's input; as ``pixels.open_or_build``.
+        BadImage: while building, an image that cannot be decoded.
+    """
+    plan = dataset.pixel_plan
+    if plan is None:
+        raise UserError(f"{dataset.origin} was loaded without data.pixel_store; set it, or use make_train_loader")
+    side = auto_side(augment.size) if plan.side == "auto" else plan.side
+    if side < max(augment.size):
+        raise UserError(
+            f"data.pixel_store={side} is smaller than the model's input of {max(augment.size)} pixels; "
+            f"use 'auto' ({auto_side(augment.size)}) or more"
+        )
+    store = open_or_build(plan.whole, side, augment.interpolation)
+    device = torch.device(device)
+    samples = _StoredSamples(dataset, store, augment if device.type == "cpu" else None)
+    options = _options(batches, workers, pin_memory, start_method, reused=False)
+    return StoredLoader(samples, augment, device, collate_fn=_whole_batch, **options)
 
 
 def make_eval_loader(
@@ -111,17 +168,21 @@ def resolve_workers(workers: int | Literal["auto"]) -> int:
 def _loader(
     samples: Dataset, batches: Any, workers: int | Literal["auto"], pin: bool, start: StartMethod | None, reused: bool
 ) -> ImageLoader:
+    return ImageLoader(samples, collate_fn=_collate, **_options(batches, workers, pin, start, reused))
+
+
+def _options(
+    batches: Any, workers: int | Literal["auto"], pin: bool, start: StartMethod | None, reused: bool
+) -> dict[str, Any]:
     count = resolve_workers(workers)
-    return ImageLoader(
-        samples,
-        batch_sampler=batches,
-        num_workers=count,
-        collate_fn=_collate,
-        pin_memory=pin,
+    return {
+        "batch_sampler": batches,
+        "num_workers": count,
+        "pin_memory": pin,
         # Training is one long pass; validation comes again and again and would start its workers anew each time.
-        persistent_workers=reused and count > 0,
-        multiprocessing_context=start if count > 0 else None,
-    )
+        "persistent_workers": reused and count > 0,
+        "multiprocessing_context": start if count > 0 else None,
+    }
 
 
 class _TrainSamples(Dataset):
@@ -131,6 +192,38 @@ class _TrainSamples(Dataset):
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Any] | BadImage:
         index, epoch = place
         return _sample(self._dataset, index, lambda image: self._transform(image, index, epoch))
+
+
+class _StoredSamples(Dataset):
+    """Gives whole batches at once. ``augment`` unset: the images as they are stored."""
+
+    def __init__(self, dataset: DomainDataset, store: PixelStore, augment: BatchAugment | None) -> None:
+        assert dataset.pixel_plan is not None
+        self._labels, self._domains = torch.from_numpy(dataset.labels), torch.from_numpy(dataset.domain_ids)
+        self._places = _places(dataset.rows, dataset.pixel_plan.whole.rows)
+        self._store, self._augment = store, augment
+
+    def __getitems__(self, pairs: list[tuple[int, int]]) -> dict[str, Tensor]:
+        indices, epochs = map(list, zip(*pairs, strict=True))
+        images, sizes_B2 = self._store.read(self._places[indices])
+        return {
+            "pixels": images if self._augment is None else self._augment(images, indices, epochs, sizes_B2),
+            "labels": self._labels[indices],
+            "domains": self._domains[indices],
+            "indices": torch.tensor(indices),
+            "epochs": torch.tensor(epochs),
+            "sizes": torch.from_numpy(sizes_B2.astype("int64")),
+        }
+
+
+def _places(rows_N: np.ndarray, whole_rows_M: np.ndarray) -> np.ndarray:
+    """Where the samples of a view stand in the whole dataset: (N,), by their rows of the table."""
+    order_M = np.argsort(whole_rows_M)
+    return order_M[np.searchsorted(whole_rows_M, rows_N, sorter=order_M)]
+
+
+def _whole_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return batch
 
 
 class _EvalSamples(Dataset):

@@ -16,10 +16,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from disam_peft.classifier import ClipClassifier
 from disam_peft.data.augment import AugmentConfig, TrainTransform
+from disam_peft.data.batch_augment import BatchAugment
 from disam_peft.data.batches import DomainBatches
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.features import FeatureStore
-from disam_peft.data.loader import make_train_loader
+from disam_peft.data.loader import make_stored_loader, make_train_loader
 from disam_peft.errors import UserError
 from disam_peft.frozen import FeatureConfig, training_store
 from disam_peft.objectives import cross_entropy
@@ -105,7 +106,11 @@ def fit(
     batches = _batches(classifier, dataset, config, augment or AugmentConfig(), features, seed, accelerator)
     classifier.train()
     for step, batch in enumerate(track(batches, "training", total=config.steps), start=1):
-        report = _gradient(classifier, disam, batch, accelerator)
+        try:
+            report = _gradient(classifier, disam, batch, accelerator)
+        except torch.OutOfMemoryError as error:  # the weights are w again; what is known of the remedy is in the notes
+            hint = " ".join(getattr(error, "__notes__", []))
+            raise UserError(f"out of memory at step {step}: {error} {hint} Lower train.batch_size.") from error
         gradient_norm = _clipped(params, config, accelerator)
         learning_rate = scheduler.get_last_lr()[0]
         if accelerator.scaler is None and not bool(report.is_finite & torch.isfinite(gradient_norm)):
@@ -208,9 +213,18 @@ def _batches(
         store = training_store(classifier, dataset, augment, seed, features, autocast=autocast, workers=config.workers)
         return _stored_batches(store, dataset, places)
     sees = classifier.backbone.preprocessing
-    transform = TrainTransform(sees.size, sees.mean, sees.std, sees.interpolation, augment, seed)
+    look = (sees.size, sees.mean, sees.std, sees.interpolation, augment, seed)
     pin = accelerator.device.type == "cuda"
-    return make_train_loader(dataset, places, transform, workers=config.workers, pin_memory=pin)
+    if dataset.pixel_plan is not None:
+        return make_stored_loader(
+            dataset,
+            places,
+            BatchAugment(*look),
+            device=accelerator.device,
+            workers=config.workers,
+            pin_memory=pin,
+        )
+    return make_train_loader(dataset, places, TrainTransform(*look), workers=config.workers, pin_memory=pin)
 
 
 def _stored_batches(store: FeatureStore, dataset: DomainDataset, places: DomainBatches) -> Iterator[dict[str, Tensor]]:

@@ -107,6 +107,14 @@ def test_every_setting_changes_the_weights(trained, change):
     assert not torch.equal(before, after)
 
 
+def test_a_pixel_store_feeds_the_same_samples_from_stored_images(trained, domains_folder):
+    stored = load(DataConfig(root=domains_folder, pixel_store=36))
+    weights, events, _ = trained(samples=stored)
+    from_files, same_batches, _ = trained()
+    assert not torch.equal(weights, from_files), "squeezed to 36 pixels, augmented on tensors"
+    assert events[0][1]["loss"] == pytest.approx(same_batches[0][1]["loss"], rel=0.2)
+
+
 def test_row_25_erm_sam_and_disam_agree_where_they_must(trained):
     erm = trained(method=MethodConfig(name="erm", rho=0.3))[0]
     assert torch.equal(erm, trained(method=MethodConfig(name="disam", rho=0.0))[0])
@@ -212,6 +220,30 @@ def test_a_skipped_step_changes_nothing_and_does_not_advance_the_schedule(make_c
     rates = [values["learning_rate"] for name, values in events if name == "step"]
     assert result.skipped_steps == 1
     assert rates[1] == rates[2] < rates[0]
+
+
+def test_row_31_out_of_memory_leaves_the_weights_alone_and_says_what_to_do(make_classifier, dataset, monkeypatch):
+    from disam_peft.training import loop
+
+    real, calls = loop.cross_entropy, []
+
+    def exhausted(logits, labels):
+        calls.append(1)
+        if len(calls) == 4:  # pass 2 of the second step
+            raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+        return real(logits, labels)
+
+    monkeypatch.setattr(loop, "cross_entropy", exhausted)
+    classifier, states = make_classifier(), []
+    config = TrainConfig(**SETTINGS)
+
+    def watch(name, **values):
+        states.append([p.detach().clone() for p in classifier.trainable().values()])
+
+    with pytest.raises(UserError, match=r"out of memory at step 2.*20 GiB.*Lower train\.batch_size"):
+        fit(classifier, dataset, config=config, on_event=watch)
+    final = list(classifier.trainable().values())
+    assert all(torch.equal(a, b) for a, b in zip(final, states[0], strict=True)), "as after step 1"
 
 
 def test_row_05_a_batch_smaller_than_the_domains_is_an_error(trained):
