@@ -22,10 +22,12 @@ FLOORS = {
     "training": 4,
     "evaluation": 4,
     "export": 4,
+    "report": 4,
     "tables": 4,
     "recipe": 5,
     "run": 6,
-    "cli": 7,
+    "demo": 7,
+    "cli": 8,
 }
 # On one floor, but one rests on the other: a classifier's frozen part, stored.
 BESIDE = {("frozen", "classifier")}

@@ -1,0 +1,137 @@
+"""The report: numbers worked out by hand, names escaped, the same bytes from the same records."""
+
+import html.parser
+
+import pytest
+
+from disam_peft.errors import UserError
+from disam_peft.records import ResultRow, append_event, write_results
+from disam_peft.report import Picture, build_report, compare_held_out, read_runs
+
+
+def rows(method, held_out, seed, value, *, adapter="lora", backbone="ViT-B-32"):
+    common = (backbone, "none" if method == "zero_shot" else adapter, method, held_out, seed)
+    return [
+        ResultRow(*common, "held_out", held_out, "top1", value, 40),
+        ResultRow(*common, "held_out", "mean", "top1", value, 1),
+        ResultRow(*common, "source_validation", "photo", "top1", 0.99, 40),
+        ResultRow(*common, "held_out", held_out, "nll", 1.0 - value, 40),
+    ]
+
+
+def study():
+    """Two seeds, two domains, zero-shot beside ERM and DISAM; zero-shot stands in every run."""
+    values = {
+        ("erm", "art"): (0.5, 0.7),
+        ("erm", "sketch"): (0.2, 0.2),
+        ("disam", "art"): (0.6, 0.8),
+        ("disam", "sketch"): (0.3, 0.5),
+    }
+    found = []
+    for (method, held_out), by_seed in values.items():
+        for seed, value in enumerate(by_seed):
+            found += rows(method, held_out, seed, value) + rows("zero_shot", held_out, seed, 0.4)
+    return found
+
+
+def test_means_and_deviations_by_hand():
+    [table] = compare_held_out(study())
+    assert table.columns == ("zero-shot", "ERM", "DISAM")
+    assert dict(table.texts()) == {
+        "art": ["40.0", "60.0 ± 14.1", "70.0 ± 14.1"],  # deviation of two values 20 apart: 20 / sqrt(2)
+        "sketch": ["40.0", "20.0 ± 0.0", "40.0 ± 14.1"],
+        "mean": ["40.0", "40.0 ± 7.1", "55.0 ± 14.1"],  # per seed first: 35 and 45; 45 and 65
+    }
+    assert compare_held_out(study(), "nll")[0].texts()[0] == ("art", ["0.600", "0.400 ± 0.141", "0.300 ± 0.141"])
+
+
+def test_what_was_not_run_is_not_a_number():
+    found = [row for row in study() if (row.method, row.held_out) != ("disam", "sketch")]
+    [table] = compare_held_out(found)
+    assert dict(table.texts())["sketch"][2] == "n/a"
+    assert dict(table.texts())["mean"][2] == "n/a"
+
+
+def test_one_table_per_adapter_and_backbone():
+    found = study() + rows("sam", "art", 0, 0.9, adapter="coop")
+    assert [table.title.split(":")[0] for table in compare_held_out(found)] == ["lora on ViT-B-32", "coop on ViT-B-32"]
+
+
+def test_markdown_and_latex():
+    [table] = compare_held_out(rows("erm", "art_1|x", 0, 0.5))
+    assert table.markdown().splitlines()[-3:] == ["| held out | ERM |", "|---|---|", "| art_1\\|x | 50.0 |"]
+    assert table.latex().splitlines() == [
+        r"\begin{tabular}{lr}",
+        r"\toprule",
+        r"held out & ERM \\",
+        r"\midrule",
+        r"art\_1|x & 50.0 \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    assert r"$\pm$" in compare_held_out(study())[0].latex()
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for method, value in (("erm", 0.5), ("disam", 0.625)):
+        folder = tmp_path / f"runs/{method}/sketch"
+        folder.mkdir(parents=True)
+        write_results(folder / "results.json", rows("zero_shot", "sketch", 0, 0.25) + rows(method, "sketch", 0, value))
+        for step in (1, 10):
+            losses = {"art": 2.0 / step, "<b>photo</b>": 1.0 / step}
+            weights = {"art": 0.4, "<b>photo</b>": 0.6}
+            append_event(
+                folder / "metrics.jsonl", "step", step=step, loss=1.5 / step, domain_loss=losses, domain_weight=weights
+            )
+    return tmp_path / "runs"
+
+
+class Reader(html.parser.HTMLParser):
+    """Collects the text of table cells and whatever would be fetched."""
+
+    def __init__(self):
+        super().__init__()
+        self.cells, self.fetched, self.tags, self._in_cell = [], [], set(), False
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self._in_cell = tag in ("td", "th")
+        if self._in_cell:
+            self.cells.append("")
+        self.fetched += [
+            v for k, v in attributes if k in ("src", "href", "xlink:href") and not v.startswith(("data:", "#"))
+        ]
+
+    def handle_endtag(self, tag):
+        self._in_cell = False
+
+    def handle_data(self, data):
+        if self._in_cell:
+            self.cells[-1] += data
+
+
+def test_the_page_is_whole_escaped_and_reproducible(runs, tmp_path):
+    records = read_runs([runs])
+    assert [record.trained.method for record in records] == ["disam", "erm"]
+    for name in ("one.html", "two.html"):
+        picture = Picture("a <script>alert(1)</script> sheet", b"\x89PNG")
+        build_report(
+            records, tmp_path / name, title="Sketches & more", introduction=["<i>hello</i>"], pictures=[picture]
+        )
+    page = (tmp_path / "one.html").read_text(encoding="utf-8")
+    assert page == (tmp_path / "two.html").read_text(encoding="utf-8")
+    reader = Reader()
+    reader.feed(page)
+    assert reader.fetched == [], "self-contained: nothing is fetched"
+    assert "script" not in reader.tags
+    assert "b" not in reader.tags
+    assert "i" not in reader.tags
+    for cell in ("sketch", "25.0", "50.0", "62.5", "lora, disam, without sketch, seed 0", "1.5000", "0.1500"):
+        assert cell in reader.cells, cell
+    assert page.count("<svg") == 3, "bars, losses, weights"
+
+
+def test_no_runs_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no finished run"):
+        read_runs([tmp_path])
