@@ -95,6 +95,35 @@ def export(
     typer.echo(f"wrote {run.export(folder, to, output, held_out=held_out)}")
 
 
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Runs, or folders of runs.")],
+    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Of the page.")] = "Results",
+) -> None:
+    """Tables and figures of finished runs as one HTML page, rebuilt from their records."""
+    from disam_peft.report import build_report, read_runs
+
+    build_report(read_runs(folders), output, title=title)
+    typer.echo(f"wrote {output}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="A folder for the report and the runs.")] = Path("disam-peft-demo"),
+    held_out: Annotated[str, typer.Option(help="The domain that training does not see.")] = "painting",
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each method.", min=1)] = 150,
+) -> None:
+    """See it work: a small CLIP, six drawing styles, ERM against SAM against DISAM; no download, no GPU."""
+    from disam_peft.demo import demo as run_demo
+    from disam_peft.tables import print_held_out
+
+    rows = run_demo(output, held_out, steps=steps, say=typer.echo)
+    print_held_out(rows)
+    typer.echo(f"open {output / 'report.html'}")
+    typer.echo("next, on your own data: disam-peft check-data FOLDER   |   disam-peft train RECIPE data.root=FOLDER")
+
+
 def _print_outcomes(outcomes: list[Outcome]) -> None:
     from disam_peft.tables import print_held_out
 

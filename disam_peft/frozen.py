@@ -60,7 +60,10 @@ def training_store(
             "example 8, or set augment.kind=none"
         )
     views = 1 if transform.deterministic or config.views is None else config.views
-    name: dict[str, object] = {"augment": augment.model_dump(mode="json"), "seed": None if transform.deterministic else seed}
+    name: dict[str, object] = {
+        "augment": augment.model_dump(mode="json"),
+        "seed": None if transform.deterministic else seed,
+    }
     return _store(classifier, dataset, transform, name, views, config, autocast, workers)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from disam_peft.backbones.config import BackboneConfig
+from disam_peft.backbones.config import BackboneConfig, located
 
 if TYPE_CHECKING:
     from disam_peft.backbones.base import ClipBackbone
@@ -37,7 +37,9 @@ def load_backbone(config: BackboneConfig) -> ClipBackbone:
     Raises:
         UserError: an unknown name or tag, weights that are missing, pickled or cannot be fetched.
     """
-    return BACKBONES[config.family](config)
+    backbone = BACKBONES[config.family](located(config))
+    backbone.config = config  # records and exports name the model, not a folder of this machine
+    return backbone
 
 
 def imagenet_templates() -> tuple[str, ...]:

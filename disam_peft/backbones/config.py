@@ -7,6 +7,8 @@ from typing import Literal
 
 from disam_peft.config import Config
 
+DEMO = "demo"
+"""The name of the small CLIP that comes with the package."""
 RANDOM_WEIGHTS = "none"
 """The value of ``pretrained`` that asks for random weights."""
 
@@ -17,7 +19,8 @@ class BackboneConfig(Config):
     family: Literal["open_clip", "transformers"] = "open_clip"
     name: str
     """open_clip: a model name (``ViT-B-16``), ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``.
-    transformers: a hub id (``openai/clip-vit-base-patch32``) or a local folder."""
+    transformers: a hub id (``openai/clip-vit-base-patch32``) or a local folder.
+    Both: ``demo``, the small CLIP that comes with the package."""
     pretrained: str | None = None
     """open_clip: a pretrained tag (``openai``) or a safetensors file. ``none``: random weights, for tests only.
     Unset: what the folder or hub repository holds."""
@@ -25,6 +28,14 @@ class BackboneConfig(Config):
     """A branch, tag or commit of a hub repository (``hf-hub:...``, or a transformers hub id)."""
     seed: int = 0
     """Seeds the random weights of ``pretrained: none``; without meaning otherwise."""
+
+
+def located(config: BackboneConfig) -> BackboneConfig:
+    """The config with ``demo`` replaced by the folder that it stands for."""
+    if config.name != DEMO:
+        return config
+    folder = Path(__file__).parent / DEMO
+    return config.model_copy(update={"name": folder_config(config.family, folder).name})
 
 
 def folder_config(family: Literal["open_clip", "transformers"], directory: Path) -> BackboneConfig:

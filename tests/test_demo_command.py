@@ -1,0 +1,29 @@
+"""The demo, end to end on a few images: what it promises to leave behind is there, and works."""
+
+import pytest
+
+from disam_peft.demo import demo
+from disam_peft.errors import UserError
+from disam_peft.export import load_adapter
+from disam_peft.report import read_runs
+
+
+def test_the_demo_leaves_a_report_a_sheet_and_an_adapter_that_loads(tmp_path):
+    said = []
+    rows = demo(tmp_path / "demo", "sketch", steps=2, images_per_class=5, say=said.append)
+    assert {row.method for row in rows} == {"zero_shot", "erm", "sam", "disam"}
+    assert {row.n for row in rows if (row.split, row.domain) == ("held_out", "sketch")} == {60}
+    page = (tmp_path / "demo/report.html").read_text(encoding="utf-8")
+    assert "DISAM" in page
+    assert page.count("<svg") == 3
+    assert (tmp_path / "demo/domains.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(read_runs([tmp_path / "demo/runs"])) == 3
+    assert len(load_adapter(tmp_path / "demo/adapter").class_names) == 12
+    assert len(said) == 4
+    again = demo(tmp_path / "demo", "sketch", steps=2, images_per_class=5, say=said.append)
+    assert again == rows, "finished runs are kept"
+
+
+def test_row_06_the_demo_names_the_domains_too(tmp_path):
+    with pytest.raises(UserError, match="did you mean 'sketch'"):
+        demo(tmp_path / "demo", "sketches", steps=2, images_per_class=5)
