@@ -1,117 +1,74 @@
-"""Where the time of a training step goes, as ratios measured side by side in one process.
+"""What a training step costs against a naive one: ratios, measured side by side in one process.
 
-    python scripts/benchmark.py bookkeeping
+    python scripts/benchmark.py                       # everything: about ten minutes on two cores
+    python scripts/benchmark.py lora --rounds 11
 
 Variants run interleaved (A B A B ...), and the median of the per-round ratios is printed with its range: machines are
-noisy, ratios are not. Weights are random at the real sizes, which changes no time. Prints a Markdown table.
+noisy, ratios are not. Beside each stands by how much the gradients differ. Weights are random at the sizes of ViT-B/32,
+which changes no time. Prints a Markdown table. Needs `pip install -e ".[bench]"`.
 """
 
 from __future__ import annotations
 
-import os
-import platform
-import statistics
-import time
-import warnings
+import tempfile
 from collections.abc import Callable
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+import transformers
 import typer
+from bench import attention, bookkeeping, coop, lora, memory
+from bench.measure import Row, machine, table
+from bench.models import vit_b_32, write_clip
 
-from disam_peft import DISAM
-from disam_peft.adapters import ClassPrompts, LastBlocks, LoraAdapterConfig, build_adapter
-from disam_peft.backbones import BackboneConfig, load_backbone
-from disam_peft.classifier import ClipClassifier
-from disam_peft.objectives import cross_entropy
-
-app = typer.Typer(help=__doc__)
+Section = Literal["bookkeeping", "lora", "coop", "memory"]
+BLOCKS = 12
 
 
-def interleaved(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each variant in each round; the first round is cold and not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(rounds + 1):
-        for name, run in variants.items():
-            start = time.perf_counter()
-            run()
-            if number > 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def ratio(ours: list[float], other: list[float]) -> str:
-    """Median of the per-round ratios, with the smallest and the largest."""
-    ratios = [a / b for a, b in zip(ours, other, strict=True)]
-    return f"{statistics.median(ratios):.4f} [{min(ratios):.4f} - {max(ratios):.4f}]"
-
-
-def machine() -> str:
-    """What the numbers were measured on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def lora_classifier(classes: int, blocks: int) -> ClipClassifier:
-    """ViT-B/32 at its real size with random weights, LoRA on q and v of the last blocks of the image tower."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*RANDOM weights.*")
-        backbone = load_backbone(BackboneConfig(name="ViT-B-32", pretrained="none"))
-    prompts = ClassPrompts(tuple(f"thing {i}" for i in range(classes)), ("a photo of a {}.",))
-    config = LoraAdapterConfig(blocks=LastBlocks(last=blocks), rank=8, seed=0)
-    return ClipClassifier(backbone, build_adapter(config, backbone, prompts), prompts).train()
-
-
-@app.command()
-def bookkeeping(
-    rounds: Annotated[int, typer.Option(help="Rounds that count.")] = 7,
-    batch: Annotated[int, typer.Option(help="Images of a step.")] = 32,
-    blocks: Annotated[int, typer.Option(help="Trained image blocks.")] = 12,
+def main(
+    what: Annotated[Literal["all", "bookkeeping", "lora", "coop", "memory"], typer.Argument()] = "all",
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Rounds that count, after a cold one. Unset: 2 to 5, as they last.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=3, help="Images of a step. Unset: 8, and 32 for the bookkeeping.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Unset: torch's choice.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Everything in a step but the two forward-backward passes: domain sums, weights, norm, perturbation, restore."""
-    torch.manual_seed(0)
-    classifier = lora_classifier(7, blocks)
-    params = list(classifier.trainable().values())
-    pixels, labels = torch.randn(batch, 3, 224, 224), torch.arange(batch) % 7
-    domains = torch.arange(batch) % 3
-    frozen = classifier.encode_frozen(pixels)
-    in_passes = 0.0
+    """What a training step costs against a naive one, as a Markdown table of ratios measured side by side."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    where = torch.device(device)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_clip(folder, vit_b_32())
+        size = 8 if batch is None else batch
+        for section, rounds_by_default, measure in _sections(folder, size, batch or 32, where):
+            if what in ("all", section):
+                typer.echo(f"measuring {section} ...", err=True)
+                rows += measure(rounds_by_default if rounds is None else rounds)
+    typer.echo(f"{machine(where)}; ViT-B/32, float32, batch {8 if batch is None else batch}\n")
+    typer.echo(table(rows))
 
-    def per_sample_loss() -> torch.Tensor:
-        return cross_entropy(classifier.logits(frozen), labels)
 
-    def timed_loss() -> torch.Tensor:
-        nonlocal in_passes
-        start = time.perf_counter()
-        loss_B = per_sample_loss()
-        in_passes += time.perf_counter() - start
-        return loss_B
-
-    def timed_backward(loss: torch.Tensor) -> None:
-        nonlocal in_passes
-        start = time.perf_counter()
-        loss.backward(inputs=params)
-        in_passes += time.perf_counter() - start
-
-    disam = DISAM(params, rho=0.05, variance_weight=0.1, num_domains=3, backward=timed_backward)
-    shares, bookkept = [], []
-    for number in range(rounds + 1):
-        in_passes = 0.0
-        start = time.perf_counter()
-        disam.backward(timed_loss, domains)
-        whole = time.perf_counter() - start
-        if number > 0:
-            shares.append((whole - in_passes) / whole)
-            bookkept.append(1e3 * (whole - in_passes))
-    typer.echo(f"{machine()}\n")
-    typer.echo("| what | median | smallest | largest |\n|---|---|---|---|")
-    rows = (("bookkeeping / step, %", [100 * s for s in shares]), ("bookkeeping, ms", bookkept))
-    for name, values in rows:
-        typer.echo(f"| {name} | {statistics.median(values):.3f} | {min(values):.3f} | {max(values):.3f} |")
-    elements = sum(p.numel() for p in params)
-    typer.echo(f"\nViT-B/32, LoRA rank 8 on q and v of {blocks} blocks: {len(params)} tensors, {elements} parameters")
-    typer.echo(f"batch {batch}, {rounds} rounds after a cold one")
+def _sections(
+    folder: Path, batch: int, large_batch: int, device: torch.device
+) -> list[tuple[Section, int, Callable[[int], list[Row]]]]:
+    """Section, its number of rounds, and what measures it in so many."""
+    return [
+        ("bookkeeping", 5, lambda rounds: bookkeeping.rows(folder, large_batch, rounds, device)),
+        ("lora", 5, lambda rounds: lora.rows(folder, BLOCKS, batch, rounds, device)),
+        ("lora", 5, lambda rounds: attention.rows(vit_b_32(), batch, rounds, device)),
+        ("coop", 3, lambda rounds: coop.few_classes(folder, 65, batch, rounds, device)),
+        ("coop", 2, lambda rounds: coop.many_classes(folder, 345, batch, rounds, device)),
+        ("memory", 2, lambda rounds: memory.rows(folder, 1000, batch, rounds, device)),
+    ]
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

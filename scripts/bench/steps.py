@@ -1,0 +1,146 @@
+"""One training step of every kind that is compared, ours and the peers'.
+
+The learning rate is 0 everywhere: the same work, and every variant stays at the same weights, so that gradients can be
+compared at any time. Shapes in this file: B samples.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from disam_peft import DISAM
+from disam_peft.backbones.base import ClipBackbone
+from disam_peft.classifier import ClipClassifier
+from disam_peft.objectives import cross_entropy
+
+RHO = 0.05
+VARIANCE_WEIGHT = 0.1
+DOMAINS = 3
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Random images; what they show changes no time."""
+
+    pixels_BCHW: Tensor
+    labels_B: Tensor
+    domains_B: Tensor
+
+    @classmethod
+    def draw(cls, size: int, backbone: ClipBackbone, classes: int) -> Batch:
+        generator = torch.Generator().manual_seed(0)
+        pixels_BCHW = torch.randn(size, 3, *backbone.preprocessing.size, generator=generator)
+        labels_B = torch.randint(classes, (size,), generator=generator)
+        device = backbone.device
+        return cls(
+            pixels_BCHW.to(device, backbone.dtype), labels_B.to(device), (torch.arange(size) % DOMAINS).to(device)
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """``run`` does everything from the batch to the optimizer's step and leaves the gradients in ``params``."""
+
+    run: Callable[[], object]
+    params: Mapping[str, Tensor]
+
+    def gradients(self) -> dict[str, Tensor]:
+        self.run()
+        found = {name: p.grad for name, p in self.params.items()}
+        return {name: gradient.clone() for name, gradient in found.items() if gradient is not None}
+
+
+def difference(ours: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
+    """``|a - b| / |b|``, with the norm over all parameters.
+
+    Raises:
+        ValueError: the gradients are not of the same parameters.
+    """
+    if ours.keys() != reference.keys():
+        raise ValueError(f"gradients of different parameters: {sorted(ours.keys() ^ reference.keys())}")
+    a, b = (torch.cat([gradients[name].flatten() for name in reference]) for gradients in (ours, reference))
+    return float((a.double() - b).norm() / b.norm())
+
+
+class Stored:
+    """The frozen part's output as a feature store serves it: rows of a memory-mapped file, copied out by each read."""
+
+    def __init__(self, frozen: Tensor) -> None:
+        self._device = frozen.device
+        self._folder = tempfile.TemporaryDirectory()
+        path = Path(self._folder.name) / "rows.npy"
+        np.save(path, frozen.cpu().numpy())
+        self._rows = np.load(path, mmap_mode="r")
+        self._indices = np.arange(len(frozen))
+
+    def read(self) -> Tensor:
+        return torch.from_numpy(self._rows[self._indices]).to(self._device)
+
+
+def ours(
+    classifier: ClipClassifier,
+    batch: Batch,
+    *,
+    rho: float = RHO,
+    variance_weight: float = VARIANCE_WEIGHT,
+    stored: Stored | None = None,
+) -> Step:
+    """A step of this package's training loop; rho 0 is plain training, in one pass."""
+    trainable = classifier.trainable()
+    params = list(trainable.values())
+    disam = DISAM(params, rho, variance_weight, num_domains=DOMAINS)
+    optimizer = torch.optim.AdamW(params, lr=0.0)
+
+    def run() -> None:
+        frozen = classifier.encode_frozen(batch.pixels_BCHW) if stored is None else stored.read()
+        disam.backward(lambda: cross_entropy(classifier.logits(frozen), batch.labels_B), batch.domains_B)
+        optimizer.step()
+
+    return Step(run, trainable)
+
+
+def peer_erm(params: Mapping[str, Tensor], logits: Callable[[], Tensor], labels_B: Tensor) -> Step:
+    """Plain training as it is usually written."""
+    optimizer = torch.optim.AdamW(params.values(), lr=0.0)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(logits(), labels_B).backward()
+        optimizer.step()
+
+    return Step(run, params)
+
+
+def peer_sam(params: Mapping[str, Tensor], logits: Callable[[], Tensor], labels_B: Tensor) -> Step:
+    """Two full passes, with the optimizer of pytorch_optimizer driven as its documentation shows."""
+    optimizer = _sam_class()(params.values(), torch.optim.AdamW, rho=RHO, lr=0.0)
+
+    def run() -> None:
+        optimizer.zero_grad()
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(logits(), labels_B)
+            loss.backward()
+            return loss
+
+        closure()
+        optimizer.step(closure)
+
+    return Step(run, params)
+
+
+def _sam_class() -> Any:
+    try:
+        from pytorch_optimizer import SAM
+    except ImportError as error:
+        raise SystemExit('pytorch_optimizer is missing: pip install "disam_peft[bench]"') from error
+    return SAM
