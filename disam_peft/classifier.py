@@ -76,6 +76,8 @@ class ClipClassifier(nn.Module):
 
     def _compute_frozen_text(self) -> FrozenText:
         tokens_NL, templates = self._tokens_NL.to(self.backbone.device), len(self.prompts.templates)
+        if self.adapter is not None and self.adapter.replaces_class_prompts:
+            return FrozenText(tokens_NL, templates, None, None)
         split = None if self.adapter is None else self.adapter.text_split
         if split is None:
             features_CE = zero_shot_features(self.backbone, tokens_NL, templates)

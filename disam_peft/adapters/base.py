@@ -37,7 +37,8 @@ class FrozenText:
         tokens_NL: token ids of every class in every template, the templates of a class side by side.
         templates: T.
         hidden: output of the text tower's frozen trunk for these tokens; None where the whole tower is frozen.
-        features_CE: normalised class features, as in zero-shot classification; None where ``hidden`` is set.
+        features_CE: normalised class features, as in zero-shot classification; None where ``hidden`` is set, or where
+            the adapter has prompts of its own.
     """
 
     tokens_NL: Tensor
@@ -84,8 +85,10 @@ def ensemble(features_NE: Tensor, templates: int) -> Tensor:
 
 
 def text_trunk(backbone: ClipBackbone, tokens_NL: Tensor, blocks: int) -> Tensor:
-    """``ClipBackbone.text_trunk`` in chunks of prompts."""
-    return torch.cat([backbone.text_trunk(chunk, blocks) for chunk in tokens_NL.split(_PROMPTS_AT_ONCE)])
+    """``ClipBackbone.text_trunk`` in chunks of prompts, padded to the longest."""
+    chunks = [backbone.text_trunk(chunk, blocks) for chunk in tokens_NL.split(_PROMPTS_AT_ONCE)]
+    longest = max(chunk.shape[1] for chunk in chunks)
+    return torch.cat([nn.functional.pad(chunk, (0, 0, 0, longest - chunk.shape[1])) for chunk in chunks])
 
 
 def zero_shot_features(backbone: ClipBackbone, tokens_NL: Tensor, templates: int) -> Tensor:
@@ -147,6 +150,9 @@ class Adapter(nn.Module, ABC):
     text_split: int | None = None
     """The same for the text tower; None: it is frozen for the class prompts, whose features are computed once.
     (A text prompt trains none of the tower and replaces the class prompts: it overrides ``class_features``.)"""
+
+    replaces_class_prompts: ClassVar[bool] = False
+    """``class_features`` has prompts of its own: those of the templates need never run."""
 
     @classmethod
     @abstractmethod

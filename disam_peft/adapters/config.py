@@ -67,6 +67,9 @@ class CoOpConfig(Config):
     """Words that the context starts from, e.g. ``a photo of a``. Unset: drawn from N(0, 0.02^2)."""
     seed: int | None = None
     """Seeds the random context; unset: torch's global generator, which the run seeds."""
+    memory_budget_gb: float | None = Field(default=None, gt=0)
+    """Memory (10^9 bytes) for what the prompts' forward pass keeps for backward, the model not counted. Beyond it,
+    backward repeats parts of the forward pass; the gradient is the same. Unset: no limit."""
 
 
 class LinearProbeConfig(Config):

@@ -1,14 +1,19 @@
 """CoOp: the words around the class name are learned (Zhou et al. 2022, arXiv 2109.01134).
 
 A prompt is [start] ctx_1 ... ctx_M name . [end]; only the context vectors are trained, the embeddings of name and
-markers are frozen and looked up once. Shapes in this file: C classes, L tokens, M context tokens, W token width,
-E embedding width.
+markers are frozen and looked up once. What all prompts begin with, up to the shared context, runs through the text
+tower once for all classes, where the tower is causal. Shapes in this file: C classes, L tokens, M context tokens, W
+token width, E embedding width.
 """
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from disam_peft.adapters.base import (
     Adapter,
@@ -18,8 +23,10 @@ from disam_peft.adapters.base import (
     parameter_dtype,
     require_matching_state,
 )
+from disam_peft.adapters.chunks import plan_chunks
 from disam_peft.adapters.config import CoOpConfig
 from disam_peft.backbones.base import ClipBackbone
+from disam_peft.backbones.blocks import PromptRows
 from disam_peft.config import Config
 from disam_peft.errors import UserError
 
@@ -32,27 +39,17 @@ class CoOpAdapter(Adapter):
 
     Args:
         context: their initial values.
-        tokens_CL: the prompts' token ids, with any ordinary id where the context goes.
-        embeddings_CLW: the embeddings of these tokens.
-        start: tokens in front of the context.
+        chunks: the classes in order. Of several, nothing is kept for backward, which repeats one after the other.
     """
 
     kind = "coop"
+    replaces_class_prompts = True
 
-    _tokens_CL: Tensor
-    _before: Tensor
-    _after: Tensor
-
-    def __init__(
-        self, config: CoOpConfig, context: Tensor, tokens_CL: Tensor, embeddings_CLW: Tensor, start: int
-    ) -> None:
+    def __init__(self, config: CoOpConfig, context: Tensor, chunks: list[_Chunk]) -> None:
         super().__init__()
         self.config = config
         self.context = nn.Parameter(context)
-        # Not persistent: they follow from the backbone and the class names.
-        self.register_buffer("_tokens_CL", tokens_CL, persistent=False)
-        self.register_buffer("_before", embeddings_CLW[:, :start], persistent=False)
-        self.register_buffer("_after", embeddings_CLW[:, start + context.shape[-2] :], persistent=False)
+        self._chunks = nn.ModuleList(chunks)
 
     @classmethod
     def build(cls, config: Config, backbone: ClipBackbone, prompts: ClassPrompts) -> CoOpAdapter:
@@ -68,13 +65,27 @@ class CoOpAdapter(Adapter):
             tokens_CL = _prompts_around_gap(backbone, prompts.class_names, length, start, end_id)
         else:
             length, tokens_CL = _prompts_from_words(backbone, prompts.class_names, config, start, end_id)
+        tokens_CL = backbone.cut_prompts(tokens_CL)
         with torch.no_grad():
             embeddings_CLW = backbone.embed_tokens(tokens_CL)
         rows = slice(None) if config.class_specific else 0
         context = embeddings_CLW[rows, start : start + length].to(parameter_dtype(backbone), copy=True)
         if config.init is None:
             context.copy_(_draw(context.shape, config.seed))
-        return cls(config, context, tokens_CL, embeddings_CLW, start)
+        shared = start if config.class_specific else start + length
+        plan = plan_chunks(backbone, tokens_CL, shared, config.memory_budget_gb)
+        before_CSW, after_CLW = embeddings_CLW[:, :start], embeddings_CLW[:, start + length :]
+        chunks = [
+            _Chunk(
+                tokens_CL[part],
+                before_CSW[part],
+                after_CLW[part],
+                backbone.prompt_rows(tokens_CL[part], shared),
+                plan.recomputed_blocks,
+            )
+            for part in plan.chunks
+        ]
+        return cls(config, context, chunks)
 
     def state(self) -> dict[str, Tensor]:
         return {"context": self.context.detach().clone()}
@@ -86,9 +97,64 @@ class CoOpAdapter(Adapter):
 
     def class_features(self, backbone: ClipBackbone, text: FrozenText) -> Tensor:
         """Normalised class features (C, E) of the learned prompts; the templates play no part."""
-        context_CMW = self.context.expand(len(self._tokens_CL), -1, -1).to(self._before.dtype)
-        embeddings_CLW = torch.cat([self._before, context_CMW, self._after], dim=1)
-        return ensemble(backbone.encode_text_embeddings(embeddings_CLW, self._tokens_CL), templates=1)
+        features = []
+        for chunk, context in zip(self._chunks, self._contexts(), strict=True):
+            run = partial(chunk, backbone)
+            if len(self._chunks) > 1:
+                # The frozen tower is in eval mode: there is no dropout whose random state would have to be kept.
+                features.append(checkpoint(run, context, use_reentrant=False, preserve_rng_state=False))
+            else:
+                features.append(run(context))
+        return ensemble(torch.cat(features), templates=1)
+
+    def _contexts(self) -> tuple[Tensor, ...]:
+        """The context of each chunk."""
+        if self.context.ndim == 2:
+            return (self.context,) * len(self._chunks)
+        counts: Any = [chunk.classes for chunk in self._chunks]
+        return self.context.split(counts)
+
+
+class _Chunk(nn.Module):
+    """Some of the classes, as they go through the text tower together.
+
+    Args:
+        before_CSW, after_CLW: embeddings of the tokens in front of the context and behind it.
+        rows: their layout where the tower can run what they share once.
+    """
+
+    tokens_CL: Tensor
+    before_CSW: Tensor
+    after_CLW: Tensor
+
+    def __init__(
+        self,
+        tokens_CL: Tensor,
+        before_CSW: Tensor,
+        after_CLW: Tensor,
+        rows: PromptRows | None,
+        recomputed_blocks: int,
+    ) -> None:
+        super().__init__()
+        self.classes, self.rows, self.recomputed_blocks = len(tokens_CL), rows, recomputed_blocks
+        tensors = {"tokens_CL": tokens_CL, "before_CSW": before_CSW, "after_CLW": after_CLW}
+        for name, tensor in tensors.items():
+            # Not persistent: they follow from the backbone and the class names. Copies, or all would be kept.
+            self.register_buffer(name, tensor.clone(), persistent=False)
+
+    def forward(self, backbone: ClipBackbone, context: Tensor) -> Tensor:
+        """Context (M, W), or (C, M, W), to features (C, E), not normalised."""
+        context, own = context.to(self.before_CSW.dtype), context.ndim == 3
+        if self.rows is None:
+            context_CMW = context if own else context.expand(self.classes, -1, -1)
+            embeddings_CLW = torch.cat([self.before_CSW, context_CMW, self.after_CLW], dim=1)
+            return backbone.encode_text_embeddings(embeddings_CLW, self.tokens_CL)
+        prefix_PW, suffix_CLW = self.before_CSW[0], self.after_CLW
+        if own:
+            suffix_CLW = torch.cat([context, suffix_CLW], dim=1)
+        else:
+            prefix_PW = torch.cat([prefix_PW, context])
+        return backbone.encode_prompt_rows(prefix_PW, self.rows.pack(suffix_CLW), self.rows, self.recomputed_blocks)
 
 
 def _draw(shape: torch.Size, seed: int | None) -> Tensor:

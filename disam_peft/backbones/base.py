@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from disam_peft.backbones.blocks import BlockParts, PromptRows
 from disam_peft.backbones.config import BackboneConfig
 from disam_peft.backbones.hashing import weights_hash
 
@@ -50,6 +51,10 @@ class Preprocessing:
 
 class ClipBackbone(ABC):
     """A frozen CLIP in eval mode. Adapters attach to ``model``; everything else goes through the methods.
+
+    The methods leave out what cannot change a feature: the last block's output at positions that are not pooled, and
+    in causal text towers what stands behind a prompt's end. ``model`` itself, called in its family's own way,
+    computes everything, adapters included: the reference to compare with.
 
     Attributes:
         model: the whole CLIP as its family builds it (open_clip: with attention split into Linear layers).
@@ -114,7 +119,8 @@ class ClipBackbone(ABC):
     def image_trunk(self, pixels_BCHW: Tensor, blocks: int) -> Tensor:
         """The stem and the first ``blocks`` blocks of the image tower, 0 <= blocks <= image_blocks.
 
-        A tower that cannot be split (``image_blocks == 0``) returns the pixels unchanged.
+        A tower that cannot be split (``image_blocks == 0``) returns the pixels unchanged. Behind the last block of a
+        tower that pools its class token, only that token is there: (B, 1, width).
         """
 
     @abstractmethod
@@ -148,11 +154,68 @@ class ClipBackbone(ABC):
 
     @abstractmethod
     def text_trunk(self, tokens_CL: Tensor, blocks: int) -> Tensor:
-        """The stem and the first ``blocks`` blocks of the text tower, 0 <= blocks <= text_blocks."""
+        """The stem and the first ``blocks`` blocks of the text tower, 0 <= blocks <= text_blocks.
+
+        The output is as long as ``cut_prompts(tokens_CL)``; behind the last block of a tower that pools one token,
+        only that token is there: (C, 1, W).
+        """
 
     @abstractmethod
     def text_head(self, hidden: Tensor, tokens_CL: Tensor, blocks: int) -> Tensor:
-        """The rest of the text tower after ``text_trunk(..., blocks)``: features (C, E)."""
+        """The rest of the text tower after ``text_trunk(..., blocks)``: features (C, E).
+
+        ``hidden`` may be padded behind its prompts, as far as ``tokens_CL`` goes.
+        """
+
+    def cut_prompts(self, tokens_CL: Tensor) -> Tensor:
+        """The prompts up to the end of the longest of them where the tower is causal, so that what stands behind
+        cannot change a feature; else as they are."""
+        ends_C = self._pooled_positions(tokens_CL) if self._is_causal_text() else None
+        return tokens_CL if ends_C is None else tokens_CL[:, : int(ends_C.max()) + 1]
+
+    def prompt_rows(self, tokens_CL: Tensor, shared: int) -> PromptRows | None:
+        """The layout for ``encode_prompt_rows`` of prompts whose first ``shared`` tokens are the same embeddings;
+        None where the text tower is not causal, or not made of standard blocks."""
+        blocks = self._text_parts() if self._is_causal_text() else None
+        ends_C = self._pooled_positions(tokens_CL)
+        if shared < 1 or blocks is None or ends_C is None or int(ends_C.min()) < shared:
+            return None
+        return PromptRows((ends_C + 1 - shared).tolist(), shared).to(tokens_CL.device)
+
+    def encode_prompt_rows(
+        self, prefix_PW: Tensor, suffix_NW: Tensor, rows: PromptRows, recomputed_blocks: int = 0
+    ) -> Tensor:
+        """``encode_text_embeddings`` of prompts that begin with the same embeddings, which are run once for all, and
+        without padding: token embeddings of the shared part and of all suffixes (``rows.pack``) to features (C, E).
+
+        Args:
+            rows: from ``prompt_rows``.
+            recomputed_blocks: leading blocks whose forward pass backward repeats, to save memory.
+        """
+        blocks = self._text_parts()
+        assert blocks is not None  # prompt_rows gave the layout
+        hidden_RW = torch.cat([prefix_PW, suffix_NW]).to(self.dtype) + self._text_positions()[rows.positions()]
+        return self._text_output(rows(blocks, hidden_RW, recomputed_blocks))
+
+    @abstractmethod
+    def _is_causal_text(self) -> bool:
+        """No token of the text tower sees a later one."""
+
+    @abstractmethod
+    def _pooled_positions(self, tokens_CL: Tensor) -> Tensor | None:
+        """The position (C,) whose output is each prompt's feature; None where that is not a single known one."""
+
+    @abstractmethod
+    def _text_parts(self) -> list[BlockParts] | None:
+        """The blocks of the text tower; None unless all of them are standard."""
+
+    @abstractmethod
+    def _text_positions(self) -> Tensor:
+        """The embeddings (context_length, W) of the positions, frozen; for towers with ``_text_parts``."""
+
+    @abstractmethod
+    def _text_output(self, pooled_CW: Tensor) -> Tensor:
+        """The last block's output at the pooled positions to features (C, E)."""
 
     # -- scale, targets, identity ----------------------------------------------------------------------------
 

@@ -15,9 +15,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 
 from disam_peft.backbones import towers
 from disam_peft.backbones.base import ClipBackbone, Preprocessing, Target, warn_random_weights
+from disam_peft.backbones.blocks import BlockParts, at_one_position
 from disam_peft.backbones.config import RANDOM_WEIGHTS, BackboneConfig
 from disam_peft.backbones.hub import hub_folder
 from disam_peft.errors import UserError
@@ -86,7 +88,7 @@ class HfBackbone(ClipBackbone):
         vision: Any = self.model.vision_model
         trunk = towers.shallow_clone(
             vision,
-            encoder=_with_layers(vision.encoder, slice(None, blocks)),
+            encoder=_with_layers(vision.encoder, slice(None, blocks), _at_one_position(vision.encoder, None)),
             post_layernorm=nn.Identity(),  # it would see an unfinished class token, for nothing
         )
         return trunk(pixel_values=pixels_BCHW.to(self.dtype)).last_hidden_state
@@ -98,7 +100,7 @@ class HfBackbone(ClipBackbone):
             vision,
             embeddings=towers.Given(hidden),
             pre_layrnorm=nn.Identity(),
-            encoder=_with_layers(vision.encoder, slice(blocks, None)),
+            encoder=_with_layers(vision.encoder, slice(blocks, None), _at_one_position(vision.encoder, None)),
         )
         # The embeddings stand in for the pixels, which this part has not got.
         return self._project("visual_projection", head(pixel_values=hidden).pooler_output)
@@ -118,27 +120,63 @@ class HfBackbone(ClipBackbone):
         return text.embeddings.token_embedding(tokens_CL)
 
     def encode_text_embeddings(self, embeddings_CLW: Tensor, tokens_CL: Tensor) -> Tensor:
+        tokens_CL = self.cut_prompts(tokens_CL)
         text: Any = self.model.text_model
-        embeddings = towers.shallow_clone(text.embeddings, token_embedding=towers.Given(embeddings_CLW))
-        whole = towers.shallow_clone(text, embeddings=embeddings)
-        return self._project("text_projection", whole(input_ids=tokens_CL).pooler_output)
+        given = towers.Given(embeddings_CLW[:, : tokens_CL.shape[1]])
+        hidden = towers.shallow_clone(text.embeddings, token_embedding=given)(input_ids=tokens_CL)
+        return self.text_head(hidden, tokens_CL, 0)
 
     def text_trunk(self, tokens_CL: Tensor, blocks: int) -> Tensor:
         towers.check_split(blocks, self.text_blocks, "text")
+        tokens_CL = self.cut_prompts(tokens_CL)
         text: Any = self.model.text_model
-        trunk = towers.shallow_clone(
-            text, encoder=_with_layers(text.encoder, slice(None, blocks)), final_layer_norm=nn.Identity()
-        )
         # No padding mask here and below: attention is causal, and padding comes after the token that is pooled.
-        return trunk(input_ids=tokens_CL).last_hidden_state
+        hidden = text.embeddings(input_ids=tokens_CL)
+        return self._text_part(hidden, tokens_CL, slice(None, blocks), nn.Identity()).last_hidden_state
 
     def text_head(self, hidden: Tensor, tokens_CL: Tensor, blocks: int) -> Tensor:
         towers.check_split(blocks, self.text_blocks, "text")
         text: Any = self.model.text_model
-        head = towers.shallow_clone(
-            text, embeddings=towers.Given(hidden), encoder=_with_layers(text.encoder, slice(blocks, None))
+        pooled = self._text_part(hidden, tokens_CL, slice(blocks, None), text.final_layer_norm).pooler_output
+        return self._project("text_projection", pooled)
+
+    def _text_part(self, hidden: Tensor, tokens_CL: Tensor, which: slice, final_norm: nn.Module) -> Any:
+        """Some layers of the tower, the last one for the pooled position alone; then norm and pooling."""
+        text: Any = self.model.text_model
+        last = _at_one_position(text.encoder, self._pooled_positions(tokens_CL))
+        part = towers.shallow_clone(
+            text,
+            embeddings=towers.Given(hidden),
+            encoder=_with_layers(text.encoder, which, last),
+            final_layer_norm=final_norm,
         )
-        return self._project("text_projection", head(input_ids=tokens_CL).pooler_output)
+        if last is not None:
+            tokens_CL = tokens_CL.new_zeros(len(tokens_CL), 1)  # one position is left, and the pooling takes it
+        return part(input_ids=tokens_CL)
+
+    def _is_causal_text(self) -> bool:
+        return True  # all of type 'clip' are
+
+    def _pooled_positions(self, tokens_CL: Tensor) -> Tensor:
+        text: Any = self.model.text_model
+        end = text.eos_token_id
+        if end == 2:  # old configs have a wrong id; transformers takes the highest then
+            return tokens_CL.argmax(dim=1)
+        return (tokens_CL == end).int().argmax(dim=1)
+
+    def _text_parts(self) -> list[BlockParts] | None:
+        text: Any = self.model.text_model
+        parts = [_parts(layer) for layer in text.encoder.layers]
+        known = [one for one in parts if one is not None]
+        return known if len(known) == len(parts) else None
+
+    def _text_positions(self) -> Tensor:
+        text: Any = self.model.text_model
+        return text.embeddings.position_embedding.weight
+
+    def _text_output(self, pooled_CW: Tensor) -> Tensor:
+        tokens_C1 = torch.zeros(len(pooled_CW), 1, dtype=torch.int64, device=pooled_CW.device)
+        return self.text_head(pooled_CW.unsqueeze(1), tokens_C1, self.text_blocks)
 
     def _project(self, projection: str, pooled: Tensor) -> Tensor:
         return self.model.get_submodule(projection)(pooled)
@@ -275,5 +313,24 @@ def _preprocessing(processor: Any) -> Preprocessing:
     return Preprocessing((height, width), mean, std, interpolation)  # type: ignore[arg-type]
 
 
-def _with_layers(encoder: Any, which: slice) -> Any:
-    return towers.shallow_clone(encoder, layers=encoder.layers[which])
+def _with_layers(encoder: Any, which: slice, last: nn.Module | None) -> Any:
+    """The encoder with some of its layers, among which ``last`` stands for the last one."""
+    layers = list(encoder.layers)
+    if last is not None:
+        layers[-1] = last
+    return towers.shallow_clone(encoder, layers=nn.ModuleList(layers[which]))
+
+
+def _at_one_position(encoder: Any, position_B: Tensor | None) -> Any:
+    """The last layer for one position: of causal text, or for None the class token of an image."""
+    parts = _parts(encoder.layers[-1])
+    return None if parts is None else at_one_position(encoder.layers[-1], parts, position_B, position_B is not None)
+
+
+def _parts(layer: Any) -> BlockParts | None:
+    """The parts of a standard layer as they are now; None for any other, or one whose attention drops out."""
+    attention = layer.self_attn
+    drops_out = attention.training and attention.dropout > 0
+    if type(layer) is not CLIPEncoderLayer or type(attention) is not CLIPAttention or drops_out:
+        return None
+    return BlockParts(layer.layer_norm1, attention, None, layer.layer_norm2, layer.mlp, None)

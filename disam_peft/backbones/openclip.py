@@ -1,36 +1,34 @@
 """CLIPs of open_clip: built-in names with pretrained tags, local folders, hub repositories.
 
-The only file that imports open_clip. The text tower is always the module ``model.text`` (open_clip's "custom text"
-layout), so that names do not depend on the checkpoint; ``save`` goes back to the checkpoint's own layout. Shapes:
-B images, C prompts, L tokens, W token width, E embedding width.
+With ``openclip_weights.py`` the only file that imports open_clip. The text tower is always the module ``model.text``
+(open_clip's "custom text" layout), so that names do not depend on the checkpoint; ``save`` goes back to the
+checkpoint's own layout. Shapes: B images, C prompts, L tokens, W token width, E embedding width.
 """
 
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from open_clip import factory
-from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
 from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from open_clip.transformer import QuickGELU, TextTransformer, VisionTransformer
-from safetensors import SafetensorError
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock, TextTransformer, VisionTransformer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from disam_peft.backbones import towers
-from disam_peft.backbones.attention import fused_state, split_attention
-from disam_peft.backbones.base import ClipBackbone, Preprocessing, Target, warn_random_weights
+from disam_peft.backbones.attention import SplitAttention, fused_state, split_attention
+from disam_peft.backbones.base import ClipBackbone, Target, warn_random_weights
+from disam_peft.backbones.blocks import BlockParts, at_one_position
 from disam_peft.backbones.config import RANDOM_WEIGHTS, BackboneConfig
-from disam_peft.backbones.hub import fetch_text_files, hub_folder, require_safetensors
-from disam_peft.errors import UserError, did_you_mean, nearest
+from disam_peft.backbones.openclip_weights import create, is_custom_text, preprocessing, resolve
+from disam_peft.errors import UserError
 
 BLOCK_ROLES: towers.BlockRoles = {
     "ln_1": ("norm1", "norm"),
@@ -50,10 +48,10 @@ class OpenClipBackbone(ClipBackbone):
     family = "open_clip"
 
     def __init__(self, config: BackboneConfig) -> None:
-        source = _resolve(config)
+        source = resolve(config)
         if config.pretrained == RANDOM_WEIGHTS:
             warn_random_weights(config)
-        model = _create(source, config)
+        model = create(source, config)
         self.config = config
         self.model = model
         self._model_config = source.model_config
@@ -74,7 +72,7 @@ class OpenClipBackbone(ClipBackbone):
 
         self._preprocess = PreprocessCfg(**model.visual.preprocess_cfg)
         self.image_transform = image_transform_v2(self._preprocess, is_train=False)
-        self.preprocessing = _preprocessing(self._preprocess)
+        self.preprocessing = preprocessing(self._preprocess)
         self._targets = self._find_targets()
         self._state_names = frozenset(model.state_dict())
         self._freeze()
@@ -87,16 +85,23 @@ class OpenClipBackbone(ClipBackbone):
             return pixels_BCHW
         visual: Any = self.model.visual
         hidden = visual._embeds(pixels_BCHW.to(self.dtype))
-        return _with_blocks(visual.transformer, slice(None, blocks))(hidden)
+        return self._image_part(slice(None, blocks))(hidden)
 
     def image_head(self, hidden: Tensor, blocks: int) -> Tensor:
         towers.check_split(blocks, self.image_blocks, "image")
         visual: Any = self.model.visual
         if not self._visual_splits:
             return _pooled(visual(hidden.to(self.dtype)))
-        rest = towers.shallow_clone(visual, transformer=_with_blocks(visual.transformer, slice(blocks, None)))
+        rest = towers.shallow_clone(visual, transformer=self._image_part(slice(blocks, None)))
         rest._embeds = lambda given: given
         return _pooled(rest(hidden))
+
+    def _image_part(self, which: slice) -> Any:
+        """Some blocks of the tower, the last one for the class token alone where only that is pooled."""
+        visual: Any = self.model.visual
+        class_token = visual.attn_pool is None and visual.pool_type == "tok"
+        last = _at_one_position(visual.transformer, None, causal=False) if class_token else None
+        return _with_blocks(visual.transformer, which, last)
 
     # -- text ------------------------------------------------------------------------------------------------
 
@@ -115,18 +120,20 @@ class OpenClipBackbone(ClipBackbone):
         return self._text_tower().token_embedding(tokens_CL)
 
     def encode_text_embeddings(self, embeddings_CLW: Tensor, tokens_CL: Tensor) -> Tensor:
-        text = towers.shallow_clone(self._text_tower(), token_embedding=towers.Given(embeddings_CLW))
-        hidden, mask = text._embeds(tokens_CL)
+        tokens_CL, text = self.cut_prompts(tokens_CL), self._text_tower()
+        given = towers.Given(embeddings_CLW[:, : tokens_CL.shape[1]])
+        hidden, mask = towers.shallow_clone(text, token_embedding=given)._embeds(tokens_CL)
         return self._text_rest(hidden, mask, tokens_CL, 0)
 
     def text_trunk(self, tokens_CL: Tensor, blocks: int) -> Tensor:
         towers.check_split(blocks, self.text_blocks, "text")
         if not self._text_splits:
             return tokens_CL
+        tokens_CL = self.cut_prompts(tokens_CL)
         text = self._text_tower()
         hidden, mask = text._embeds(tokens_CL)
-        transformer = _with_blocks(text.transformer, slice(None, blocks))
-        return transformer(hidden, attn_mask=_cut(mask, hidden.shape[1]))
+        part = _with_blocks(text.transformer, slice(None, blocks), self._last_text_block(tokens_CL))
+        return part(hidden, attn_mask=_cut(mask, hidden.shape[1]))
 
     def text_head(self, hidden: Tensor, tokens_CL: Tensor, blocks: int) -> Tensor:
         towers.check_split(blocks, self.text_blocks, "text")
@@ -142,9 +149,48 @@ class OpenClipBackbone(ClipBackbone):
 
     def _text_rest(self, hidden: Tensor, mask: Tensor | None, tokens_CL: Tensor, blocks: int) -> Tensor:
         text = self._text_tower()
-        rest = towers.shallow_clone(text, transformer=_with_blocks(text.transformer, slice(blocks, None)))
+        last = self._last_text_block(tokens_CL)
+        rest = towers.shallow_clone(text, transformer=_with_blocks(text.transformer, slice(blocks, None), last))
         rest._embeds = lambda _: (hidden, _cut(mask, hidden.shape[1]))
+        if last is not None:
+            tokens_CL = tokens_CL.new_zeros(len(tokens_CL), 1)  # one position is left, and any pooling takes it
         return _pooled(rest(tokens_CL))
+
+    def _last_text_block(self, tokens_CL: Tensor) -> Any:
+        """The last block for the pooled position alone; None where that is not a single one."""
+        ends_C = self._pooled_positions(tokens_CL)
+        if ends_C is None:
+            return None
+        return _at_one_position(self._text_tower().transformer, ends_C, causal=self._is_causal_text())
+
+    def _is_causal_text(self) -> bool:
+        text: Any = self.model.text
+        return self._text_splits and text.attn_mask is not None and text.cls_emb is None
+
+    def _pooled_positions(self, tokens_CL: Tensor) -> Tensor | None:
+        text: Any = self.model.text
+        if not self._text_splits or text.use_pad_mask or text.cls_emb is not None:
+            return None
+        if text.pool_type == "argmax":
+            return tokens_CL.argmax(dim=1)
+        if text.pool_type == "eos":
+            return (tokens_CL == text.eos_id).int().argmax(dim=1)
+        if text.pool_type in ("first", "last"):
+            position = 0 if text.pool_type == "first" else tokens_CL.shape[1] - 1
+            return tokens_CL.new_full((len(tokens_CL),), position)
+        return None
+
+    def _text_parts(self) -> list[BlockParts] | None:
+        parts = [_parts(block) for block in self._text_tower().transformer.resblocks]
+        known = [one for one in parts if one is not None]
+        return known if len(known) == len(parts) else None
+
+    def _text_positions(self) -> Tensor:
+        return self._text_tower().positional_embedding
+
+    def _text_output(self, pooled_CW: Tensor) -> Tensor:
+        tokens_C1 = torch.zeros(len(pooled_CW), 1, dtype=torch.int64, device=pooled_CW.device)
+        return self._text_rest(pooled_CW.unsqueeze(1), None, tokens_C1, self.text_blocks)
 
     def _text_tower(self) -> Any:
         if not self._text_splits:
@@ -181,7 +227,7 @@ class OpenClipBackbone(ClipBackbone):
         towers.refuse_adapter_keys(model.state_dict(), self._state_names)
         directory.mkdir(parents=True, exist_ok=True)
         state = fused_state(model)
-        if not _is_custom_text(self._model_config):
+        if not is_custom_text(self._model_config):
             # The plain layout keeps at the top level what the custom text layout keeps under "text.".
             state = {name.removeprefix("text."): tensor for name, tensor in state.items()}
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -197,155 +243,25 @@ def imagenet_templates() -> tuple[str, ...]:
     return tuple(sentence("{}") for sentence in open_clip.OPENAI_IMAGENET_TEMPLATES)
 
 
-# -- where a checkpoint comes from ---------------------------------------------------------------------------
+def _with_blocks(transformer: Any, which: slice, last: nn.Module | None) -> Any:
+    """The transformer with some of its blocks, among which ``last`` stands for the last one."""
+    blocks = list(transformer.resblocks)
+    if last is not None:
+        blocks[-1] = last
+    return towers.shallow_clone(transformer, resblocks=nn.ModuleList(blocks[which]))
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Arguments for open_clip's factory, after every mistake that can be seen before loading."""
-
-    model_name: str
-    tokenizer_name: str
-    model_config: dict[str, Any]
-    """As it is to be saved again; ``quick_gelu`` is what the weights were trained with."""
-    weights: str | None = None
-    preprocess: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def quick_gelu(self) -> bool:
-        return bool(self.model_config.get("quick_gelu", False))
+def _at_one_position(transformer: Any, position_B: Tensor | None, *, causal: bool) -> Any:
+    block = transformer.resblocks[-1]
+    parts = _parts(block)
+    return None if parts is None else at_one_position(block, parts, position_B, causal)
 
 
-def _create(source: _Source, config: BackboneConfig) -> Any:
-    load = config.pretrained != RANDOM_WEIGHTS
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            return open_clip.create_model(
-                source.model_name,
-                source.weights,
-                load_weights=load,
-                require_pretrained=load,
-                pretrained_text=False,
-                force_custom_text=True,
-                force_preprocess_cfg=source.preprocess,
-                quick_gelu=source.quick_gelu,
-            )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise UserError(f"the weights of '{config.name}' do not load into its model: {error}") from error
-
-
-def _resolve(config: BackboneConfig) -> _Source:
-    try:
-        schema, identifier = factory.parse_model_name(config.name)
-    except ValueError as error:
-        raise UserError(f"backbone.name '{config.name}' is incomplete: {error}") from error
-    if schema is not None and config.pretrained not in (None, RANDOM_WEIGHTS):
-        raise UserError(
-            f"backbone.pretrained '{config.pretrained}' has no meaning with '{config.name}', which brings its own "
-            f"weights: leave it out (or '{RANDOM_WEIGHTS}' for random weights)"
-        )
-    if schema != "hf-hub" and config.revision is not None:
-        raise UserError(
-            f"backbone.revision '{config.revision}' has no meaning with '{config.name}': only hub repositories "
-            "have revisions; leave it out"
-        )
-    if schema == "local-dir":
-        return _from_folder(Path(identifier).expanduser(), config, config.name)
-    if schema == "hf-hub":
-        weights = [] if config.pretrained == RANDOM_WEIGHTS else [HF_SAFE_WEIGHTS_NAME]
-        folder = hub_folder(identifier, [[HF_CONFIG_NAME, *weights]], revision=config.revision)
-        return _from_folder(folder, config, config.name)
-    return _from_name(identifier.replace("/", "-"), config)
-
-
-def _from_folder(folder: Path, config: BackboneConfig, name: str) -> _Source:
-    path = folder / HF_CONFIG_NAME
-    if not path.is_file():
-        raise UserError(
-            f"'{name}': no {HF_CONFIG_NAME} in {folder} "
-            f"({'the folder exists' if folder.is_dir() else 'there is no such folder'}); "
-            "give a folder that open_clip or `disam-peft export --to merged` wrote"
-        )
-    try:
-        model_config = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not an open_clip config: it must be JSON with a 'model_cfg'") from error
-    if config.pretrained != RANDOM_WEIGHTS:
-        weights = factory._find_checkpoint_in_dir(folder)
-        if weights is None:
-            raise UserError(f"'{name}': no weights in {folder}; expected {HF_SAFE_WEIGHTS_NAME}")
-        require_safetensors(Path(weights))
-    local_name = f"{factory.LOCAL_DIR_PREFIX}{folder}"
-    if name != local_name and model_config["text_cfg"].get("hf_tokenizer_name"):
-        # open_clip looks for the tokenizer inside a local folder, but under its own name for a hub repository.
-        fetch_text_files(model_config["text_cfg"])
-        return _Source(local_name, name, model_config)
-    return _Source(local_name, local_name, model_config)
-
-
-def _from_name(name: str, config: BackboneConfig) -> _Source:
-    model_config = open_clip.get_model_config(name)
-    if model_config is None:
-        raise UserError(
-            f"open_clip has no model '{config.name}'{did_you_mean(name, open_clip.list_models())} "
-            "(`open_clip.list_models()` has them all; a folder is written local-dir:FOLDER, a hub id hf-hub:OWNER/NAME)"
-        )
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    pretrained = config.pretrained
-    if pretrained == RANDOM_WEIGHTS:
-        fetch_text_files(model_config["text_cfg"])
-        return _Source(name, name, model_config)
-    known = f"tags of {name}: {', '.join(tags)}" if tags else f"open_clip has no pretrained weights for {name}"
-    if pretrained is None:
-        raise UserError(f"backbone.pretrained is not set for '{name}'; {known}")
-    tag = open_clip.get_pretrained_cfg(name, pretrained)
-    if tag:
-        fetch_text_files(model_config["text_cfg"])
-        return _from_tag(name, pretrained, tag, model_config)
-    path = Path(pretrained).expanduser()
-    if path.is_file():
-        require_safetensors(path)
-        return _Source(name, name, model_config, weights=str(path))
-    # Not did_you_mean: where nothing is near, the first tags are still better than none.
-    close = nearest(pretrained, tags) or list(tags[:3])
-    raise UserError(
-        f"'{pretrained}' is neither a pretrained tag of '{name}' nor a file"
-        f"{'; did you mean ' + ' or '.join(repr(one) for one in close) + '?' if close else ''} ({known})"
-    )
-
-
-def _from_tag(name: str, tag_name: str, tag: dict[str, Any], model_config: dict[str, Any]) -> _Source:
-    if tag.get("quick_gelu") and not model_config.get("quick_gelu"):
-        warnings.warn(
-            f"the weights '{tag_name}' were trained with QuickGELU, but the model '{name}' is configured without: "
-            f"following the weights (the name for both is '{name}-quickgelu')",
-            stacklevel=2,
-        )
-        model_config = {**model_config, "quick_gelu": True}
-    repo, filename = tag["hf_hub"].rsplit("/", 1)
-    pickled = filename or HF_WEIGHTS_NAME
-    safe = HF_SAFE_WEIGHTS_NAME if not filename else Path(filename).with_suffix(".safetensors").name
-    # open_clip vouches for its own tags, and unpickles their weights without running code (weights_only).
-    folder = hub_folder(repo, [[safe], [pickled]])
-    weights = next(folder / one for one in (safe, pickled) if (folder / one).exists())
-    keys = ("mean", "std", "interpolation", "resize_mode")
-    preprocess = {key: tag[key] for key in keys if key in tag}
-    return _Source(name, name, model_config, weights=str(weights), preprocess=preprocess)
-
-
-def _is_custom_text(model_config: dict[str, Any]) -> bool:
-    return bool(model_config.get("custom_text")) or "hf_model_name" in model_config["text_cfg"]
-
-
-def _preprocessing(config: PreprocessCfg) -> Preprocessing:
-    height, width = (config.size, config.size) if isinstance(config.size, int) else config.size
-    interpolation = "bilinear" if config.interpolation == "bilinear" else "bicubic"  # as open_clip reads it
-    return Preprocessing((height, width), tuple(config.mean), tuple(config.std), interpolation)  # type: ignore[arg-type]
-
-
-def _with_blocks(transformer: Any, which: slice) -> Any:
-    return towers.shallow_clone(transformer, resblocks=transformer.resblocks[which])
+def _parts(block: Any) -> BlockParts | None:
+    """The parts of a standard block as they are now; None for any other block."""
+    if type(block) is not ResidualAttentionBlock or type(block.attn) is not SplitAttention:
+        return None
+    return BlockParts(block.ln_1, block.attn, block.ls_1, block.ln_2, block.mlp, block.ls_2)
 
 
 def _cut(mask: Tensor | None, length: int) -> Tensor | None:

@@ -59,8 +59,7 @@ def test_features_are_those_of_the_clip_model(transformers_dir: str) -> None:
     with torch.no_grad():
         image = theirs.get_image_features(pixel_values=images).pooler_output
         text = theirs.get_text_features(**encoded).pooler_output
-        assert torch.equal(backbone.encode_image(images), image)
-        # Theirs is padded to the longest prompt, ours to the whole context.
+        assert (backbone.encode_image(images) - image).abs().max() < 1e-5
         assert (backbone.encode_text(backbone.tokenize(TEXTS)) - text).abs().max() < 1e-5
         scale = theirs.logit_scale.exp()
     assert torch.equal(backbone.logit_scale, scale) and backbone.logit_bias is None
