@@ -68,10 +68,10 @@ def print_evaluation(
     """Every split and domain, with the top-1 that training recorded for the same, where it did."""
     console = console or Console()
     before = {(r.method, r.split, r.domain, r.metric): r.value for r in recorded}
-    table = Table(title=escape(title), box=box.SIMPLE, title_justify="left")
+    table = Table(title=f"{escape(title)} (accuracies in %)", box=box.SIMPLE, title_justify="left", pad_edge=False)
     for name in ("split", "domain"):
         table.add_column(name, no_wrap=True)
-    for name in ("n", "top-1 %", "macro %", "NLL", "ECE", "recorded"):
+    for name in ("n", "top-1", "macro", "NLL", "ECE", "recorded"):
         table.add_column(name, justify="right", no_wrap=True)
     lines: dict[tuple[str, str], dict[str, ResultRow]] = {}
     for row in rows:

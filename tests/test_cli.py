@@ -65,6 +65,7 @@ def test_train_evaluate_export(cli, arguments, tmp_path):
 
     code, out, err = cli("evaluate", folder)
     assert code == 0, err
+    assert "…" not in out, "fits a terminal of 80 columns"
     again = json.loads((folder / "photo/evaluation.json").read_text())
     recorded = [row.__dict__ for row in rows if row.method == "disam"]
     assert again == recorded, "reloading gives the same numbers, to the last bit"
