@@ -218,3 +218,20 @@ def test_text_lora_over_more_prompts_than_run_at_once(backbone: ClipBackbone) ->
     gradients = (torch.autograd.grad((features * probe).sum(), trained) for features in (ours, theirs))
     for one, other in zip(*gradients, strict=True):
         assert other.norm() > 1e-4 and relative(one, other) <= 1e-12
+
+
+@pytest.mark.parametrize("how", ["half weights", "autocast"])
+def test_half_precision_is_near(backbone: ClipBackbone, how: str) -> None:
+    backbone.to(dtype=torch.float32)
+    classifier = coop(backbone, context_tokens=5)
+    context = classifier.trainable()["context"]
+    theirs = by_hand(backbone, NAMES, context).detach()
+    if how == "half weights":
+        classifier.to(torch.bfloat16)
+        classifier.adapter.float()  # type: ignore[union-attr]  # as it is trained: only the backbone is half
+        classifier.adapter._chunks.to(torch.bfloat16)  # type: ignore[union-attr]
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        features = classifier.class_features()
+    assert 1e-4 < relative(features, theirs) < 0.05
+    found = gradient(features, classifier.trainable()["context"])
+    assert found.dtype == torch.float32 and torch.isfinite(found).all() and found.norm() > 1e-3
