@@ -78,7 +78,6 @@ def _recipe(output: Path, method: str, held_out: str, steps: int, images_per_cla
             batch_size=60,
             learning_rate=2e-3,
             warmup_steps=min(10, steps - 1),
-            validate_every=max(1, steps // 3),
             log_every=5,
         ),
     )
