@@ -68,6 +68,31 @@ def train(
 
 
 @app.command()
+def sweep(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe with a linear probe.")],
+    overrides: Overrides = None,
+    rho: Annotated[str, typer.Option(help="Radii, e.g. 0.02,0.05,0.1. Unset: the recipe's.")] = "",
+    variance_weight: Annotated[str, typer.Option(help="Values of lambda, e.g. 0,0.1,0.5.")] = "",
+    learning_rate: Annotated[str, typer.Option(help="Learning rates, e.g. 1e-3,1e-2.")] = "",
+) -> None:
+    """Try every combination for a linear probe in one run, judged on the source domains alone."""
+    from disam_peft import sweep as sweeps
+    from disam_peft.recipe import load_recipe
+    from disam_peft.tables import print_sweep
+
+    rows = sweeps.sweep(
+        load_recipe(recipe, overrides or []),
+        learning_rates=_numbers("--learning-rate", learning_rate),
+        rhos=_numbers("--rho", rho),
+        variance_weights=_numbers("--variance-weight", variance_weight),
+    )
+    for held_out in dict.fromkeys(row.held_out for row in rows):
+        found = [row for row in rows if row.held_out == held_out]
+        print_sweep([vars(row) for row in found], f"without {held_out}: accuracy on held-back source data")
+        typer.echo(f"next: {sweeps.best_command(recipe, found[0])}")
+
+
+@app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="A run, or a folder of runs.")],
     overrides: Overrides = None,
@@ -148,6 +173,13 @@ def _print_evaluation(outcome: Outcome, recorded: list[ResultRow]) -> None:
     from disam_peft.tables import print_evaluation
 
     print_evaluation(outcome.rows, recorded, str(outcome.folder))
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise UserError(f"{option} {text!r} is not a list of numbers such as 0.02,0.05,0.1") from error
 
 
 def _is_main() -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -89,6 +89,22 @@ def print_evaluation(
             _number(of["nll"].value),
             _number(of["ece"].value),
             _percent(before.get((top1.method, split, domain, "top1"))),
+        )
+    console.print(table)
+
+
+def print_sweep(rows: Iterable[Mapping[str, Any]], title: str, console: Console | None = None) -> None:
+    """One line per setting, in the order given."""
+    console = console or Console()
+    table = Table(title=escape(title), box=box.SIMPLE, title_justify="left")
+    for name in ("learning rate", "rho", "lambda", "best step", "top-1 (%)", "NLL"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            *(f"{row[key]:g}" for key in ("learning_rate", "rho", "variance_weight")),
+            str(row["best_step"]),
+            "diverged" if row["source_top1"] is None else _percent(row["source_top1"]),
+            _number(row["source_nll"]),
         )
     console.print(table)
 

@@ -18,16 +18,18 @@ from typing import Annotated, Literal
 import torch
 import transformers
 import typer
-from bench import attention, bookkeeping, coop, lora, memory
+from bench import attention, bookkeeping, coop, growth, lora, memory, probe
 from bench.measure import Row, machine, table
 from bench.models import vit_b_32, write_clip
 
-Section = Literal["bookkeeping", "lora", "coop", "memory"]
+Section = Literal["bookkeeping", "lora", "coop", "memory", "probe", "growth"]
 BLOCKS = 12
 
 
 def main(
-    what: Annotated[Literal["all", "bookkeeping", "lora", "coop", "memory"], typer.Argument()] = "all",
+    what: Annotated[
+        Literal["all", "bookkeeping", "lora", "coop", "memory", "probe", "growth"], typer.Argument()
+    ] = "all",
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Rounds that count, after a cold one. Unset: 2 to 5, as they last.")
     ] = None,
@@ -67,6 +69,8 @@ def _sections(
         ("coop", 3, lambda rounds: coop.few_classes(folder, 65, batch, rounds, device)),
         ("coop", 2, lambda rounds: coop.many_classes(folder, 345, batch, rounds, device)),
         ("memory", 2, lambda rounds: memory.rows(folder, 1000, batch, rounds, device)),
+        ("probe", 5, lambda rounds: probe.rows(folder, rounds, device)),
+        ("growth", 5, lambda rounds: growth.rows(folder, rounds, device)),
     ]
 
 

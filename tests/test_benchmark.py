@@ -118,13 +118,14 @@ def test_bookkeeping_and_the_table(folder: Path) -> None:
 
 
 def test_every_section_gives_rows_with_small_differences(folder: Path, tiny_config: Any) -> None:
-    from bench import attention, coop, lora
+    from bench import attention, coop, growth, lora, probe
 
     rows = [
         *lora.rows(folder, 3, 4, 1, CPU),
         *attention.rows(tiny_config, 4, 1, CPU),
         *coop.few_classes(folder, 5, 4, 1, CPU),
         *coop.many_classes(folder, 7, 4, 1, CPU),
+        *probe.rows(folder, 1, CPU, images=96),
     ]
     # every target of a ratio that these sections answer for
     assert [row.target for row in rows if row.target is not None] == [
@@ -137,6 +138,9 @@ def test_every_section_gives_rows_with_small_differences(folder: Path, tiny_conf
         0.05,
         0.1,
         0.04,
+        0.001,
+        0.5,
+        0.2,
     ]
     for row in rows:
         assert row.values[0] > 0
@@ -144,6 +148,7 @@ def test_every_section_gives_rows_with_small_differences(folder: Path, tiny_conf
         assert (row.difference is not None) == compared
         assert (row.difference or 0) < 3e-5, row.what
         assert (row.rounding or 0) < 3e-5, row.what
+    assert [len(row.values) for row in growth.rows(folder, 2, CPU)] == [2, 2, 2]
 
 
 def test_interleaved_counts_no_cold_round() -> None:

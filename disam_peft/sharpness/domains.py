@@ -80,7 +80,7 @@ def domain_index(domains_B: Tensor, num_domains: int | None) -> tuple[Tensor, Te
     return torch.arange(num_domains, device=domains_B.device), domains_B
 
 
-def ascent_weights(mean_D: Tensor, count_D: Tensor, variance_weight: float) -> Tensor:
+def ascent_weights(mean_D: Tensor, count_D: Tensor, variance_weight: float | Tensor) -> Tensor:
     """Weight c_d of each sample of domain d in the ascent gradient ``sum_i c_d(i) grad l_i``.
 
     The gradient of ``mean(l) - lambda * Var(L)`` with the population variance over the K domains present is linear
@@ -89,22 +89,28 @@ def ascent_weights(mean_D: Tensor, count_D: Tensor, variance_weight: float) -> T
     one, and one is negative where ``L_d - Lbar > n_d K / (2 lambda N)``.
 
     Args:
-        mean_D: mean loss per domain; ignored (may be NaN) where the count is 0.
-        count_D: samples per domain; floating point, so that nothing is rounded to float32 on the way.
-        variance_weight: lambda; 0 gives 1/N throughout, exactly.
+        mean_D: mean loss per domain, (D,) or (..., D) for several models at once; ignored (may be NaN) where the count
+            is 0.
+        count_D: samples per domain, (D,); floating point, so that nothing is rounded to float32 on the way.
+        variance_weight: lambda; 0 gives 1/N throughout, exactly. A tensor that broadcasts to ``mean_D`` gives each
+            model its own.
 
     Returns:
-        (D,) in ``mean_D``'s dtype; 0 for absent domains.
+        ``mean_D``'s shape and dtype; 0 for absent domains.
     """
     present_D = count_D > 0
     # in the losses' own dtype: dividing a number by an integer tensor would silently round to float32
     num_present = present_D.sum().to(mean_D.dtype)
     mean_D = torch.where(present_D, mean_D, torch.zeros_like(mean_D))
-    grand_mean = mean_D.sum() / num_present
+    grand_mean = mean_D.sum(dim=-1, keepdim=True) / num_present
     safe_count_D = torch.where(present_D, count_D, torch.ones_like(count_D))
     pull_D = (2.0 * variance_weight / num_present) * (mean_D - grand_mean) / safe_count_D
     # with lambda = 0 the pull must vanish even where a loss is inf (0 * inf would be NaN)
-    weight_D = 1.0 / count_D.sum() - (pull_D if variance_weight != 0 else torch.zeros_like(pull_D))
+    if isinstance(variance_weight, Tensor):
+        pull_D = torch.where(variance_weight != 0, pull_D, torch.zeros_like(pull_D))
+    elif variance_weight == 0:
+        pull_D = torch.zeros_like(pull_D)
+    weight_D = 1.0 / count_D.sum() - pull_D
     return torch.where(present_D, weight_D, torch.zeros_like(weight_D))
 
 

@@ -7,7 +7,7 @@ compared at any time. Shapes in this file: B samples.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def ours(
     trainable = classifier.trainable()
     params = list(trainable.values())
     disam = DISAM(params, rho, variance_weight, num_domains=DOMAINS)
-    optimizer = torch.optim.AdamW(params, lr=0.0)
+    optimizer = torch.optim.AdamW(params, lr=0.0, fused=True)
 
     def run() -> None:
         frozen = classifier.encode_frozen(batch.pixels_BCHW) if stored is None else stored.read()
@@ -121,7 +121,7 @@ def peer_erm(params: Mapping[str, Tensor], logits: Callable[[], Tensor], labels_
 
 def peer_sam(params: Mapping[str, Tensor], logits: Callable[[], Tensor], labels_B: Tensor) -> Step:
     """Two full passes, with the optimizer of pytorch_optimizer driven as its documentation shows."""
-    optimizer = _sam_class()(params.values(), torch.optim.AdamW, rho=RHO, lr=0.0)
+    optimizer = sam_optimizer(params.values())
 
     def run() -> None:
         optimizer.zero_grad()
@@ -138,9 +138,10 @@ def peer_sam(params: Mapping[str, Tensor], logits: Callable[[], Tensor], labels_
     return Step(run, params)
 
 
-def _sam_class() -> Any:
+def sam_optimizer(params: Iterable[Tensor], lr: float = 0.0) -> Any:
+    """pytorch_optimizer's SAM around AdamW."""
     try:
         from pytorch_optimizer import SAM
     except ImportError as error:
         raise SystemExit('pytorch_optimizer is missing: pip install "disam_peft[bench]"') from error
-    return SAM
+    return SAM(params, torch.optim.AdamW, rho=RHO, lr=lr)

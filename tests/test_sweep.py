@@ -1,0 +1,70 @@
+"""`disam-peft sweep`: the ranking on the sources, and what it says to type next."""
+
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from disam_peft import cli, run
+from disam_peft.errors import UserError
+from disam_peft.recipe import load_recipe
+from disam_peft.sweep import sweep
+
+
+@pytest.fixture
+def recipe_path(tmp_path, domains_folder, openclip_name):
+    values = {
+        "name": "probe",
+        "output": str(tmp_path / "runs"),
+        "backbone": {"name": openclip_name},
+        "adapter": {"kind": "linear_probe"},
+        "method": {"name": "disam"},
+        "augment": {"kind": "none"},
+        "data": {"root": str(domains_folder)},
+        "protocol": {"held_out": "photo", "validation_fraction": 0.5},
+        "train": {"steps": 8, "batch_size": 6, "validate_every": 4, "workers": 0},
+        "evaluation": {"workers": 0},
+    }
+    path = tmp_path / "probe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_the_best_setting_scores_what_training_it_records(recipe_path, tmp_path):
+    recipe = load_recipe(recipe_path)
+    held_out = "photo"
+    rows = sweep(recipe, learning_rates=[1e-3, 1e-1], rhos=[0.0, 0.2], variance_weights=[0.1])
+    assert len(rows) == 4
+    assert [row.source_top1 for row in rows] == sorted((row.source_top1 for row in rows), reverse=True)
+    written = json.loads((tmp_path / "runs/probe" / f"sweep-{held_out}.json").read_text())
+    assert written == [vars(row) for row in rows]
+    best = rows[0]
+    [outcome] = run.train(load_recipe(recipe_path, best.overrides()))
+    assert outcome.fit.best_score.mean_top1 == best.source_top1
+    assert -outcome.fit.best_score.negative_nll == pytest.approx(best.source_nll, abs=1e-4)
+
+
+def test_the_command_prints_what_to_type_next(recipe_path):
+    arguments = ["sweep", str(recipe_path), "train.steps=4", "--rho", "0.05,0.1", "--learning-rate", "0.01"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "without photo" in result.output
+    assert "train.learning_rate=0.01" in result.output
+    assert result.output.count("0.01") >= 3  # two rows and the command
+
+
+def test_it_says_what_cannot_be_swept(recipe_path):
+    recipe = load_recipe(recipe_path)
+    with pytest.raises(UserError, match="rhos: -1 is not 0 or more"):
+        sweep(recipe, rhos=[0.1, -1])
+    with pytest.raises(UserError, match="learning rates: 0 is not above 0"):
+        sweep(recipe, learning_rates=[0.0])
+    with pytest.raises(UserError, match="variance weights: nan"):
+        sweep(recipe, variance_weights=[float("nan")])
+    with pytest.raises(UserError, match=r"adapter\.kind is 'lora'"):
+        sweep(load_recipe(recipe_path, ["adapter.kind=lora"]))
+    with pytest.raises(UserError, match=r"features\.views"):
+        sweep(load_recipe(recipe_path, ["augment.kind=standard"]))
+    result = CliRunner().invoke(cli.app, ["sweep", str(recipe_path), "--rho", "0.1;0.2"])
+    assert isinstance(result.exception, UserError) and "not a list of numbers" in str(result.exception)
