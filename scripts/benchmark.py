@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py                       # everything: about ten minutes on two cores
     python scripts/benchmark.py lora --rounds 11
+    python scripts/benchmark.py run --data FOLDER     # whole runs on FOLDER/<domain>/<class>/*: half an hour
 
 Variants run interleaved (A B A B ...), and the median of the per-round ratios is printed with its range: machines are
 noisy, ratios are not. Beside each stands by how much the gradients differ. Weights are random at the sizes of ViT-B/32,
@@ -18,11 +19,11 @@ from typing import Annotated, Literal
 import torch
 import transformers
 import typer
-from bench import attention, bookkeeping, coop, growth, lora, memory, probe
+from bench import attention, bookkeeping, coop, growth, lora, memory, probe, whole_run
 from bench.measure import Row, machine, table
 from bench.models import vit_b_32, write_clip
 
-Section = Literal["bookkeeping", "lora", "coop", "memory", "probe", "growth"]
+Section = Literal["bookkeeping", "lora", "coop", "memory", "probe", "growth", "run"]
 BLOCKS = 12
 
 
@@ -37,6 +38,8 @@ def main(
         int | None, typer.Option(min=3, help="Images of a step. Unset: 8, and 32 for the bookkeeping.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Unset: torch's choice.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A folder of domains, for whole runs.")] = None,
+    held_out: Annotated[str, typer.Option(help="The domain that whole runs leave out.")] = "sketch",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """What a training step costs against a naive one, as a Markdown table of ratios measured side by side."""
@@ -54,6 +57,10 @@ def main(
             if what in ("all", section):
                 typer.echo(f"measuring {section} ...", err=True)
                 rows += measure(rounds_by_default if rounds is None else rounds)
+        if data is not None and what in ("all", "run"):
+            rows += whole_run.rows(folder, data, held_out)
+        elif what == "run":
+            raise typer.BadParameter("whole runs need --data FOLDER")
     typer.echo(f"{machine(where)}; ViT-B/32, float32, batch {8 if batch is None else batch}\n")
     typer.echo(table(rows))
 

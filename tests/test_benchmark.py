@@ -151,6 +151,16 @@ def test_every_section_gives_rows_with_small_differences(folder: Path, tiny_conf
     assert [len(row.values) for row in growth.rows(folder, 2, CPU)] == [2, 2, 2]
 
 
+def test_whole_runs_of_both_kinds(folder: Path, domains_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import whole_run
+
+    monkeypatch.setattr(whole_run, "LAST", 1)
+    rows = whole_run.rows(folder, domains_folder, "photo")
+    assert [row.target for row in rows] == [0.45, None, None] * 2
+    for ratio, ours, naive in (rows[:3], rows[3:]):
+        assert ratio.values[0] == ours.values[0] / naive.values[0] > 0
+
+
 def test_interleaved_counts_no_cold_round() -> None:
     from bench.measure import interleaved, ratios
 

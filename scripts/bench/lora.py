@@ -34,12 +34,16 @@ def lora_steps(
     classifier = ClipClassifier(backbone, build_adapter(config, backbone, prompts), prompts).to(device)
     tokens_CL = backbone.tokenize([prompts.templates[0].replace("{}", name) for name in prompts.class_names])
 
-    peer = _peer(folder, last, device, dtype)
+    peer = peer_lora(folder, last, device, dtype)
     assert classifier.adapter is not None
     classifier.adapter.load_state(get_peft_model_state_dict(peer, save_embedding_layers=False))
     classifier.train()
     stored = Stored(classifier.encode_frozen(batch.pixels_BCHW))
-    logits, params = _peer_logits(peer, tokens_CL, batch.pixels_BCHW), _by_checkpoint_name(peer)
+    of_images, params = peer_logits(peer, tokens_CL), _by_checkpoint_name(peer)
+
+    def logits() -> Tensor:
+        return of_images(batch.pixels_BCHW)
+
     return {
         "sam": peer_sam(params, logits, batch.labels_B),
         "erm": peer_erm(params, logits, batch.labels_B),
@@ -103,7 +107,7 @@ def _all(folder: Path, blocks: int, batch_size: int, rounds: int, device: torch.
     ]
 
 
-def _peer(folder: Path, last: int, device: torch.device, dtype: torch.dtype) -> Any:
+def peer_lora(folder: Path, last: int, device: torch.device, dtype: torch.dtype) -> Any:
     model = peer_model(folder)
     blocks = model.config.vision_config.num_hidden_layers
     trained = "|".join(str(block) for block in range(blocks - last, blocks))
@@ -117,12 +121,12 @@ def _peer(folder: Path, last: int, device: torch.device, dtype: torch.dtype) -> 
     return peer.to(device, dtype).train()  # drawn before: the same values in every dtype
 
 
-def _peer_logits(peer: Any, tokens_CL: Tensor, pixels_BCHW: Tensor) -> Callable[[], Tensor]:
-    """Text features are computed once, as anybody would who trains the image tower alone."""
+def peer_logits(peer: Any, tokens_CL: Tensor) -> Callable[[Tensor], Tensor]:
+    """Images to logits. Text features are computed once, as anybody would who trains the image tower alone."""
     with torch.no_grad():
         text_CE = nn.functional.normalize(peer.get_text_features(input_ids=tokens_CL).pooler_output, dim=-1)
 
-    def logits() -> Tensor:
+    def logits(pixels_BCHW: Tensor) -> Tensor:
         image_BE = nn.functional.normalize(peer.get_image_features(pixel_values=pixels_BCHW).pooler_output, dim=-1)
         return peer.logit_scale.exp() * image_BE @ text_CE.T
 
