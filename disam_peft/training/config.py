@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from disam_peft.config import Config
 
@@ -52,8 +52,10 @@ class TrainConfig(Config):
     """Largest norm of the gradient; unset: not clipped."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of the forward passes; what is trained stays float32."""
-    gradient_accumulation_steps: int = 1
-    """Only 1 for now: the variance over domains belongs to the whole batch."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Pieces in which each process takes its images of a step through the model: less memory, the same result up to
+    rounding. ``batch_size`` stays the images of a step, and the variance over domains that of the whole batch.
+    (Dropout draws other masks.) Where the image tower is frozen, only the encoding of images goes in pieces."""
     validate_every: int | None = Field(default=None, ge=1)
     """Steps between validations on the sources; unset: ten times a run. The last step is always validated."""
     log_every: int = Field(default=10, ge=1)
@@ -65,20 +67,20 @@ class TrainConfig(Config):
     tracker: Literal["none", "tensorboard"] = "none"
     """Where numbers go besides ``metrics.jsonl``."""
 
-    @field_validator("gradient_accumulation_steps")
-    @classmethod
-    def _no_accumulation_yet(cls, steps: int) -> int:
-        if steps != 1:
-            raise ValueError(
-                f"gradient_accumulation_steps={steps} is not supported yet: a variance over domains taken per "
-                "micro-batch would be another objective; use 1 and more processes, or a smaller batch_size"
-            )
-        return steps
-
     @model_validator(mode="after")
     def _warmup_within_run(self) -> TrainConfig:
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be less than steps={self.steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _pieces_hold_images(self) -> TrainConfig:
+        if self.gradient_accumulation_steps > self.batch_size:
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} cuts a step of "
+                f"batch_size={self.batch_size} images into more pieces than it has; use at most {self.batch_size} "
+                "(batch_size is not multiplied by it)"
+            )
         return self
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, parse_flag_from_env
 
 from disam_peft.errors import UserError
 
@@ -30,8 +30,17 @@ def start_accelerator(
     project = None if log_folder is None else ProjectConfiguration(str(log_folder), logging_dir=str(log_folder))
     options: dict[str, Any] = {"log_with": "tensorboard", "project_config": project} if tracker != "none" else {}
     # before Accelerate sees it: fp16 on a CPU would silently run in float32
-    check_precision(mixed_precision, PartialState().device)
+    check_precision(mixed_precision, _state().device)
+    # by a plugin: a number would give way to that of ``accelerate launch``, and every loss be divided by it
+    options["gradient_accumulation_plugin"] = GradientAccumulationPlugin(num_steps=1)
     return Accelerator(mixed_precision=mixed_precision, **options)
+
+
+def _state() -> PartialState:
+    """Accelerate's knowledge of the processes. Not told ``cpu``, it looks for them on accelerators alone: of several
+    processes on CPUs (torchrun) each would believe itself alone, and all would write the same files."""
+    on_cpus = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpus)
 
 
 def check_precision(mixed_precision: str, device: torch.device) -> None:

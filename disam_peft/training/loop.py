@@ -23,12 +23,12 @@ from disam_peft.data.features import FeatureStore
 from disam_peft.data.loader import make_stored_loader, make_train_loader
 from disam_peft.errors import UserError
 from disam_peft.frozen import FeatureConfig, training_store
-from disam_peft.objectives import cross_entropy
 from disam_peft.progress import track
-from disam_peft.sharpness import DISAM, StepReport
+from disam_peft.sharpness import DISAM
 from disam_peft.training.config import MethodConfig, TrainConfig
 from disam_peft.training.counters import StepCounters
 from disam_peft.training.devices import start_accelerator
+from disam_peft.training.gradient import StepGradient, choose_pieces
 from disam_peft.training.schedule import learning_rate_factor
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -83,7 +83,8 @@ def fit(
         on_event: called on the main process as ``on_event(name, **values)`` with the records of ``metrics.jsonl``.
 
     Raises:
-        UserError: nothing to train; a batch too small for the domains; losses that stay not finite (names the files).
+        UserError: nothing to train; a batch too small for the domains; losses that stay not finite (names the files);
+            more pieces of gradient accumulation than images.
     """
     method, config = method or MethodConfig(), config or TrainConfig()
     accelerator = accelerator or start_accelerator(config.mixed_precision)
@@ -97,7 +98,9 @@ def fit(
     optimizer = _optimizer(params, config, accelerator)
     scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(config, step))
     stepper = accelerator.prepare_optimizer(optimizer)
+    pieces = choose_pieces(classifier, dataset, config, method, accelerator.num_processes)
     disam = _disam(params, method, config, dataset, accelerator)
+    gradient = StepGradient(classifier, disam, pieces, accelerator)
     counters = StepCounters(dataset.domains, len(dataset.present_domains), method)
     keeper = _BestState(classifier, validate, on_best)
     losses: list[Tensor] = []
@@ -105,12 +108,14 @@ def fit(
 
     batches = _batches(classifier, dataset, config, augment or AugmentConfig(), features, seed, accelerator)
     classifier.train()
+    if pieces.count > 1:
+        emit("accumulation", pieces=pieces.count, images_at_once=pieces.size, way=pieces.way)
     for step, batch in enumerate(track(batches, "training", total=config.steps), start=1):
         try:
-            report = _gradient(classifier, disam, batch, accelerator)
+            report = gradient(batch)
         except torch.OutOfMemoryError as error:  # the weights are w again; what is known of the remedy is in the notes
             hint = " ".join(getattr(error, "__notes__", []))
-            raise UserError(f"out of memory at step {step}: {error} {hint} Lower train.batch_size.") from error
+            raise UserError(f"out of memory at step {step}: {error} {hint} {pieces.memory_remedy}") from error
         gradient_norm = _clipped(params, config, accelerator)
         learning_rate = scheduler.get_last_lr()[0]
         if accelerator.scaler is None and not bool(report.is_finite & torch.isfinite(gradient_norm)):
@@ -236,26 +241,6 @@ def _stored_batches(store: FeatureStore, dataset: DomainDataset, places: DomainB
             "domains": torch.from_numpy(dataset.domain_ids[indices]),
             "indices": torch.from_numpy(indices),
         }
-
-
-def _gradient(
-    classifier: ClipClassifier, disam: DISAM, batch: dict[str, Tensor], accelerator: Accelerator
-) -> StepReport:
-    device, dtype = accelerator.device, next(classifier.model.parameters()).dtype
-    labels_B, domains_B = (batch[key].to(device, non_blocking=True) for key in ("labels", "domains"))
-    if "frozen" in batch:
-        frozen = batch["frozen"].to(device, non_blocking=True)
-    else:
-        with accelerator.autocast():
-            # once per batch, without a graph: it gives the same in both passes
-            frozen = classifier.encode_frozen(batch["pixels"].to(device, dtype, non_blocking=True))
-
-    def per_sample_loss() -> Tensor:
-        with accelerator.autocast():  # per pass: its cache of casts must not outlive the weights
-            logits_BC = classifier.logits(frozen)
-        return cross_entropy(logits_BC, labels_B)
-
-    return disam.backward(per_sample_loss, domains_B)
 
 
 def _clipped(params: list[torch.nn.Parameter], config: TrainConfig, accelerator: Accelerator) -> Tensor:

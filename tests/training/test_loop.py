@@ -201,15 +201,15 @@ def test_row_11_losses_that_stay_nan_stop_the_run_and_name_the_files(make_classi
 
 
 def test_a_skipped_step_changes_nothing_and_does_not_advance_the_schedule(make_classifier, dataset, monkeypatch):
-    from disam_peft.training import loop
+    from disam_peft.training import gradient
 
-    real, calls = loop.cross_entropy, []
+    real, calls = gradient.cross_entropy, []
 
     def sometimes_nan(logits, labels):
         calls.append(1)
         return real(logits, labels) * (math.nan if len(calls) in (3, 4) else 1.0)  # both passes of step 2
 
-    monkeypatch.setattr(loop, "cross_entropy", sometimes_nan)
+    monkeypatch.setattr(gradient, "cross_entropy", sometimes_nan)
     events = []
     result = fit(
         make_classifier(),
@@ -223,9 +223,9 @@ def test_a_skipped_step_changes_nothing_and_does_not_advance_the_schedule(make_c
 
 
 def test_row_31_out_of_memory_leaves_the_weights_alone_and_says_what_to_do(make_classifier, dataset, monkeypatch):
-    from disam_peft.training import loop
+    from disam_peft.training import gradient
 
-    real, calls = loop.cross_entropy, []
+    real, calls = gradient.cross_entropy, []
 
     def exhausted(logits, labels):
         calls.append(1)
@@ -233,14 +233,15 @@ def test_row_31_out_of_memory_leaves_the_weights_alone_and_says_what_to_do(make_
             raise torch.OutOfMemoryError("tried to allocate 20 GiB")
         return real(logits, labels)
 
-    monkeypatch.setattr(loop, "cross_entropy", exhausted)
+    monkeypatch.setattr(gradient, "cross_entropy", exhausted)
     classifier, states = make_classifier(), []
     config = TrainConfig(**SETTINGS)
 
     def watch(name, **values):
         states.append([p.detach().clone() for p in classifier.trainable().values()])
 
-    with pytest.raises(UserError, match=r"out of memory at step 2.*20 GiB.*Lower train\.batch_size"):
+    remedy = r"out of memory at step 2.*20 GiB.*Set train\.gradient_accumulation_steps=2.*or lower train\.batch_size"
+    with pytest.raises(UserError, match=remedy):
         fit(classifier, dataset, config=config, on_event=watch)
     final = list(classifier.trainable().values())
     assert all(torch.equal(a, b) for a, b in zip(final, states[0], strict=True)), "as after step 1"
