@@ -27,13 +27,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from disam_peft.data.members import Budget, Member, guarded, is_archive, members, refuse, too_many
+from disam_peft.data.samples import MAX_FILE_BYTES
 from disam_peft.errors import UserError
 from disam_peft.progress import track
 
-__all__ = ["MAX_FILE_BYTES", "is_archive", "unpacked"]
+__all__ = ["is_archive", "unpacked"]
 
-MAX_FILE_BYTES = 2**30
-"""Of one member; the largest image that decoding accepts fits uncompressed."""
 MAX_NAME, MAX_PART, MAX_DEPTH = 1024, 255, 32
 """Bytes of a whole name and of one part of it (what file systems allow), and parts."""
 
