@@ -29,7 +29,7 @@ Overrides = Annotated[
 
 @app.command("check-data")
 def check_data(
-    root: Annotated[Path, typer.Argument(help="A folder ROOT/<domain>/<class>/*.jpg, a CSV or a Parquet file.")],
+    root: Annotated[Path, typer.Argument(help="A folder or archive of <domain>/<class>/*.jpg, a CSV or Parquet file.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the findings to this file.")] = None,
     held_out: Annotated[str | None, typer.Option(help="Also look for leaks into this domain.")] = None,
 ) -> None:

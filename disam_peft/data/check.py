@@ -25,7 +25,7 @@ from disam_peft.errors import UserError
 from disam_peft.progress import track
 
 MAX_BAD_SHARE = 0.01
-_FORMAT = 1  # of the remembered findings; raise it where decoding changes its mind about a file
+_FORMAT = 2  # of the remembered findings; raise it where decoding changes its mind about a file
 _LISTED = 10
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from disam_peft.data.decode import MAX_PIXELS, BadImage, decode_image
+from disam_peft.data.samples import MAX_FILE_BYTES
 from disam_peft.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -89,13 +90,16 @@ class DomainDataset:
         """The image file of sample ``index``, undecoded.
 
         Raises:
-            BadImage: it cannot be read.
+            BadImage: it cannot be read, or has more than 1 GiB.
         """
         entry = self._entry(index)
         if entry["bytes"] is not None:
             return entry["bytes"]
         try:
             with open(self._path(entry["path"]), "rb") as file:
+                if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+                    reason = f"larger than {MAX_FILE_BYTES} bytes, which no usable image is"
+                    raise BadImage.of(self.source(index), reason)
                 return file.read()
         except OSError as error:
             raise BadImage.of(self.source(index), f"cannot be read ({error.strerror or error})") from error

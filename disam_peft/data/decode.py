@@ -8,6 +8,7 @@
 | 16-bit grey                | ``round(v * 255 / 65535)``                                             |
 | animated, several pages    | the first frame                                                        |
 | 32-bit integers, floats    | BadImage, unless the integers fit 16 bits: their range is not defined  |
+| more pixels than allowed   | BadImage, by the header, before any of them is decoded                 |
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from disam_peft.errors import UserError
 MAX_PIXELS: Final = 100_000_000
 # A short list, because Pillow's other readers include some that start a program (EPS runs Ghostscript).
 FORMATS: Final = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+# A progressive JPEG is passed over once per scan, of a few bytes each; encoders write ten, libtiff allows as many.
+MAX_SCANS: Final = 100
 EXTENSIONS: Final = frozenset({".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 
 _ORIENTATION_TAG: Final = 0x0112
@@ -70,6 +73,8 @@ def decode_image(data: bytes, source: str, *, max_pixels: int = MAX_PIXELS) -> I
         width, height = picture.size
         if width * height > max_pixels:
             raise BadImage.of(source, _too_large(f"{width} x {height} = {width * height} pixels", max_pixels))
+        if data.startswith(b"\xff\xd8") and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+            raise BadImage.of(source, f"a JPEG of {scans} scans, more than the limit of {MAX_SCANS}; save it again")
         picture.load()
         return _to_rgb(_upright(picture), source)
     except BadImage:

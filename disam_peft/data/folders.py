@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from disam_peft.data.decode import EXTENSIONS
+from disam_peft.data.members import SUFFIXES as ARCHIVE_SUFFIXES
 from disam_peft.data.samples import Fence, Samples, require_domains
 from disam_peft.errors import UserError, did_you_mean
 
@@ -60,7 +61,10 @@ def _require_folder(root: Path) -> None:
     if root.is_dir():
         return
     if root.exists():
-        raise UserError(f"data.root={root} is a file; expected a folder laid out as {LAYOUT} (or use data.table)")
+        raise UserError(
+            f"data.root={root} is a file; expected a folder laid out as {LAYOUT}, or one as an archive "
+            f"({' '.join(ARCHIVE_SUFFIXES)}); for a table use data.table"
+        )
     parent = root.absolute().parent
     siblings = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
     hint = did_you_mean(root.name, siblings)

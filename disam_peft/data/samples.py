@@ -13,6 +13,9 @@ from disam_peft.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from datasets import Dataset
 
+MAX_FILE_BYTES = 2**30
+"""Of one image file, which is read as a whole; the largest that decoding accepts by default fits uncompressed."""
+
 
 @dataclass(frozen=True)
 class Samples:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from disam_peft.config import Config
+from disam_peft.data.archives import is_archive, unpacked
 from disam_peft.data.classnames import prompt_names, read_overrides
 from disam_peft.data.samples import require_domains
 from disam_peft.data.shapes.config import ShapesConfig
@@ -26,13 +27,14 @@ ClassPolicy = Literal["identical", "intersection", "union"]
 
 _COLUMNS = frozenset({"image_column", "label_column", "domain_column", "image_root"})
 _HUB_ONLY = frozenset({"split", "config_name"})
+_ARCHIVE_ONLY = frozenset({"max_archive_gb", "max_archive_files"})
 
 
 class DataConfig(Config):
     """One source of images, exactly one of ``root``, ``table``, ``hub`` and ``shapes``, and what may be done to it."""
 
     root: Path | None = None
-    """A folder tree ``root/<domain>/<class>/*.jpg``."""
+    """A folder tree ``root/<domain>/<class>/*.jpg``, or a .zip, .tar, .tar.gz, .tar.xz or .tar.bz2 of one."""
     table: Path | None = None
     """A CSV, TSV or Parquet file with a row per image."""
     hub: str | None = None
@@ -63,7 +65,10 @@ class DataConfig(Config):
     """Decode every image once before training (remembered between runs). False: trust the files."""
     skip_bad: bool = False
     """Leave out and record images that cannot be decoded, at most 1 %. False: they are an error."""
-
+    max_archive_gb: float = Field(default=50.0, gt=0)
+    """Of an archive, the most that it may hold unpacked, in 10^9 bytes."""
+    max_archive_files: int = Field(default=1_000_000, ge=1)
+    """Of an archive, the most members that it may have."""
     pixel_store: Literal["auto"] | Annotated[int, Field(strict=True, ge=8, le=4096)] | None = None
     """Train on images that were decoded once and squeezed into squares of this side; ``auto``: 8/7 of the model's
     input. Much faster where images are large; a little less sharp, and beyond 2:1 without their ends. Unset: every
@@ -79,8 +84,11 @@ class DataConfig(Config):
             )
         unused = self.model_fields_set & (_HUB_ONLY if given != ["hub"] else set())
         unused |= self.model_fields_set & (_COLUMNS if given in (["root"], ["shapes"]) else set())
+        if self.root is None or not is_archive(self.root):
+            unused |= self.model_fields_set & _ARCHIVE_ONLY
         if unused:
-            raise ValueError(f"{', '.join(sorted(unused))} has no meaning with data.{given[0]}; remove it")
+            kind = f"data.{given[0]}" + (" that is no archive" if unused & _ARCHIVE_ONLY else "")
+            raise ValueError(f"{', '.join(sorted(unused))} has no meaning with {kind}; remove it")
         if self.skip_bad and not self.verify:
             raise ValueError("skip_bad needs verify: without the check no bad image is found; set verify to true")
         return self
@@ -96,9 +104,7 @@ def load(config: DataConfig) -> DomainDataset:
             between domains; paths that leave the root; bad images.
     """
     if config.root is not None:
-        from disam_peft.data.folders import read_folders
-
-        samples = read_folders(config.root, config.domains)
+        samples = _read_root(config.root, config)
     elif config.table is not None:
         from disam_peft.data.tables import read_table
 
@@ -123,6 +129,15 @@ def load(config: DataConfig) -> DomainDataset:
     from disam_peft.data.dataset import PixelPlan
 
     return replace(dataset, pixel_plan=PixelPlan(dataset, config.pixel_store))
+
+
+def _read_root(root: Path, config: DataConfig) -> Samples:
+    from disam_peft.data.folders import read_folders
+
+    if not (is_archive(root) and root.is_file()):
+        return read_folders(root, config.domains)
+    folder = unpacked(root, max_gb=config.max_archive_gb, max_files=config.max_archive_files)
+    return replace(read_folders(folder, config.domains), origin=str(root))
 
 
 def assemble(samples: Samples, config: DataConfig) -> DomainDataset:
