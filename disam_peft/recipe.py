@@ -18,6 +18,7 @@ from disam_peft.errors import UserError, did_you_mean
 from disam_peft.evaluation.predict import EvaluationConfig
 from disam_peft.evaluation.protocol import ProtocolConfig
 from disam_peft.frozen import FeatureConfig
+from disam_peft.inferred import DomainsConfig
 from disam_peft.prompts import PromptConfig
 from disam_peft.training.config import MethodConfig, TrainConfig
 
@@ -35,6 +36,7 @@ class Recipe(Config):
     adapter: AdapterConfig
     method: MethodConfig = MethodConfig()
     data: DataConfig
+    domains: DomainsConfig = DomainsConfig()
     augment: AugmentConfig = AugmentConfig()
     features: FeatureConfig = FeatureConfig()
     prompts: PromptConfig = PromptConfig()

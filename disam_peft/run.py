@@ -22,6 +22,7 @@ from disam_peft.errors import UserError, did_you_mean
 from disam_peft.evaluation import Predictions, held_out_domains, metrics_by_domain, predict, validation_score
 from disam_peft.export import export_merged, export_peft, load_adapter, read_record, save_adapter
 from disam_peft.frozen import evaluation_store
+from disam_peft.inferred import infer_domains
 from disam_peft.recipe import Recipe, as_dict, differences, load_recipe, save_recipe
 from disam_peft.records import METRICS, RESULTS, ResultRow, append_event, read_results, write_results
 from disam_peft.shared import Shared
@@ -85,17 +86,20 @@ def _leave_one_out(recipe: Recipe, dataset: DomainDataset, accelerator: Accelera
     zero_shot = ClipClassifier(backbone, None, prompts)
     rows = shared.zero_shot(_untrained(recipe), lambda: judge.rows(zero_shot, adapter="none", method="zero_shot"))
 
+    inferred = infer_domains(recipe.domains, backbone, training, recipe.seed, workers=recipe.train.workers)
     set_seed(recipe.seed)
     classifier = ClipClassifier(backbone, build_adapter(recipe.adapter, backbone, prompts), prompts)
     if main:
         _fresh(folder)
         save_recipe(recipe, folder / RECIPE)
+        if recipe.domains.infer != "none":
+            append_event(folder / METRICS, "inferred_domains", purity=inferred.purity, counts=inferred.counts)
     accelerator.wait_for_everyone()
     _start_tracking(accelerator, recipe)
     trained_with = {"recipe": as_dict(recipe), "held_out": recipe.protocol.held_out, "classes": list(dataset.classes)}
     fitted = fit(
         classifier,
-        training,
+        inferred.dataset,
         method=recipe.method,
         config=recipe.train,
         augment=recipe.augment,

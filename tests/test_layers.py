@@ -18,6 +18,7 @@ FLOORS = {
     "adapters": 2,
     "classifier": 3,
     "frozen": 3,
+    "inferred": 3,
     "objectives": 3,
     "prompts": 3,
     "training": 4,
@@ -33,9 +34,10 @@ FLOORS = {
     "compare": 7,
     "cli": 8,
 }
-# On one floor, but one rests on the other: a classifier's frozen part, stored; a study varies a recipe; tables of the
+# On one floor, but one rests on the other: a classifier's frozen part, stored; domains inferred
+# by a classifier of styles; a study varies a recipe; tables of the
 # report are shown on the terminal.
-BESIDE = {("frozen", "classifier"), ("study", "recipe"), ("tables", "report")}
+BESIDE = {("frozen", "classifier"), ("inferred", "classifier"), ("study", "recipe"), ("tables", "report")}
 # Only one place each may know a family's library.
 GUARDED = {"open_clip": "backbones/openclip", "accelerate": ("training/", "run.py")}
 

@@ -202,19 +202,21 @@ def verdict_table(comparison: Comparison, metric: str) -> TextTable:
 
 
 def diagnostics_table(comparison: Comparison) -> TextTable:
-    """How the training of each arm went: means over held-out domains and seeds."""
+    """How the training of each arm went: means over held-out domains and seeds, of what was measured at all."""
     several = len(comparison.conditions) > 1
+    known = {row.metric for row in comparison.rows if row.arm != ZERO_SHOT and row.value is not None}
+    shown = {name: measure for name, measure in DIAGNOSTICS.items() if name in known}
     lines = []
     for condition in comparison.conditions:
-        by_metric = {name: comparison.values(condition, name) for name in DIAGNOSTICS}
+        by_metric = {name: comparison.values(condition, name) for name in shown}
         for arm in comparison.arms:
             texts = [
                 _text(by_metric[name].get(arm, {}), comparison.held_out[condition], measure)
-                for name, measure in DIAGNOSTICS.items()
+                for name, measure in shown.items()
             ]
             lines.append((*((condition,) if several else ()), arm_title(arm), *texts))
-    columns = tuple(name.replace("_", " ") for name in DIAGNOSTICS)
-    explained = "; ".join(f"{name.replace('_', ' ')}: {measure.title}" for name, measure in DIAGNOSTICS.items())
+    columns = tuple(name.replace("_", " ") for name in shown)
+    explained = "; ".join(f"{name.replace('_', ' ')}: {measure.title}" for name, measure in shown.items())
     return TextTable(
         f"How training went ({explained})", (*(("condition",) if several else ()), "arm", *columns), tuple(lines)
     )

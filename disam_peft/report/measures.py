@@ -41,6 +41,7 @@ DIAGNOSTICS = {
     "loss_spread": MEASURES["loss_spread"],
     "weight_shift": Measure("mean |w_d - n_d/N| over domains and steps", False, 1, 4),
     "negative_weights": Measure("share of the domain weights below 0 (%)", False, 100, 1),
+    "purity": Measure("share of the images (%) whose inferred domain is mostly of theirs", True, 100, 1),
 }
 """What is shown of every arm beside the comparison."""
 
@@ -54,6 +55,7 @@ def run_measures(run: RunRecord) -> dict[str, float | None]:
         **{name: held_out.get(name) for name in ("top1", "macro_accuracy", "nll", "ece")},
         "source_top1": sources.get("top1"),
         **training_measures(run.steps),
+        "purity": next((event["purity"] for event in run.inferred), None),
     }
 
 
