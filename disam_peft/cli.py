@@ -93,6 +93,42 @@ def sweep(
 
 
 @app.command()
+def compare(
+    study: Annotated[Path, typer.Argument(help="A study (recipes/studies/*.yaml), or a recipe.")],
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="A folder; by default comparisons/NAME.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes. By default one per core; one with a GPU.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="How many, in place of the study's.", min=1)] = None,
+    held_out: Annotated[str | None, typer.Option(help="Domains (a,b) or all, in place of the study's.")] = None,
+    adapters: Annotated[str | None, typer.Option(help="Adapters (lora,coop,linear_probe) to go through.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Run everything again.")] = False,
+) -> None:
+    """Compare methods over domains and seeds, with intervals and verdicts. Runs that are finished are kept."""
+    from disam_peft.compare import compare as run_comparison
+    from disam_peft.tables import print_comparison
+
+    output = output if output is not None else Path("comparisons") / study.stem
+    comparison = run_comparison(
+        study,
+        output,
+        overrides or [],
+        jobs=jobs,
+        seeds=seeds,
+        held_out=_names(held_out),
+        adapters=_names(adapters),
+        overwrite=overwrite,
+    )
+    print_comparison(comparison)
+    typer.echo(f"open {output / 'comparison.html'}")
+    if comparison.failed:
+        raise typer.Exit(1)
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()] if text is not None else []
+
+
+@app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="A run, or a folder of runs.")],
     overrides: Overrides = None,

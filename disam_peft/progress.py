@@ -8,11 +8,18 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 Item = TypeVar("Item")
+_silenced = False
+
+
+def silence() -> None:
+    """No more bars from this process: another one shows how far its work is."""
+    global _silenced
+    _silenced = True
 
 
 def is_watched() -> bool:
     """True on the first process of a run whose standard error is a terminal."""
-    return sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    return not _silenced and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
 
 
 def track(items: Iterable[Item], description: str, *, total: int | None = None) -> Iterator[Item]:

@@ -18,6 +18,7 @@ from disam_peft.errors import UserError, did_you_mean
 from disam_peft.evaluation.predict import EvaluationConfig
 from disam_peft.evaluation.protocol import ProtocolConfig
 from disam_peft.frozen import FeatureConfig
+from disam_peft.inferred import DomainsConfig
 from disam_peft.prompts import PromptConfig
 from disam_peft.training.config import MethodConfig, TrainConfig
 
@@ -35,6 +36,7 @@ class Recipe(Config):
     adapter: AdapterConfig
     method: MethodConfig = MethodConfig()
     data: DataConfig
+    domains: DomainsConfig = DomainsConfig()
     augment: AugmentConfig = AugmentConfig()
     features: FeatureConfig = FeatureConfig()
     prompts: PromptConfig = PromptConfig()
@@ -54,28 +56,48 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: no such file, not YAML, an override that is not ``key=value``; unknown keys (with the nearest one)
             and values out of range, all of them at once.
     """
+    values = read_yaml(path, "recipe")
+    mistakes: list[str] = []
+    for override in overrides:
+        apply_override(values, override, mistakes)
+    recipe = checked(values, mistakes)
+    if recipe is None or mistakes:
+        raise UserError(all_mistakes(mistakes, f"recipe {path}"))
+    return recipe
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """The keys and values of a YAML file; ``what`` it is goes into the messages.
+
+    Raises:
+        UserError: no such file, not YAML, no keys at the top.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
+        raise UserError(f"cannot read the {what} {path}: {error.strerror}") from error
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values at the top, found {type(values).__name__}")
-    mistakes: list[str] = []
-    for override in overrides:
-        _apply(values, override, mistakes)
+    return values
+
+
+def checked(values: Mapping[str, Any], mistakes: list[str]) -> Recipe | None:
+    """The recipe of these values; or None, and what is wrong with them is appended to ``mistakes``."""
     try:
-        recipe = Recipe.model_validate(values)
+        return Recipe.model_validate(values)
     except ValidationError as error:
         mistakes += [_explain(details) for details in error.errors()]
-        recipe = None
-    if recipe is None or mistakes:
-        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-        raise UserError("\n  ".join([f"{count} in recipe {path}:", *mistakes]))
-    return recipe
+        return None
+
+
+def all_mistakes(mistakes: Sequence[str], where: str) -> str:
+    """One message for all mistakes of a file."""
+    count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+    return "\n  ".join([f"{count} in {where}:", *mistakes])
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -108,7 +130,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return lines
 
 
-def _apply(values: dict[str, Any], override: str, mistakes: list[str]) -> None:
+def apply_override(values: dict[str, Any], override: str, mistakes: list[str]) -> None:
+    """Apply ``a.b=c``, in which c is YAML, to ``values``; or append what is wrong with it to ``mistakes``."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         mistakes.append(f"override {override!r} must look like train.steps=200")
@@ -118,12 +141,17 @@ def _apply(values: dict[str, Any], override: str, mistakes: list[str]) -> None:
     except yaml.YAMLError:
         mistakes.append(f"override {override!r}: the value is not valid YAML")
         return
+    set_key(values, key, value, mistakes)
+
+
+def set_key(values: dict[str, Any], key: str, value: Any, mistakes: list[str]) -> None:
+    """Set the dotted ``key``; or append to ``mistakes`` that the way there is blocked by a value."""
     *parents, last = key.split(".")
     place = values
     for parent in parents:
         inner = place.setdefault(parent, {})
         if not isinstance(inner, dict):
-            mistakes.append(f"override {override!r}: {parent} holds the value {inner!r}, not further keys")
+            mistakes.append(f"override '{key}={value}': {parent} holds the value {inner!r}, not further keys")
             return
         place = inner
     place[last] = value

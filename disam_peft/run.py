@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +22,10 @@ from disam_peft.errors import UserError, did_you_mean
 from disam_peft.evaluation import Predictions, held_out_domains, metrics_by_domain, predict, validation_score
 from disam_peft.export import export_merged, export_peft, load_adapter, read_record, save_adapter
 from disam_peft.frozen import evaluation_store
+from disam_peft.inferred import infer_domains
 from disam_peft.recipe import Recipe, as_dict, differences, load_recipe, save_recipe
 from disam_peft.records import METRICS, RESULTS, ResultRow, append_event, read_results, write_results
+from disam_peft.shared import Shared
 from disam_peft.training import FitResult, fit, start_accelerator
 
 RECIPE = "recipe.yaml"
@@ -41,25 +44,29 @@ class Outcome:
     fit: FitResult | None
 
 
-def train(recipe: Recipe, *, overwrite: bool = False) -> list[Outcome]:
+def train(recipe: Recipe, *, overwrite: bool = False, shared: Shared | None = None) -> list[Outcome]:
     """Train and judge the recipe's adapter, once for each domain to hold out.
 
     A finished run of the very same recipe is kept as it is. Files of a run, in ``recipe.folder(held_out)``:
     ``recipe.yaml`` (resolved), ``metrics.jsonl``, ``adapter/`` (the best state by source validation), ``results.json``.
 
+    Args:
+        shared: of several calls, so that what they have in common is done once.
+
     Raises:
         UserError: data, recipe or device that cannot be used; a folder that holds another run.
     """
+    shared = shared or Shared()
     log_folder = recipe.output / recipe.name / "tensorboard"
     accelerator = start_accelerator(recipe.train.mixed_precision, tracker=recipe.train.tracker, log_folder=log_folder)
     with accelerator.main_process_first():  # the first process checks the files, the others read its findings
-        dataset = load(recipe.data)
+        dataset = shared.dataset(recipe.data)
     cells = [_cell(recipe, domain) for domain in held_out_domains(recipe.protocol.held_out, dataset.present_domains)]
     finished = [_finished(cell, overwrite) for cell in cells]
     outcomes = [
         Outcome(_folder(cell), cell.protocol.held_out, read_results(_folder(cell) / RESULTS), None)
         if done
-        else _leave_one_out(cell, dataset, accelerator)
+        else _leave_one_out(cell, dataset, accelerator, shared)
         for cell, done in zip(cells, finished, strict=True)
     ]
     if len(outcomes) > 1 and accelerator.is_main_process:
@@ -67,7 +74,7 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> list[Outcome]:
     return outcomes
 
 
-def _leave_one_out(recipe: Recipe, dataset: DomainDataset, accelerator: Accelerator) -> Outcome:
+def _leave_one_out(recipe: Recipe, dataset: DomainDataset, accelerator: Accelerator, shared: Shared) -> Outcome:
     folder, main = _folder(recipe), accelerator.is_main_process
     sources, target = leave_out(dataset, recipe.protocol.held_out)
     check_no_leak(sources, target)
@@ -77,19 +84,22 @@ def _leave_one_out(recipe: Recipe, dataset: DomainDataset, accelerator: Accelera
     prompts = ClassPrompts(dataset.prompt_names, recipe.prompts.resolved())
     judge = _Judge(recipe, validation, target, accelerator)
     zero_shot = ClipClassifier(backbone, None, prompts)
-    rows = judge.rows(zero_shot, adapter="none", method="zero_shot")
+    rows = shared.zero_shot(_untrained(recipe), lambda: judge.rows(zero_shot, adapter="none", method="zero_shot"))
 
+    inferred = infer_domains(recipe.domains, backbone, training, recipe.seed, workers=recipe.train.workers)
     set_seed(recipe.seed)
     classifier = ClipClassifier(backbone, build_adapter(recipe.adapter, backbone, prompts), prompts)
     if main:
         _fresh(folder)
         save_recipe(recipe, folder / RECIPE)
+        if recipe.domains.infer != "none":
+            append_event(folder / METRICS, "inferred_domains", purity=inferred.purity, counts=inferred.counts)
     accelerator.wait_for_everyone()
     _start_tracking(accelerator, recipe)
     trained_with = {"recipe": as_dict(recipe), "held_out": recipe.protocol.held_out, "classes": list(dataset.classes)}
     fitted = fit(
         classifier,
-        training,
+        inferred.dataset,
         method=recipe.method,
         config=recipe.train,
         augment=recipe.augment,
@@ -240,6 +250,12 @@ def backbone_label(config: BackboneConfig) -> str:
 
 def _cell(recipe: Recipe, held_out: str) -> Recipe:
     return recipe.model_copy(update={"protocol": recipe.protocol.model_copy(update={"held_out": held_out})})
+
+
+def _untrained(recipe: Recipe) -> str:
+    """All that the zero-shot numbers of a run depend on."""
+    parts = {key: as_dict(recipe)[key] for key in ("seed", "backbone", "data", "prompts", "protocol", "evaluation")}
+    return json.dumps([parts, recipe.features.store, recipe.train.mixed_precision], sort_keys=True)
 
 
 def _folder(recipe: Recipe) -> Path:

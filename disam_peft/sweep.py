@@ -22,6 +22,7 @@ from disam_peft.data.batches import DomainBatches
 from disam_peft.errors import UserError
 from disam_peft.evaluation import Predictions, Score, held_out_domains, validation_score
 from disam_peft.frozen import FeatureConfig, evaluation_store, training_store
+from disam_peft.inferred import infer_domains
 from disam_peft.recipe import Recipe
 from disam_peft.records import write_json
 from disam_peft.training import start_accelerator
@@ -118,6 +119,7 @@ def _sweep_sources(
     training, validation = split_train_validation(sources, recipe.protocol.validation_fraction, recipe.seed)
     backbone = load_backbone(recipe.backbone).to(device)
     prompts = ClassPrompts(sources.prompt_names, recipe.prompts.resolved())
+    training = infer_domains(recipe.domains, backbone, training, recipe.seed, workers=recipe.train.workers).dataset
     torch.manual_seed(recipe.seed)
     head = cast(LinearProbeAdapter, build_adapter(recipe.adapter, backbone, prompts))
     classifier = ClipClassifier(backbone, head, prompts)

@@ -9,6 +9,7 @@ PACKAGE = Path(disam_peft.__file__).parent
 FLOORS = {
     "sharpness": 0,
     "records": 0,
+    "workers": 1,
     "errors": 0,
     "config": 0,
     "progress": 0,
@@ -17,6 +18,7 @@ FLOORS = {
     "adapters": 2,
     "classifier": 3,
     "frozen": 3,
+    "inferred": 3,
     "objectives": 3,
     "prompts": 3,
     "training": 4,
@@ -24,14 +26,19 @@ FLOORS = {
     "export": 4,
     "report": 4,
     "tables": 4,
+    "shared": 4,
     "recipe": 5,
+    "study": 5,
     "run": 6,
     "demo": 7,
     "sweep": 7,
+    "compare": 7,
     "cli": 8,
 }
-# On one floor, but one rests on the other: a classifier's frozen part, stored.
-BESIDE = {("frozen", "classifier")}
+# On one floor, but one rests on the other: a classifier's frozen part, stored; domains inferred
+# by a classifier of styles; a study varies a recipe; tables of the
+# report are shown on the terminal.
+BESIDE = {("frozen", "classifier"), ("inferred", "classifier"), ("study", "recipe"), ("tables", "report")}
 # Only one place each may know a family's library.
 GUARDED = {"open_clip": "backbones/openclip", "accelerate": ("training/", "run.py")}
 

@@ -48,6 +48,7 @@ class StepCounters:
             "perturbed_loss": float(report.perturbed_loss),
             "domain_loss": {self._names[i]: losses_D[i] for i in present},
             "domain_weight": {self._names[i]: weights_D[i] for i in present},
+            "domain_share": {self._names[i]: counts_D[i] / sum(counts_D) for i in present},
             "ascent_norm": float(report.ascent_norm),
             "gradient_norm": float(gradient_norm),
         }

@@ -1,0 +1,288 @@
+"""A comparison as data: what every run measured, and the tables that come of it. Rebuilt from its JSON file."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from disam_peft.errors import UserError
+from disam_peft.report.measures import DIAGNOSTICS, MEASURES, Measure
+from disam_peft.report.statistics import PairedComparison, judged, paired, seed_differences
+from disam_peft.report.tables import METHOD_TITLES, Cell, latex_text, markdown_text
+
+COMPARISON = "comparison.json"
+ZERO_SHOT = "zero_shot"
+MEAN = "mean"
+
+
+@dataclass(frozen=True)
+class MeasureRow:
+    """One number of one run."""
+
+    condition: str
+    arm: str
+    """``zero_shot``: of the model before it was trained."""
+    held_out: str
+    seed: int
+    metric: str
+    value: float | None
+    """None where it is not defined."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that ended with an error."""
+
+    condition: str
+    arm: str
+    held_out: str
+    seed: int
+    error: str
+
+
+@dataclass(frozen=True)
+class RunPlace:
+    """Where a run keeps its records."""
+
+    condition: str
+    arm: str
+    held_out: str
+    seed: int
+    folder: str
+    """From the comparison's folder on."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was compared, and every number that was measured.
+
+    Attributes:
+        arms, conditions: name -> overrides of the recipe.
+        pairs: of arms, ``(first, second)``.
+        metrics: what they are compared by; each is a family of tests of its own.
+        held_out: condition -> the domains that were held out.
+        fresh_data: whether every seed had images of its own.
+    """
+
+    title: str
+    question: str
+    arms: dict[str, dict[str, Any]]
+    conditions: dict[str, dict[str, Any]]
+    pairs: list[tuple[str, str]]
+    metrics: list[str]
+    held_out: dict[str, list[str]]
+    seeds: list[int]
+    fresh_data: bool
+    rows: list[MeasureRow]
+    runs: list[RunPlace]
+    failed: list[Failure]
+    verdicts: dict[str, list[Judgement]] = field(default_factory=dict)
+    """By metric; worked out from the rows by ``judge``."""
+
+    def values(self, condition: str, metric: str) -> dict[str, dict[tuple[str, int], float]]:
+        """arm -> (held-out domain, seed) -> value, where there is one."""
+        found: dict[str, dict[tuple[str, int], float]] = {}
+        for row in self.rows:
+            if (row.condition, row.metric) == (condition, metric) and row.value is not None:
+                found.setdefault(row.arm, {})[row.held_out, row.seed] = row.value
+        return found
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Two arms under one condition."""
+
+    condition: str
+    result: PairedComparison
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table as it is printed; the first column names the line."""
+
+    title: str
+    columns: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        rule = "|" + "---|" * len(self.columns)
+        rows = [f"| {' | '.join(map(markdown_text, line))} |" for line in (self.columns, *self.lines)]
+        return "\n".join([f"**{markdown_text(self.title)}**", "", rows[0], rule, *rows[1:]])
+
+    def latex(self) -> str:
+        head, *lines = [" & ".join(map(latex_text, line)) + r" \\" for line in (self.columns, *self.lines)]
+        columns = "l" + "r" * (len(self.columns) - 1)
+        body = "\n".join([f"\\begin{{tabular}}{{{columns}}}", "\\toprule", head, "\\midrule", *lines])
+        return f"% {self.title}\n{body}\n\\bottomrule\n\\end{{tabular}}"
+
+
+def read_comparison(folder: Path) -> Comparison:
+    """The comparison that was written to ``folder``.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = folder / COMPARISON
+    if not path.is_file():
+        raise UserError(f"no comparison in {folder}: expected {COMPARISON}, which disam-peft compare writes")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["pairs"] = [tuple(pair) for pair in values["pairs"]]
+    for name, kind in (("rows", MeasureRow), ("runs", RunPlace), ("failed", Failure)):
+        values[name] = [kind(**row) for row in values[name]]
+    values["verdicts"] = {
+        metric: [Judgement(one["condition"], PairedComparison(**one["result"])) for one in found]
+        for metric, found in values["verdicts"].items()
+    }
+    return Comparison(**values)
+
+
+def judge(comparison: Comparison) -> dict[str, list[Judgement]]:
+    """Every pair of arms under every condition, by each metric. All of one metric are one family of tests."""
+    found = {}
+    for metric in comparison.metrics:
+        places = [(condition, pair) for condition in comparison.conditions for pair in comparison.pairs]
+        results = [
+            paired(*pair, comparison.values(condition, metric), comparison.held_out[condition])
+            for condition, pair in places
+        ]
+        results = judged(results, higher_is_better=MEASURES[metric].higher_is_better)
+        found[metric] = [Judgement(condition, result) for (condition, _), result in zip(places, results, strict=True)]
+    return found
+
+
+def value_tables(comparison: Comparison, metric: str) -> list[TextTable]:
+    """Means of every arm with their deviation over seeds: over all held-out domains (conditions in lines), then for
+    every condition domain by domain."""
+    measure = MEASURES[metric]
+    arms = _arms(comparison, metric)
+    titles = tuple(map(arm_title, arms))
+    over_all, by_condition = [], []
+    for condition in comparison.conditions:
+        values, domains = comparison.values(condition, metric), comparison.held_out[condition]
+        lines = [(d, *(_text(values.get(arm, {}), [d], measure) for arm in arms)) for d in domains]
+        mean = tuple(_text(values.get(arm, {}), domains, measure) for arm in arms)
+        over_all.append((condition, *mean))
+        if len(domains) > 1:
+            lines.append((MEAN, *mean))
+        title = f"{measure.title}{f', {condition}' if condition else ''}"
+        by_condition.append(TextTable(title, ("held out", *titles), tuple(lines)))
+    if len(comparison.conditions) == 1:
+        return by_condition
+    title = f"{measure.title}, mean over held-out domains"
+    return [TextTable(title, ("condition", *titles), tuple(over_all)), *by_condition]
+
+
+def verdict_table(comparison: Comparison, metric: str) -> TextTable:
+    """A line per condition and pair: difference, deviation, interval, p and the verdict in words."""
+    measure = MEASURES[metric]
+    several = len(comparison.conditions) > 1
+    lines = []
+    for one in comparison.verdicts[metric]:
+        result = one.result
+        lines.append(
+            (
+                *((one.condition,) if several else ()),
+                f"{arm_title(result.first)} - {arm_title(result.second)}",
+                _signed(result.mean, measure),
+                "n/a" if result.low is None else f"{_signed(result.low, measure)} to {_signed(result.high, measure)}",
+                verdict_words(result),
+                "n/a" if result.p is None else f"{_p(result.p)} ({result.test})",
+                _p(result.p_t),
+                _p(result.p_wilcoxon),
+                _number(result.deviation, measure),
+                str(result.seeds),
+            )
+        )
+    columns = ("difference", "mean", "95 % interval", "verdict", "p, Holm", "p, t", "p, Wilcoxon", "sd", "seeds")
+    return TextTable(f"Differences: {measure.title}", (*(("condition",) if several else ()), *columns), tuple(lines))
+
+
+def diagnostics_table(comparison: Comparison) -> TextTable:
+    """How the training of each arm went: means over held-out domains and seeds, of what was measured at all."""
+    several = len(comparison.conditions) > 1
+    known = {row.metric for row in comparison.rows if row.arm != ZERO_SHOT and row.value is not None}
+    shown = {name: measure for name, measure in DIAGNOSTICS.items() if name in known}
+    lines = []
+    for condition in comparison.conditions:
+        by_metric = {name: comparison.values(condition, name) for name in shown}
+        for arm in comparison.arms:
+            texts = [
+                _text(by_metric[name].get(arm, {}), comparison.held_out[condition], measure)
+                for name, measure in shown.items()
+            ]
+            lines.append((*((condition,) if several else ()), arm_title(arm), *texts))
+    columns = tuple(name.replace("_", " ") for name in shown)
+    explained = "; ".join(f"{name.replace('_', ' ')}: {measure.title}" for name, measure in shown.items())
+    return TextTable(
+        f"How training went ({explained})", (*(("condition",) if several else ()), "arm", *columns), tuple(lines)
+    )
+
+
+def arm_title(arm: str) -> str:
+    """Of a method as everywhere; of another arm its name."""
+    return METHOD_TITLES.get(arm, "ERM 2x" if arm == "erm_2x" else arm)
+
+
+def verdict_words(result: PairedComparison) -> str:
+    """The verdict with titles of arms."""
+    if result.verdict in ("first", "second"):
+        return f"{arm_title(result.first if result.verdict == 'first' else result.second)} better"
+    return result.verdict
+
+
+def means(comparison: Comparison, metric: str) -> dict[str, list[float | None]]:
+    """arm -> its mean under each condition, over held-out domains and seeds."""
+    found: dict[str, list[float | None]] = {arm: [] for arm in _arms(comparison, metric)}
+    for condition in comparison.conditions:
+        values = comparison.values(condition, metric)
+        for arm, line in found.items():
+            numbers = by_seed(values.get(arm, {}), comparison.held_out[condition])
+            line.append(statistics.fmean(numbers) if numbers else None)
+    return found
+
+
+def seed_values(comparison: Comparison, one: Judgement, metric: str) -> list[float]:
+    """The differences, seed by seed, that a judgement rests on."""
+    values = comparison.values(one.condition, metric)
+    first, second = (values.get(arm, {}) for arm in (one.result.first, one.result.second))
+    return seed_differences(first, second, comparison.held_out[one.condition])
+
+
+def by_seed(values: dict[tuple[str, int], float], held_out: Sequence[str]) -> list[float]:
+    """The mean over ``held_out`` of every seed that has them all."""
+    seeds = sorted({seed for _, seed in values})
+    complete = [seed for seed in seeds if all((domain, seed) in values for domain in held_out)]
+    return [statistics.fmean(values[domain, seed] for domain in held_out) for seed in complete]
+
+
+def _arms(comparison: Comparison, metric: str) -> list[str]:
+    known = any(row.arm == ZERO_SHOT and row.metric == metric and row.value is not None for row in comparison.rows)
+    return [*([ZERO_SHOT] if known and ZERO_SHOT not in comparison.arms else []), *comparison.arms]
+
+
+def _text(values: dict[tuple[str, int], float], held_out: Sequence[str], measure: Measure) -> str:
+    numbers = by_seed(values, held_out)
+    if not numbers:
+        return "n/a"
+    deviation = statistics.stdev(numbers) if len(numbers) > 1 else None
+    return Cell(statistics.fmean(numbers), deviation, len(numbers)).text(measure.scale, measure.digits)
+
+
+def _signed(value: float | None, measure: Measure) -> str:
+    if value is None:
+        return "n/a"
+    return f"{round(measure.scale * value, measure.digits + 1) + 0.0:+.{measure.digits + 1}f}"  # + 0.0: no minus zero
+
+
+def _number(value: float | None, measure: Measure) -> str:
+    return "n/a" if value is None else f"{measure.scale * value:.{measure.digits + 1}f}"
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return "n/a"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"

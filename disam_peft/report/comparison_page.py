@@ -1,0 +1,142 @@
+"""A comparison as files: Markdown, LaTeX and one self-contained HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from disam_peft.report.comparison import (
+    Comparison,
+    TextTable,
+    arm_title,
+    diagnostics_table,
+    means,
+    value_tables,
+    verdict_table,
+)
+from disam_peft.report.comparison_figures import arm_lines, difference_intervals
+from disam_peft.report.figures import domain_curves
+from disam_peft.report.measures import MEASURES
+from disam_peft.report.runs import RunRecord
+
+METHOD = (
+    "Arms are paired by held-out domain and seed. The seed is the unit: a difference is averaged over the held-out "
+    "domains within each seed. sd: standard deviation over seeds (ddof 1). 95 % interval: bootstrap over seeds "
+    "(percentiles; over few seeds it is too narrow, so no verdict rests on it alone). A verdict needs an interval "
+    "without 0 and p < 0.05 after Holm's correction for all comparisons by the same measure on this page; p is "
+    "Wilcoxon's where so few seeds could pass with it, else the paired t test's."
+)
+FRESH = "Every seed painted images of its own: seeds are independent samples of the benchmark."
+SAME = "All seeds saw the same data: what is found here speaks about these data."
+
+
+@dataclass(frozen=True)
+class _Section:
+    """One measure."""
+
+    title: str
+    values: TextTable
+    by_condition: list[TextTable]
+    verdicts: TextTable
+    intervals: Markup
+    lines: Markup | None
+
+
+@dataclass(frozen=True)
+class _Curves:
+    """Training of one seed without one domain, under one condition."""
+
+    about: str
+    losses: Markup
+    weights: Markup
+
+
+def write_comparison(comparison: Comparison, folder: Path) -> None:
+    """``comparison.md``, ``comparison.tex`` and ``comparison.html``. Names are escaped.
+
+    Args:
+        folder: where the comparison's runs are, too.
+    """
+    tables = _tables(comparison)
+    (folder / "comparison.md").write_text(_markdown(comparison, tables), encoding="utf-8")
+    (folder / "comparison.tex").write_text("\n\n".join(t.latex() for t in tables) + "\n", encoding="utf-8")
+    loader = PackageLoader("disam_peft.report", ".")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    page = environment.get_template("comparison.html.j2").render(
+        comparison=comparison,
+        sections=[_section(comparison, metric) for metric in comparison.metrics],
+        diagnostics=diagnostics_table(comparison),
+        curves=_curves(comparison, folder),
+        method=_about(comparison),
+        arms=[(arm_title(name), _settings(given)) for name, given in comparison.arms.items()],
+        conditions=[(name, _settings(given)) for name, given in comparison.conditions.items() if name],
+        tables=tables,
+    )
+    (folder / "comparison.html").write_text(page, encoding="utf-8")
+
+
+def _section(comparison: Comparison, metric: str) -> _Section:
+    first, *others = value_tables(comparison, metric)
+    several = len(comparison.conditions) > 1
+    return _Section(
+        MEASURES[metric].title,
+        first,
+        others,
+        verdict_table(comparison, metric),
+        # Markup: our own SVG, in which matplotlib has escaped every label
+        Markup(difference_intervals(comparison, metric)),
+        Markup(arm_lines(comparison, metric, means(comparison, metric))) if several else None,
+    )
+
+
+def _curves(comparison: Comparison, folder: Path) -> list[_Curves]:
+    """Of the first seed without the first domain, for every condition whose arms are few enough to look at."""
+    found = []
+    for condition, domains in comparison.held_out.items():
+        places = [
+            run
+            for run in comparison.runs
+            if (run.condition, run.held_out, run.seed) == (condition, domains[0], comparison.seeds[0])
+        ]
+        runs = [run for run in (RunRecord(folder / place.folder) for place in places) if run.steps]
+        methods = [run.trained.method for run in runs]
+        shown = [run for i, run in enumerate(runs) if run.trained.method not in methods[:i]]
+        if shown:
+            about = f"{f'{condition}: ' if condition else ''}without {domains[0]}, seed {comparison.seeds[0]}"
+            losses, weights = (
+                Markup(domain_curves(shown, name, label))
+                for name, label in (("domain_loss", "loss"), ("domain_weight", "weight in the ascent"))
+            )
+            found.append(_Curves(about, losses, weights))
+    return found
+
+
+def _tables(comparison: Comparison) -> list[TextTable]:
+    tables = []
+    for metric in comparison.metrics:
+        tables += [*value_tables(comparison, metric), verdict_table(comparison, metric)]
+    return [*tables, diagnostics_table(comparison)]
+
+
+def _markdown(comparison: Comparison, tables: Sequence[TextTable]) -> str:
+    parts = [f"# {comparison.title}", *([comparison.question] if comparison.question else []), _about(comparison)]
+    parts += [table.markdown() for table in tables]
+    if comparison.failed:
+        lines = [
+            f"- {', '.join(part for part in (f.condition, f.arm, f.held_out, f'seed {f.seed}') if part)}: {f.error}"
+            for f in comparison.failed
+        ]
+        parts.append("\n".join([f"**{len(lines)} runs failed**", "", *lines]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _about(comparison: Comparison) -> str:
+    return f"{METHOD} {FRESH if comparison.fresh_data else SAME}"
+
+
+def _settings(overrides: dict[str, object]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in overrides.items()) or "as in the recipe"

@@ -1,0 +1,130 @@
+"""Comparisons end to end on a few images: cells are run once, failures are recorded, and the records say it all."""
+
+import html.parser
+import json
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+from disam_peft import cli, run
+from disam_peft.compare import compare
+from disam_peft.records import METRICS, read_events
+from disam_peft.report.comparison import judge, read_comparison
+from disam_peft.report.comparison_page import write_comparison
+
+STUDY = """
+question: Is <b>SAM</b> better?
+recipe:
+  backbone: {name: demo}
+  adapter: {kind: linear_probe}
+  augment: {kind: none}
+  data: {shapes: {images_per_class: 3}, domains: [photo, sketch, cartoon]}
+  train: {steps: 6, batch_size: 6, learning_rate: 0.01, log_every: 1, workers: 0}
+  evaluation: {workers: 0}
+arms: [erm, disam]
+held_out: [photo, sketch]
+seeds: 2
+metric: [top1, loss_spread]
+"""
+
+
+@pytest.fixture
+def study(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(STUDY)
+    return path
+
+
+def test_cells_are_run_once_and_the_page_is_rebuilt(tmp_path, study, monkeypatch):
+    output = tmp_path / "out"
+    found = compare(study, output, jobs=1)
+    assert len(found.runs) == 8
+    assert not found.failed
+    rows = {(row.arm, row.held_out, row.seed): row.value for row in found.rows if row.metric == "top1"}
+    assert len(rows) == 12, "zero-shot stands once for both arms"
+    for place in found.runs:
+        recorded = json.loads((output / place.folder / "results.json").read_text())
+        [value] = [
+            r["value"]
+            for r in recorded
+            if (r["method"], r["split"], r["domain"], r["metric"]) == (place.arm, "held_out", place.held_out, "top1")
+        ]
+        assert rows[place.arm, place.held_out, place.seed] == value
+    [top1] = found.verdicts["top1"]
+    by_seed = [
+        sum(rows["disam", domain, seed] - rows["erm", domain, seed] for domain in ("photo", "sketch")) / 2
+        for seed in (0, 1)
+    ]
+    assert top1.result.mean == pytest.approx(sum(by_seed) / 2)
+    assert top1.result.words == "no verdict"
+
+    pages = {path.name: path.read_bytes() for path in output.glob("comparison.*")}
+    assert set(pages) == {"comparison.json", "comparison.md", "comparison.tex", "comparison.html"}
+    monkeypatch.setattr(run, "train", lambda *a, **k: pytest.fail("a finished run was run again"))
+    assert compare(study, output, jobs=1) == found == read_comparison(output)
+    assert {path.name: path.read_bytes() for path in output.glob("comparison.*")} == pages
+    assert judge(found) == found.verdicts
+    (output / "comparison.html").unlink()
+    write_comparison(read_comparison(output), output)
+    assert (output / "comparison.html").read_bytes() == pages["comparison.html"]
+    _look(pages["comparison.html"].decode())
+
+
+def _look(page):
+    fetched, tags = [], set()
+
+    class Reader(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            tags.add(tag)
+            fetched.extend(v for k, v in attributes if k in ("src", "href", "xlink:href") and not v.startswith("#"))
+
+    Reader().feed(page)
+    assert not fetched, "the page is self-contained"
+    assert not {"script", "link", "b"} & tags
+    assert "Is &lt;b&gt;SAM&lt;/b&gt; better?" in page
+    assert page.count("<svg") == 2 + 2  # intervals of two measures, curves of losses and of weights
+
+
+def test_what_was_cut_short_or_is_missing_is_run_again(tmp_path, study):
+    output = tmp_path / "out"
+    before = compare(study, output, jobs=1, seeds=1)
+    places = [output / place.folder for place in before.runs]
+    (places[0] / "results.json").unlink()  # killed while it ran
+    shutil.rmtree(places[1])
+    kept = (places[2] / "results.json").stat().st_mtime_ns
+    assert compare(study, output, jobs=1, seeds=1) == before
+    assert (places[2] / "results.json").stat().st_mtime_ns == kept
+
+
+def test_a_cell_that_fails_is_recorded_and_the_others_go_on(tmp_path, study):
+    text = STUDY.replace("arms: [erm, disam]", "arms: {erm: , broken: {train.batch_size: 1}}")
+    study.write_text(text)
+    output = tmp_path / "out"
+    result = CliRunner().invoke(
+        cli.app, ["compare", str(study), "--output", str(output), "--jobs", "1", "--seeds", "1"]
+    )
+    assert result.exit_code == 1, result.output
+    found = read_comparison(output)
+    assert [(f.arm, f.held_out) for f in found.failed] == [("broken", "photo"), ("broken", "sketch")]
+    assert all("batch_size=1 cannot hold a sample of each of the 2 domains" in f.error for f in found.failed)
+    assert len(found.runs) == 2
+    assert "failed runs: 2" in result.output
+    assert "2 runs failed" in (output / "comparison.md").read_text()
+
+
+def test_on_one_source_domain_disam_is_sam_bit_for_bit(tmp_path, study):
+    text = STUDY.replace("domains: [photo, sketch, cartoon]", "domains: [photo, sketch]")
+    study.write_text(
+        text.replace("arms: [erm, disam]", "arms: [sam, disam]").replace("[photo, sketch]\n", "[sketch]\n")
+    )
+    output = tmp_path / "out"
+    with pytest.warns(UserWarning, match="equals sam bit for bit"):
+        found = compare(study, output, ["method.rho=0.5", "method.variance_weight=1"], jobs=1)
+    steps = {place.arm: read_events(output / place.folder / METRICS, "step") for place in found.runs}
+    assert steps["sam"] == steps["disam"]
+    assert len(steps["sam"]) == 6
+    assert steps["sam"][-1]["loss"] != steps["sam"][-1]["perturbed_loss"]
+    differences = {r.metric: r.value for r in found.rows if r.arm == "sam"}
+    assert differences == {r.metric: r.value for r in found.rows if r.arm == "disam"}
+    assert found.verdicts["top1"][0].result.mean == 0
