@@ -19,6 +19,7 @@ from disam_peft.evaluation.predict import EvaluationConfig
 from disam_peft.evaluation.protocol import ProtocolConfig
 from disam_peft.frozen import FeatureConfig
 from disam_peft.prompts import PromptConfig
+from disam_peft.strict_yaml import parse_yaml
 from disam_peft.training.config import MethodConfig, TrainConfig
 
 
@@ -27,7 +28,7 @@ class Recipe(Config):
 
     name: str = Field(pattern=r"^[\w.-]+$")
     """Of the run's folder under ``output``."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Of the split, the batches, the augmentation, dropout and the adapter's initial weights."""
     output: Path = Path("runs")
     """Folder of all runs."""
@@ -58,10 +59,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8 ({error.reason}); save it as such") from error
+    values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values at the top, found {type(values).__name__}")
     mistakes: list[str] = []
@@ -114,9 +114,9 @@ def _apply(values: dict[str, Any], override: str, mistakes: list[str]) -> None:
         mistakes.append(f"override {override!r} must look like train.steps=200")
         return
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        mistakes.append(f"override {override!r}: the value is not valid YAML")
+        value = parse_yaml(text, f"override {override!r}: the value")
+    except UserError as error:
+        mistakes.append(str(error).splitlines()[0])
         return
     *parents, last = key.split(".")
     place = values
@@ -139,8 +139,13 @@ def _explain(details: Any) -> str:
     where = ".".join(part for part in location if part not in _tags()) or "recipe"
     message = details["msg"].removeprefix("Value error, ")
     given = details.get("input")
-    shown = "" if isinstance(given, (dict, BaseModel)) or details["type"] == "missing" else f" (given: {given!r})"
+    shown = "" if isinstance(given, (dict, BaseModel)) or details["type"] == "missing" else f" (given: {_short(given)})"
     return f"{where}: {message}{shown}"
+
+
+def _short(value: Any, limit: int = 200) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def _tags() -> set[str]:

@@ -12,6 +12,7 @@ FLOORS = {
     "errors": 0,
     "config": 0,
     "progress": 0,
+    "strict_yaml": 0,
     "data": 1,
     "backbones": 1,
     "adapters": 2,
@@ -29,8 +30,8 @@ FLOORS = {
     "demo": 7,
     "cli": 8,
 }
-# On one floor, but one rests on the other: a classifier's frozen part, stored.
-BESIDE = {("frozen", "classifier")}
+# On one floor, but one rests on the other: a classifier's frozen part, stored; the error that a reader raises.
+BESIDE = {("frozen", "classifier"), ("strict_yaml", "errors")}
 # Only one place each may know a family's library.
 GUARDED = {"open_clip": "backbones/openclip", "accelerate": ("training/", "run.py")}
 
