@@ -16,6 +16,7 @@ from disam_peft.report.tables import METHOD_TITLES, ComparisonTable
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 METHOD_COLOURS = {"zero-shot": "#999999", "ERM": "#0072B2", "SAM": "#E69F00", "DISAM": "#D55E00"}
 _STYLE: Any = {"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+_STYLE["text.parse_math"] = False  # names of domains are no formulas, whatever dollars they hold
 
 
 def accuracy_bars(table: ComparisonTable) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
@@ -105,9 +106,11 @@ def _mean_cell(domains: list[dict[int, float] | None]) -> Cell | None:
 
 
 def _markdown(text: str) -> str:
-    return text.replace("|", "\\|")
+    """One line without HTML: what shows Markdown would take a tag in a name for a tag."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 
 def _latex(text: str) -> str:
+    text = " ".join(text.split())  # an empty line would end the table's row
     special = {"±": r"$\pm$", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)
