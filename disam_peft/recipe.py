@@ -20,6 +20,7 @@ from disam_peft.evaluation.protocol import ProtocolConfig
 from disam_peft.frozen import FeatureConfig
 from disam_peft.inferred import DomainsConfig
 from disam_peft.prompts import PromptConfig
+from disam_peft.strict_yaml import parse_yaml
 from disam_peft.training.config import MethodConfig, TrainConfig
 
 
@@ -28,7 +29,7 @@ class Recipe(Config):
 
     name: str = Field(pattern=r"^[\w.-]+$")
     """Of the run's folder under ``output``."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Of the split, the batches, the augmentation, dropout and the adapter's initial weights."""
     output: Path = Path("runs")
     """Folder of all runs."""
@@ -76,10 +77,9 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read the {what} {path}: {error.strerror}") from error
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8 ({error.reason}); save it as such") from error
+    values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values at the top, found {type(values).__name__}")
     return values
@@ -137,9 +137,9 @@ def apply_override(values: dict[str, Any], override: str, mistakes: list[str]) -
         mistakes.append(f"override {override!r} must look like train.steps=200")
         return
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        mistakes.append(f"override {override!r}: the value is not valid YAML")
+        value = parse_yaml(text, f"override {override!r}: the value")
+    except UserError as error:
+        mistakes.append(str(error).splitlines()[0])
         return
     set_key(values, key, value, mistakes)
 
@@ -167,8 +167,13 @@ def _explain(details: Any) -> str:
     where = ".".join(part for part in location if part not in _tags()) or "recipe"
     message = details["msg"].removeprefix("Value error, ")
     given = details.get("input")
-    shown = "" if isinstance(given, (dict, BaseModel)) or details["type"] == "missing" else f" (given: {given!r})"
+    shown = "" if isinstance(given, (dict, BaseModel)) or details["type"] == "missing" else f" (given: {_short(given)})"
     return f"{where}: {message}{shown}"
+
+
+def _short(value: Any, limit: int = 200) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def _tags() -> set[str]:

@@ -34,7 +34,8 @@ class ResultRow:
     domain: str
     """A domain, or ``mean`` or ``worst`` over the domains of the split."""
     metric: str
-    """``top1``, ``macro_accuracy`` (both 0 to 1), ``nll`` (nats) or ``ece`` (0 to 1)."""
+    """``top1``, ``macro_accuracy`` (both 0 to 1), ``classes`` (how many that mean is over), ``nll`` (nats) or ``ece``
+    (0 to 1)."""
     value: float | None
     """None where it is not defined."""
     n: int

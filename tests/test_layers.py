@@ -13,6 +13,7 @@ FLOORS = {
     "errors": 0,
     "config": 0,
     "progress": 0,
+    "strict_yaml": 0,
     "data": 1,
     "backbones": 1,
     "adapters": 2,
@@ -35,10 +36,15 @@ FLOORS = {
     "compare": 7,
     "cli": 8,
 }
-# On one floor, but one rests on the other: a classifier's frozen part, stored; domains inferred
-# by a classifier of styles; a study varies a recipe; tables of the
-# report are shown on the terminal.
-BESIDE = {("frozen", "classifier"), ("inferred", "classifier"), ("study", "recipe"), ("tables", "report")}
+# On one floor, but one rests on the other: a classifier's frozen part, stored; domains inferred by a classifier of
+# styles; a study varies a recipe; tables of the report are shown on the terminal; the error that a reader raises.
+BESIDE = {
+    ("frozen", "classifier"),
+    ("inferred", "classifier"),
+    ("study", "recipe"),
+    ("tables", "report"),
+    ("strict_yaml", "errors"),
+}
 # Only one place each may know a family's library.
 GUARDED = {"open_clip": "backbones/openclip", "accelerate": ("training/", "run.py")}
 

@@ -9,6 +9,9 @@ from pydantic import Field
 from disam_peft.config import Config
 
 Scalar = bool | int | float | str | None
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+MAX_RANK = 4096
+"""Beyond the width of any CLIP's layers. A config from a stranger must not be able to ask for all memory."""
 
 
 class LastBlocks(Config):
@@ -27,7 +30,7 @@ class _AttachedConfig(Config):
     towers: list[Literal["image", "text"]] = Field(default=["image"], min_length=1)
     blocks: Blocks = "all"
     """Transformer blocks of each tower: ``all``, ``{last: n}`` or a list of indices from 0."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Seeds the adapter's random initialisation; unset: torch's global generator, which the run seeds."""
 
 
@@ -37,7 +40,7 @@ class LoraAdapterConfig(_AttachedConfig):
     kind: Literal["lora"] = "lora"
     projections: list[str] = Field(default=["q", "v"], min_length=1)
     """``q k v out fc1 fc2``, or the name of a linear layer outside the blocks."""
-    rank: int = Field(default=8, ge=1)
+    rank: int = Field(default=8, ge=1, le=MAX_RANK)
     alpha: float = Field(default=16.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
@@ -65,7 +68,7 @@ class CoOpConfig(Config):
     """One context per class instead of one for all."""
     init: str | None = Field(default=None, min_length=1)
     """Words that the context starts from, e.g. ``a photo of a``. Unset: drawn from N(0, 0.02^2)."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Seeds the random context; unset: torch's global generator, which the run seeds."""
     memory_budget_gb: float | None = Field(default=None, gt=0)
     """Memory (10^9 bytes) for what the prompts' forward pass keeps for backward, the model not counted. Beyond it,
@@ -79,7 +82,7 @@ class LinearProbeConfig(Config):
     init: Literal["zero_shot", "random"] = "zero_shot"
     """zero_shot: logit scale times the class features, which gives the zero-shot logits; random: N(0, 0.01^2)."""
     bias: bool = True
-    seed: int | None = None
+    seed: Seed | None = None
     """Seeds the random weights; unset: torch's global generator, which the run seeds."""
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from disam_peft.adapters.config import Scalar
+from disam_peft.adapters.config import MAX_RANK, Scalar
 from disam_peft.backbones.base import ClipBackbone, Target
 from disam_peft.errors import UserError, did_you_mean
 
@@ -82,8 +82,9 @@ def make_peft_config(name: str, options: Mapping[str, Scalar], backbone: ClipBac
     method = find_method(name)
     config_class: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.peft_type)]
     known = {entry.name for entry in dataclasses.fields(config_class)}
-    for option in options:
+    for option, value in options.items():
         if option in method.options:
+            _require_bounded(name, option, value)
             continue
         allowed = f"'{name}' takes: {', '.join(method.options) or 'no options'}"
         if option in known:
@@ -99,6 +100,12 @@ def make_peft_config(name: str, options: Mapping[str, Scalar], backbone: ClipBac
         return config_class(target_modules=[target.name for target in targets], **settings)
     except (TypeError, ValueError) as error:
         raise UserError(f"peft refuses the options {dict(options)} of '{name}': {error}") from error
+
+
+def _require_bounded(name: str, option: str, value: Scalar) -> None:
+    largest = 2**63 - 1 if option.endswith("_key") else MAX_RANK  # a key only seeds
+    if isinstance(value, int) and abs(value) > largest:
+        raise UserError(f"option '{option}' of peft method '{name}' is {value}, beyond {largest}; lower it")
 
 
 def _defaults(

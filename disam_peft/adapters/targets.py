@@ -74,10 +74,14 @@ def _block_indices(backbone: ClipBackbone, tower: TowerName, blocks: Blocks) -> 
         return list(range(count))
     if count == 0:
         raise UserError(f"the {tower} tower of {backbone.config.name} has no separate blocks; use blocks: all")
-    wanted = list(range(count - blocks.last, count)) if isinstance(blocks, LastBlocks) else sorted(set(blocks))
-    missing = [index for index in wanted if not 0 <= index < count]
-    if missing:
-        asked = f"last: {blocks.last}" if isinstance(blocks, LastBlocks) else f"{missing}"
+    if isinstance(blocks, LastBlocks):
+        wanted = list(range(max(0, count - blocks.last), count))
+        asked, exists = f"last: {blocks.last}", blocks.last <= count
+    else:
+        wanted = sorted(set(blocks))
+        missing = [index for index in wanted if index >= count]
+        asked, exists = f"{missing[:10]}", not missing
+    if not exists:
         raise UserError(
             f"blocks {asked} do not all exist: the {tower} tower of {backbone.config.name} has {count} blocks, "
             f"0 to {count - 1}"

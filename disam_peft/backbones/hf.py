@@ -65,8 +65,9 @@ class HfBackbone(ClipBackbone):
         self.config = config
         model: Any = _load_model(folder, config)
         self.model = model
-        self._processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # unset, it would ask the user
+        self._processor: Any = AutoImageProcessor.from_pretrained(folder, **here)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, **here)
 
         text, vision = model.config.text_config, model.config.vision_config
         self.image_blocks = vision.num_hidden_layers

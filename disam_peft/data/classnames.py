@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from disam_peft.errors import UserError, did_you_mean
+from disam_peft.strict_yaml import parse_yaml
 
 # A number in front counts as numbering where a dot follows, or where it is padded or long: `001.ak47`, `02_dog`,
 # `257-cat`; the 18 of `18_wheeler` belongs to the name. A letter must follow.
@@ -66,11 +67,11 @@ def read_overrides(path: Path) -> dict[str, str]:
 
 
 def _parse(path: Path, text: str) -> Any:
-    import yaml
-
+    if path.suffix != ".json":
+        return parse_yaml(text, f"data.class_names: {path}")
     try:
-        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"data.class_names: {path} cannot be parsed: {error}") from error
 
 

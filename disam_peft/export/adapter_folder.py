@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from disam_peft import __version__
 from disam_peft.adapters.base import ClassPrompts
-from disam_peft.adapters.config import LoraAdapterConfig, PeftAdapterConfig
+from disam_peft.adapters.config import CoOpConfig, LinearProbeConfig, LoraAdapterConfig, PeftAdapterConfig
 from disam_peft.adapters.lora import PeftAdapter, plan, to_json
 from disam_peft.adapters.prompt import CoOpAdapter
 from disam_peft.adapters.registry import build_adapter
@@ -34,6 +35,7 @@ from disam_peft.classifier import ClipClassifier
 from disam_peft.errors import UserError
 from disam_peft.export.publish import published
 from disam_peft.export.record import (
+    MAX_TENSOR_BYTES,
     PEFT_CONFIG_NAME,
     RECORD_NAME,
     TENSORS_NAME,
@@ -42,9 +44,12 @@ from disam_peft.export.record import (
     TensorRecord,
     read_json,
     read_record,
+    require_inside,
     write_json,
 )
 
+_UNREAD = "It was not read; export the adapter again where it was trained"
+_SLACK = 4  # what is a little short is told tensor by tensor, later
 CLASS_FEATURES_NAME = "class_features.safetensors"
 _LIBRARIES = ("torch", "open_clip_torch", "transformers", "peft", "safetensors")
 # What may differ between two adapter_config.json of the same adapter.
@@ -135,6 +140,7 @@ def load_adapter(
     if device is not None:
         backbone.to(device)
     _check_peft_config(directory, record, backbone)
+    _require_size(directory, record, backbone)
     prompts = ClassPrompts(tuple(record.classes), tuple(record.templates))
     with torch.random.fork_rng(devices=[]):  # building draws initial weights that are overwritten at once
         adapter = build_adapter(record.config, backbone, prompts)
@@ -148,8 +154,11 @@ def load_adapter(
 
 def _read_tensors(directory: Path, record: AdapterRecord) -> dict[str, Tensor]:
     path = directory / TENSORS_NAME
+    require_inside(directory, path)
     if not path.is_file():
         raise UserError(f"{directory} has no {TENSORS_NAME}; copy the folder again, complete")
+    if (size := path.stat().st_size) > MAX_TENSOR_BYTES:
+        raise UserError(f"{path} has {size} bytes; more than {MAX_TENSOR_BYTES} is no adapter of a CLIP. {_UNREAD}")
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest != record.sha256:
@@ -158,7 +167,7 @@ def _read_tensors(directory: Path, record: AdapterRecord) -> dict[str, Tensor]:
         )
     try:
         tensors = load_tensors(content)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} is not a safetensors file: {error}") from error
     found = {name: _tensor_record(tensor) for name, tensor in tensors.items()}
     if found != record.tensors:
@@ -172,6 +181,7 @@ def _read_tensors(directory: Path, record: AdapterRecord) -> dict[str, Tensor]:
 def _check_peft_config(directory: Path, record: AdapterRecord, backbone: ClipBackbone) -> None:
     """``adapter_config.json`` is for peft. Here it must say the same as the record; nothing in it is acted upon."""
     path = directory / PEFT_CONFIG_NAME
+    require_inside(directory, path)
     if not path.is_file():
         return
     found = read_json(path)
@@ -194,6 +204,27 @@ def _check_peft_config(directory: Path, record: AdapterRecord, backbone: ClipBac
             f"{path} disagrees with {RECORD_NAME} in {', '.join(differing)} "
             f"(found {differing[0]}: {str(found.get(differing[0]))[:200]}); it was changed after the export. "
             f"Nothing was loaded; export the adapter again, or remove {PEFT_CONFIG_NAME} if you trust {RECORD_NAME}"
+        )
+
+
+def _require_size(directory: Path, record: AdapterRecord, backbone: ClipBackbone) -> None:
+    """Before anything is built: a config may ask for far more memory than the file beside it fills."""
+    config, classes = record.config, len(record.classes)
+    if isinstance(config, LoraAdapterConfig):
+        targets, _ = plan(config, backbone)
+        layers: list[Any] = [backbone.model.get_submodule(target.name) for target in targets]
+        expected = sum(config.rank * (layer.in_features + layer.out_features) for layer in layers)
+    elif isinstance(config, LinearProbeConfig):
+        expected = classes * backbone.embed_dim
+    elif isinstance(config, CoOpConfig) and config.class_specific:
+        expected = classes * backbone.token_width  # at least: for each context token
+    else:
+        return  # MAX_RANK and the backbone's layers bound it
+    found = sum(math.prod(tensor.shape) for tensor in record.tensors.values())
+    if expected > _SLACK * found:
+        raise UserError(
+            f"the '{record.kind}' adapter in {directory} needs {expected} numbers by its config and classes, but "
+            f"{TENSORS_NAME} holds {found}; nothing was loaded, export it again where it was trained"
         )
 
 

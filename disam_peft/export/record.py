@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ RECORD_NAME = "disam_peft.json"
 TENSORS_NAME = "adapter_model.safetensors"
 PEFT_CONFIG_NAME = "adapter_config.json"
 MAX_JSON_BYTES = 16 * 2**20  # tens of thousands of class names fit
+MAX_TENSOR_BYTES = 4 * 2**30  # beyond the largest CLIP's own weights in half precision
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -34,7 +36,7 @@ class BackboneRecord(BackboneConfig):
 
 
 class TensorRecord(Config):
-    shape: list[int]
+    shape: list[Annotated[int, Field(ge=0)]] = Field(max_length=8)
     dtype: str
 
 
@@ -46,9 +48,9 @@ class AdapterRecord(Config):
     kind: str
     config: AdapterConfig
     backbone: BackboneRecord
-    classes: list[str]
+    classes: list[str] = Field(min_length=1, max_length=100_000)
     """Names as they stand in the prompts, one per label."""
-    templates: list[str]
+    templates: list[str] = Field(min_length=1, max_length=1_000)
     logit_scale: float
     tensors: dict[str, TensorRecord]
     sha256: Sha256
@@ -81,6 +83,7 @@ def read_record(directory: Path) -> AdapterRecord:
             f"opened. {_WANTED}"
         )
     path = directory / RECORD_NAME
+    require_inside(directory, path)
     if not path.is_file():
         raise UserError(f"{directory} has no {RECORD_NAME}, so disam_peft did not write it. {_WANTED}")
     try:
@@ -96,7 +99,7 @@ _WANTED = f"Give a folder with {RECORD_NAME} and {TENSORS_NAME}, as training or 
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file of at most 16 MiB.
+    """A JSON file of at most 16 MiB. Stricter than Python's reader: no key twice, no NaN, no infinity.
 
     Raises:
         UserError: too large, or not JSON.
@@ -105,9 +108,43 @@ def read_json(path: Path) -> Any:
     if size > MAX_JSON_BYTES:
         raise UserError(f"{path} has {size} bytes; more than {MAX_JSON_BYTES} is no description of an adapter")
     try:
-        return json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes(), object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite)
+        json.dumps(found, ensure_ascii=False).encode()  # half a character, written as an escape, is no text
+        return found
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); the folder is damaged, copy it again") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # two readers would each see another one
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"the key {twice[:100]!r} is there twice")
+    return found
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text[:100])
+
+
+def require_inside(directory: Path, path: Path) -> None:
+    """Refuse a file that is a link out of the adapter's folder, except into the store of files of a Hugging Face
+    cache, where all files are such links.
+
+    Raises:
+        UserError: it leads elsewhere.
+    """
+    folder, target = directory.resolve(), path.resolve()
+    allowed = [folder]
+    if folder.parent.name == "snapshots":
+        allowed.append(folder.parent.parent / "blobs")
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise UserError(f"{path} leads out of its folder, to {target}; put a copy of the file in its place")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
@@ -108,11 +109,15 @@ def _mean_cell(domains: list[dict[int, float] | None]) -> Cell | None:
 
 
 def markdown_text(text: str) -> str:
-    """Text as it may stand in a cell of a Markdown table."""
-    return text.replace("|", "\\|")
+    """Text as it may stand in a cell of a Markdown table.
+
+    One line without HTML: what shows Markdown would take a tag in a name for a tag.
+    """
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 
 def latex_text(text: str) -> str:
     """Text with the characters that LaTeX takes for commands written out."""
+    text = " ".join(text.split())  # an empty line would end the table's row
     special = {"±": r"$\pm$", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)

@@ -86,7 +86,7 @@ def test_override_of_an_unknown_class_or_with_nothing():
         ("n.yaml", "- a\n- b\n", "holds a list"),
         ("n.yaml", "no: nope\n", "False: 'nope'.*quotes"),
         ("n.yaml", "a: 3\n", "'a': 3.*quotes"),
-        ("n.yaml", "a: [", "cannot be parsed"),
+        ("n.yaml", "a: [", "n.yaml is not valid YAML"),
         ("n.json", "{", "cannot be parsed"),
     ],
 )
