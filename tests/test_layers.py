@@ -27,6 +27,7 @@ FLOORS = {
     "recipe": 5,
     "run": 6,
     "demo": 7,
+    "doctor": 7,
     "cli": 8,
 }
 # On one floor, but one rests on the other: a classifier's frozen part, stored.
