@@ -185,6 +185,27 @@ def demo(
     typer.echo("next, on your own data: disam-peft check-data FOLDER   |   disam-peft train RECIPE data.root=FOLDER")
 
 
+@app.command()
+def doctor(
+    recipe: Annotated[Path | None, typer.Argument(help="A YAML recipe; without one, LoRA on the demo's CLIP.")] = None,
+    overrides: Overrides = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the findings to this file.")] = None,
+    seconds: Annotated[float, typer.Option(help="Checks that would take longer are left out.", min=1)] = 50,
+) -> None:
+    """Examine this machine, backbone and adapter: is the step exact here? No data needed. Exits with 1 on a failure."""
+    from disam_peft.doctor import demo_recipe, examine
+    from disam_peft.doctor.table import print_examination
+    from disam_peft.recipe import load_recipe
+    from disam_peft.records import write_json
+
+    examination = examine(demo_recipe() if recipe is None else load_recipe(recipe, overrides or []), seconds=seconds)
+    print_examination(examination)
+    if json_file is not None:
+        write_json(json_file, examination.as_dict())
+    if examination.failed:
+        raise typer.Exit(1)
+
+
 def _print_outcomes(outcomes: list[Outcome]) -> None:
     from disam_peft.tables import print_held_out
 

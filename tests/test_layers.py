@@ -34,6 +34,7 @@ FLOORS = {
     "demo": 7,
     "sweep": 7,
     "compare": 7,
+    "doctor": 7,
     "cli": 8,
 }
 # On one floor, but one rests on the other: a classifier's frozen part, stored; domains inferred by a classifier of

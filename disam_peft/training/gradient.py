@@ -93,9 +93,9 @@ def choose_pieces(
         return Pieces(count, size, "whole")
     if method.effective_variance_weight == 0 or method.effective_rho == 0:
         return Pieces(count, size, "mean")
-    number_of_domains = sum(math.ceil(images / size) for images in _images_per_domain(dataset, config, num_processes))
+    by_domain = sum(math.ceil(images / size) for images in _images_per_domain(dataset, config, num_processes))
     stored_bytes = len(dataset.domains) * sum(p.numel() * p.element_size() for p in classifier.trainable().values())
-    pays = 6 * number_of_domains <= 7 * count - 1 and stored_bytes <= MAX_STORED_GRADIENT_BYTES
+    pays = 6 * by_domain <= 7 * count - 1 and stored_bytes <= MAX_STORED_GRADIENT_BYTES
     return Pieces(count, size, "per_domain" if pays else "two_phase")
 
 

@@ -1,0 +1,160 @@
+"""All checks in order, within a time."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from disam_peft.adapters.config import LoraAdapterConfig
+from disam_peft.backbones import BackboneConfig
+from disam_peft.data import DataConfig
+from disam_peft.data.shapes import ShapesConfig
+from disam_peft.doctor import derivatives, equalities, precision
+from disam_peft.doctor.environment import environment, this_device
+from disam_peft.doctor.finding import Finding, raised, unavailable
+from disam_peft.doctor.ranks import PROCESSES, TwoProcesses
+from disam_peft.doctor.subject import Subject, build_subject
+from disam_peft.evaluation import ProtocolConfig
+from disam_peft.progress import track
+from disam_peft.recipe import Recipe
+
+SECONDS = 50.0
+BOOT = 15.0
+"""Seconds that two processes take to import everything, beside their gradients."""
+HALF = 6.0
+"""How much longer half precision takes on CPUs without instructions for it."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A claim, and how many gradients of the batch examining it takes."""
+
+    name: str
+    gradients: float
+    run: Callable[[Subject], Finding]
+
+
+@dataclass(frozen=True)
+class Examination:
+    """Everything that was found. ``failed`` counts."""
+
+    environment: dict[str, str]
+    subject: str
+    findings: tuple[Finding, ...]
+    seconds: float
+
+    @property
+    def failed(self) -> int:
+        return sum(finding.verdict == "failed" for finding in self.findings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON types only; what is not finite is null there, and its verdict ``failed``."""
+        findings = [asdict(finding) for finding in self.findings]
+        for finding in findings:
+            if finding["measured"] is not None and not math.isfinite(finding["measured"]):
+                finding["measured"] = None
+        return {**asdict(self), "findings": findings}
+
+
+def checks(subject: Subject) -> list[Check]:
+    """The checks in the order of the table; those of one precision side by side."""
+    exact = 4.0 if subject.exact_dtype == torch.float64 else 1.0
+    part = len(subject.domains_B[subject.few]) / len(subject.domains_B)
+    half = part * (HALF if subject.device.type == "cpu" else 1.0)
+    return [
+        Check(derivatives.DERIVATIVES, exact * (1 + (26 if subject.quick else 6) / 3), derivatives.derivatives),
+        Check(derivatives.MERGED, exact, derivatives.merging),
+        Check(equalities.ACCUMULATED, 7 * exact, equalities.accumulating),
+        Check(equalities.RESTORED, 2, equalities.restoring),
+        Check(equalities.INTERRUPTED, 1, equalities.restoring_after_an_exception),
+        Check(equalities.ERM, 2, equalities.erm),
+        Check(equalities.SAM, 4, equalities.sam),
+        Check(precision.name_of("no"), 2 * part * (1 + exact), partial(precision.stepping, precision="no")),
+        Check(precision.name_of("bf16"), 2 * half + 2 * part, partial(precision.stepping, precision="bf16")),
+        Check(precision.name_of("fp16"), 2 * half + 2 * part, partial(precision.stepping, precision="fp16")),
+        Check(precision.RECAST, 4 * half, precision.recasting),
+    ]
+
+
+def examine(recipe: Recipe, *, seconds: float = SECONDS, device: torch.device | None = None) -> Examination:
+    """Examine the recipe's backbone, adapter and method on this machine, on synthetic data.
+
+    A check that would not fit into what is left of ``seconds`` is not run, and says so.
+
+    Raises:
+        UserError: the recipe's backbone or adapter cannot be built.
+    """
+    start = time.monotonic()
+    device = device or this_device()
+    findings: list[Finding] = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*RANDOM weights.*")  # good enough here
+        subject = build_subject(recipe, device)
+
+    def left() -> float:
+        return seconds - (time.monotonic() - start)
+
+    needed = BOOT + 8 * subject.seconds
+    ranks = TwoProcesses.start(recipe, subject.exact_dtype) if needed < left() else None
+    try:
+        with _repeatable(device):
+            for check in track(checks(subject), "checking"):
+                estimate = check.gradients * subject.seconds
+                findings.append(_run(check, subject) if estimate < left() else _too_long(check.name, estimate))
+        findings.append(_too_long(PROCESSES, needed) if ranks is None else ranks.finding(max(10.0, left())))
+    finally:
+        if ranks is not None:
+            ranks.stop()
+    label = f"{recipe.backbone.name}, {recipe.adapter.kind}, {recipe.method.name}"
+    return Examination(environment(device), label, tuple(findings), time.monotonic() - start)
+
+
+def demo_recipe() -> Recipe:
+    """LoRA on the small CLIP that comes with the package."""
+    return Recipe(
+        name="doctor",
+        backbone=BackboneConfig(name="demo"),
+        adapter=LoraAdapterConfig(),
+        data=DataConfig(shapes=ShapesConfig()),
+        protocol=ProtocolConfig(held_out="painting"),
+    )
+
+
+def _run(check: Check, subject: Subject) -> Finding:
+    try:
+        with _weights_kept(subject):
+            return check.run(subject)
+    except Exception as error:  # the others can still be examined
+        return raised(check.name, error)
+
+
+@contextmanager
+def _weights_kept(subject: Subject) -> Iterator[None]:
+    """Whatever a check finds, the next one starts from the same weights."""
+    subject.use(torch.float32)
+    kept = [p.detach().clone() for p in subject.params]
+    try:
+        yield
+    finally:
+        subject.use(torch.float32).gradient()
+        with torch.no_grad():
+            for p, before in zip(subject.params, kept, strict=True):
+                p.copy_(before)
+
+
+def _too_long(check: str, seconds: float) -> Finding:
+    return unavailable(check, f"would take about {seconds:.0f} s more here; --seconds gives more time")
+
+
+def _repeatable(device: torch.device) -> AbstractContextManager[None]:
+    """The attention of GPUs that is fastest adds up in another order every time; this one does not."""
+    return nullcontext() if device.type == "cpu" else sdpa_kernel(SDPBackend.MATH)

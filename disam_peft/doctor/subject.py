@@ -1,0 +1,180 @@
+"""What is examined: a recipe's classifier on a few synthetic images.
+
+Shapes in this file: B samples, C classes, P numbers that are trained.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disam_peft.adapters import build_adapter
+from disam_peft.adapters.base import ClassPrompts
+from disam_peft.backbones import load_backbone
+from disam_peft.classifier import ClipClassifier
+from disam_peft.objectives import cross_entropy
+from disam_peft.recipe import Recipe
+from disam_peft.sharpness import DISAM
+from disam_peft.training import MethodConfig
+
+CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
+TEMPLATES = 2
+DOMAINS = (0, 0, 0, 1, 1, 0, 2, 2)
+FEW_DOMAINS = (0, 0, 1, 2)
+NOISE = 0.05
+SMALL = 20_000_000
+EXACT_BELOW = 0.4
+QUICK_BELOW = 0.1
+
+
+class Subject:
+    """A classifier in eval mode (a step's two dropout masks are no matter of this machine) and one batch for it.
+
+    Attributes:
+        labels_B, domains_B: three domains, whose mean losses lie apart; the last samples lack the first domain.
+        exact_dtype: in which equalities are examined: float64 where a gradient takes less than 0.4 s in float32, else
+            float32.
+        seconds: how long a gradient of the whole batch takes in float32.
+    """
+
+    def __init__(self, classifier: ClipClassifier, method: MethodConfig, device: torch.device) -> None:
+        self.classifier, self.method, self.device = classifier.to(device).eval(), method, device
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():  # away from initial zeros, where much is equal that should not be
+            for p in self.params:
+                p += NOISE * torch.randn(p.shape, generator=generator).to(p)
+        weights = sum(p.numel() for p in classifier.model.parameters())
+        self.domains_B = torch.tensor(DOMAINS if weights < SMALL else FEW_DOMAINS, device=device)
+        size = classifier.backbone.preprocessing.size
+        self._pixels_BCHW = torch.randn(len(self.domains_B), 3, *size, generator=generator)
+        self._frozen: dict[tuple[torch.dtype, torch.dtype | None], Tensor] = {}
+        with torch.no_grad():
+            order_BC = classifier.logits(self.frozen()).argsort(dim=1, descending=True)
+        # the first domain's labels are likely ones, the last domain's unlikely
+        self.labels_B = order_BC.gather(1, (2 * self.domains_B + 1)[:, None])[:, 0]
+        self.seconds = self._timed()
+        has_float64 = device.type != "mps"
+        self.exact_dtype = torch.float64 if has_float64 and self.seconds < EXACT_BELOW else torch.float32
+
+    @property
+    def params(self) -> list[Tensor]:
+        return list(self.classifier.trainable().values())
+
+    @property
+    def few(self) -> slice:
+        """The first and the last samples that hold two domains, where a whole batch would take long."""
+        return slice(0, len(self.domains_B)) if self.quick else slice(1, 3)
+
+    @property
+    def quick(self) -> bool:
+        return self.seconds < QUICK_BELOW
+
+    @property
+    def precision(self) -> str:
+        """Of the present numbers, in words."""
+        return str(self.classifier.backbone.dtype).removeprefix("torch.")
+
+    def use(self, dtype: torch.dtype) -> Subject:
+        """From now on in this precision; float32 to float64 and back changes no bit."""
+        if self.classifier.backbone.dtype != dtype:
+            self._clear_gradients()
+            self._frozen.clear()
+            self.classifier.to(dtype=dtype)
+        return self
+
+    def frozen(self, autocast: torch.dtype | None = None) -> Tensor:
+        """The frozen part's output, computed once."""
+        dtype = self.classifier.backbone.dtype
+        if (dtype, autocast) not in self._frozen:
+            with self._autocast(autocast):
+                self._frozen[dtype, autocast] = self.classifier.encode_frozen(self.pixels())
+        return self._frozen[dtype, autocast]
+
+    def pixels(self) -> Tensor:
+        return self._pixels_BCHW.to(self.device, self.classifier.backbone.dtype)
+
+    def losses(
+        self, where: slice | Tensor = slice(None), *, autocast: torch.dtype | None = None, outside: bool = False
+    ) -> Callable[[], Tensor]:
+        """Per-sample losses of these samples, for ``DISAM.backward``.
+
+        Args:
+            autocast: of every forward pass.
+            outside: the caller holds that autocast around all passes instead.
+        """
+        frozen, labels_B = self.frozen(autocast)[where], self.labels_B[where]
+
+        def per_sample_loss() -> Tensor:
+            with self._autocast(None if outside else autocast):
+                logits_BC = self.classifier.logits(frozen)
+            return cross_entropy(logits_BC, labels_B)
+
+        return per_sample_loss
+
+    def disam(self, **changes: Any) -> DISAM:
+        """The recipe's step; where it is ERM or SAM, with a perturbation and a variance all the same."""
+        options: dict[str, Any] = {
+            "rho": self.method.rho or 0.05,
+            "variance_weight": self.method.variance_weight or 0.1,
+            "adaptive": self.method.adaptive,
+            "num_domains": len(set(DOMAINS)),
+        }
+        return DISAM(self.params, **(options | changes))
+
+    def gradient(self) -> Tensor:
+        """What the last step left, (P,), taken away from the parameters."""
+        gradient_P = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in self.params])
+        self._clear_gradients()
+        return gradient_P
+
+    def weights(self) -> Tensor:
+        """A copy of all that is trained, (P,)."""
+        return torch.cat([p.detach().reshape(-1) for p in self.params])
+
+    def _clear_gradients(self) -> None:
+        for p in self.params:
+            p.grad = None
+
+    def _autocast(self, dtype: torch.dtype | None) -> Any:
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+
+    def _timed(self) -> float:
+        """Seconds of a gradient; the first one warms up, and is enough where it is slow."""
+        seconds = 0.0
+        for _ in range(2):
+            start = time.perf_counter()
+            self.losses()().sum().backward()
+            float(self.gradient().norm())  # waits for the device
+            seconds = time.perf_counter() - start
+            if seconds > 2:
+                break
+        return seconds
+
+
+def build_subject(recipe: Recipe, device: torch.device) -> Subject:
+    """The recipe's backbone, adapter, method and prompts, with made-up classes and data; the same for the same recipe.
+
+    Raises:
+        UserError: a backbone, adapter or prompt that cannot be used.
+    """
+    backbone = load_backbone(recipe.backbone)
+    prompts = ClassPrompts(CLASSES, recipe.prompts.resolved()[:TEMPLATES])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        classifier = ClipClassifier(backbone, build_adapter(recipe.adapter, backbone, prompts), prompts)
+    return Subject(classifier, recipe.method, device)
+
+
+def largest_relative(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference, in units of the largest number that was wanted."""
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def differing(some: Tensor, others: Tensor) -> int:
+    """Numbers that do not have the same bits (NaN differs from all)."""
+    return int((some != others).sum())
