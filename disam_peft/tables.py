@@ -123,14 +123,12 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
         named = verdicts.columns.index("difference") + 1  # condition and pair in one
         lines = [(": ".join(line[:named]), *(line[i] for i in shown)) for line in verdicts.lines]
         _print_texts(console, verdicts.title, ("difference", *(verdicts.columns[i] for i in shown)), lines)
-    _list(
-        console,
-        "failed runs",
-        [
-            f"{', '.join(part for part in (f.condition, f.arm, f.held_out, f'seed {f.seed}') if part)}: {f.error}"
-            for f in comparison.failed
-        ],
-    )
+    # the first line of each error; comparison.json has them whole
+    failed = [
+        f"{', '.join(filter(None, (f.condition, f.arm, f.held_out)))}, seed {f.seed}: {f.error.splitlines()[0]}"
+        for f in comparison.failed
+    ]
+    _list(console, "failed runs", failed)
 
 
 def print_data_report(report: DataReport, console: Console | None = None) -> None:

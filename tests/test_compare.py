@@ -7,7 +7,7 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
-from disam_peft import cli, run
+from disam_peft import cli, run, shared
 from disam_peft.compare import compare
 from disam_peft.records import METRICS, read_events
 from disam_peft.report.comparison import judge, read_comparison
@@ -128,3 +128,26 @@ def test_on_one_source_domain_disam_is_sam_bit_for_bit(tmp_path, study):
     differences = {r.metric: r.value for r in found.rows if r.arm == "sam"}
     assert differences == {r.metric: r.value for r in found.rows if r.arm == "disam"}
     assert found.verdicts["top1"][0].result.mean == 0
+
+
+def test_two_processes_give_the_numbers_of_one(tmp_path, study):
+    alone = compare(study, tmp_path / "one", jobs=1, seeds=1)
+    assert compare(study, tmp_path / "two", jobs=2, seeds=1) == alone
+    assert len(alone.runs) == 4
+
+
+def test_data_and_zero_shot_are_done_once_for_all_arms(tmp_path, study, monkeypatch):
+    loaded, judged = [], []
+    load, rows = shared.load, run._Judge.rows
+    monkeypatch.setattr(shared, "load", lambda config: loaded.append(config) or load(config))
+    monkeypatch.setattr(run._Judge, "rows", lambda *a, **k: judged.append(k["method"]) or rows(*a, **k))
+    compare(study, tmp_path / "out", jobs=1)
+    assert len(loaded) == 2, "a set of images per seed, for two held-out domains and two arms"
+    assert sorted(judged) == ["disam"] * 4 + ["erm"] * 4 + ["zero_shot"] * 4
+
+
+def test_without_a_single_result_the_page_says_so(tmp_path, study):
+    found = compare(study, tmp_path / "out", ["train.batch_size=1"], jobs=1, seeds=1)
+    assert (len(found.runs), len(found.failed)) == (0, 4)
+    assert "4 failed" in (tmp_path / "out/comparison.html").read_text()
+    assert "| DISAM - ERM | n/a |" in (tmp_path / "out/comparison.md").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from disam_peft.report.comparison import Comparison, Judgement, arm_title, seed_values
 from disam_peft.report.figures import COLOURS, METHOD_COLOURS
 from disam_peft.report.measures import MEASURES
+from disam_peft.report.runs import RunRecord
 from disam_peft.report.svg import STYLE, svg
 
 FACES = {"first": "#0072B2", "second": "#D55E00"}
@@ -59,6 +61,40 @@ def arm_lines(comparison: Comparison, metric: str, means: Mapping[str, Sequence[
         axes.set_ylabel(metric.replace("_", " ") + (" (%)" if measure.scale == 100 else ""))
         figure.legend(loc="outside upper center", ncols=min(5, len(means)), frameon=False)
         return svg(figure)
+
+
+def domain_panels(arms: Mapping[str, Sequence[RunRecord]], field: str, label: str) -> str:
+    """``domain_loss`` or ``domain_weight`` of every source domain over the steps, the mean over the runs of an arm; a
+    panel per arm."""
+    curves = {arm: _mean_curves(runs, field) for arm, runs in arms.items()}
+    domains = sorted({domain for of in curves.values() for domain in of})
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(2.2 * max(2, len(curves)) + 0.8, 2.8), layout="constrained")
+        panels: Any = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+        for axes, (arm, of) in zip(panels, curves.items(), strict=True):
+            for domain, points in of.items():
+                colour = COLOURS[domains.index(domain) % len(COLOURS)]
+                axes.plot(*zip(*points, strict=True), color=colour, label=domain, linewidth=1.2)
+            axes.set_title(arm_title(arm), fontsize=8)
+            axes.set_xlabel("step")
+        panels[0].set_ylabel(label)
+        handles = {h.get_label(): h for axes in panels for h in axes.get_lines()}
+        figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(6, len(handles)), frameon=False)
+        return svg(figure)
+
+
+def _mean_curves(runs: Sequence[RunRecord], field: str) -> dict[str, list[tuple[int, float]]]:
+    """domain -> (step, mean over the runs that have it there)."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for run in runs:
+        for step in run.steps:
+            for domain, value in step[field].items():
+                if value is not None:
+                    found.setdefault(domain, {}).setdefault(step["step"], []).append(value)
+    return {
+        domain: [(step, statistics.fmean(values)) for step, values in sorted(by_step.items())]
+        for domain, by_step in sorted(found.items())
+    }
 
 
 def _name(one: Judgement) -> str:

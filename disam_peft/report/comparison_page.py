@@ -18,11 +18,11 @@ from disam_peft.report.comparison import (
     value_tables,
     verdict_table,
 )
-from disam_peft.report.comparison_figures import arm_lines, difference_intervals
-from disam_peft.report.figures import domain_curves
+from disam_peft.report.comparison_figures import arm_lines, difference_intervals, domain_panels
 from disam_peft.report.measures import MEASURES
 from disam_peft.report.runs import RunRecord
 
+PANELS = 5
 METHOD = (
     "Arms are paired by held-out domain and seed. The seed is the unit: a difference is averaged over the held-out "
     "domains within each seed. sd: standard deviation over seeds (ddof 1). 95 % interval: bootstrap over seeds "
@@ -48,7 +48,7 @@ class _Section:
 
 @dataclass(frozen=True)
 class _Curves:
-    """Training of one seed without one domain, under one condition."""
+    """Training without one domain, under one condition."""
 
     about: str
     losses: Markup
@@ -94,21 +94,19 @@ def _section(comparison: Comparison, metric: str) -> _Section:
 
 
 def _curves(comparison: Comparison, folder: Path) -> list[_Curves]:
-    """Of the first seed without the first domain, for every condition whose arms are few enough to look at."""
+    """Without the first held-out domain, under every condition, of the first few arms; means over seeds."""
     found = []
     for condition, domains in comparison.held_out.items():
-        places = [
-            run
-            for run in comparison.runs
-            if (run.condition, run.held_out, run.seed) == (condition, domains[0], comparison.seeds[0])
-        ]
-        runs = [run for run in (RunRecord(folder / place.folder) for place in places) if run.steps]
-        methods = [run.trained.method for run in runs]
-        shown = [run for i, run in enumerate(runs) if run.trained.method not in methods[:i]]
+        arms: dict[str, list[RunRecord]] = {}
+        for place in comparison.runs:
+            if (place.condition, place.held_out) == (condition, domains[0]):
+                arms.setdefault(place.arm, []).append(RunRecord(folder / place.folder))
+        shown = {arm: runs for arm, runs in arms.items() if all(run.steps for run in runs)}
+        shown = {arm: shown[arm] for arm in list(shown)[:PANELS]}
         if shown:
-            about = f"{f'{condition}: ' if condition else ''}without {domains[0]}, seed {comparison.seeds[0]}"
+            about = f"{f'{condition}: ' if condition else ''}without {domains[0]}, means over seeds"
             losses, weights = (
-                Markup(domain_curves(shown, name, label))
+                Markup(domain_panels(shown, name, label))
                 for name, label in (("domain_loss", "loss"), ("domain_weight", "weight in the ascent"))
             )
             found.append(_Curves(about, losses, weights))
