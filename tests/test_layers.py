@@ -10,6 +10,7 @@ FLOORS = {
     "sharpness": 0,
     "records": 0,
     "errors": 0,
+    "locking": 1,
     "config": 0,
     "progress": 0,
     "data": 1,
@@ -25,12 +26,13 @@ FLOORS = {
     "report": 4,
     "tables": 4,
     "recipe": 5,
+    "run_folder": 6,
     "run": 6,
     "demo": 7,
     "cli": 8,
 }
-# On one floor, but one rests on the other: a classifier's frozen part, stored.
-BESIDE = {("frozen", "classifier")}
+# On one floor, but one rests on the other: a classifier's frozen part, stored; a run in its folder.
+BESIDE = {("frozen", "classifier"), ("run", "run_folder")}
 # Only one place each may know a family's library.
 GUARDED = {"open_clip": "backbones/openclip", "accelerate": ("training/", "run.py")}
 
