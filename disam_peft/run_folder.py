@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,7 @@ from typing import Literal
 import yaml
 
 from disam_peft.data import DomainDataset
-from disam_peft.errors import UserError
+from disam_peft.errors import Notice, UserError
 from disam_peft.recipe import Recipe, as_dict, differences, save_recipe
 from disam_peft.records import RESULTS
 
@@ -46,6 +47,8 @@ def plan(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Pl
         raise UserError("--overwrite starts again and --resume goes on; choose one of them")
     folder = recipe.folder(recipe.protocol.held_out)
     if not folder.exists() or not any(not _is_draft(path) for path in folder.iterdir()):
+        if resume:
+            warnings.warn(f"nothing to go on with in {folder}; it is started", Notice, stacklevel=2)
         return "start"
     if not (folder / RECIPE).is_file():
         raise UserError(f"{folder} holds files that are no run of disam-peft; choose another output or name")
@@ -61,7 +64,7 @@ def plan(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Pl
         return "keep"
     if not resume:
         raise UserError(f"{folder} holds a run that did not finish; --resume continues it, --overwrite starts it again")
-    return "continue" if (folder / CHECKPOINTS).is_dir() else "start"
+    return "continue"
 
 
 def prepare(recipe: Recipe, *, anew: bool) -> None:

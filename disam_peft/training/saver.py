@@ -59,13 +59,14 @@ class Saver:
         if where is None or not where.resume:
             return
         newest = on_main(self._accelerator, lambda: self._newest(where))
-        if newest is None:
-            return
-        files, record = newest
-        self._state.from_files(files, record, self._accelerator.process_index)
+        record = None
+        if newest is not None:
+            files, record = newest
+            self._state.from_files(files, record, self._accelerator.process_index)
         if self._accelerator.is_main_process:
-            _cut(where.records, record.records_bytes)
-            warnings.warn(f"going on after step {record.step} of {self._config.steps}", Notice, stacklevel=3)
+            _cut(where.records, None if record is None else record.records_bytes)
+            after = "from the start: there is no checkpoint yet" if record is None else f"after step {record.step}"
+            warnings.warn(f"going on {after} (of {self._config.steps} steps)", Notice, stacklevel=3)
 
     @contextmanager
     def watching(self) -> Iterator[None]:

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 
 from disam_peft import run
+from disam_peft.backbones import load_backbone
 from disam_peft.errors import Stopped, UserError
 from disam_peft.recipe import Recipe
 
@@ -57,6 +61,7 @@ def forked(action: Callable[[], object], *, environment: dict[str, str] | None =
     code = 1
     try:
         os.environ.update({"ACCELERATE_USE_CPU": "true", **(environment or {})})
+        AcceleratorState._reset_state(reset_partial_state=True)
         torch.cuda.is_available = lambda: False  # a forked process cannot use what its parent may have opened
         action()
         code = 0
@@ -89,6 +94,14 @@ def ended(pid: int, *, within: float = 120.0) -> int:
     raise TimeoutError(f"process {pid} did not end within {within} s")
 
 
+def warmed_up(recipe: Recipe) -> Callable[[], None]:
+    """Import what a run imports. The result is for the start of a child: it then takes the model from memory."""
+    run.train(recipe)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    backbone = load_backbone(recipe.backbone)
+    return lambda: setattr(run, "load_backbone", lambda config: backbone)
+
+
 def train_in_child(recipe: Recipe, *, before: Callable[[], object] = lambda: None, resume: bool = True) -> int:
     """The pid of a child that trains, after ``before()``, which may break something there."""
 
@@ -114,3 +127,22 @@ def train_in_two(recipe: Recipe, *, before: Callable[[int], object] = lambda ran
 
         pids.append(forked(action, environment={**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
     return pids
+
+
+def ends_itself(module: Any, name: str, count: int, *, number: int = signal.SIGKILL) -> Callable[[], None]:
+    """For a child: a signal to itself right after the ``count``-th call of a function."""
+    real, calls = getattr(module, name), list[int]()
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        given = real(*arguments, **options)
+        calls.append(1)
+        if len(calls) == count:
+            os.kill(os.getpid(), number)
+        return given
+
+    return lambda: setattr(module, name, call)
+
+
+def saved(recipe: Recipe) -> list[str]:
+    """The names of the checkpoints of an unfinished run."""
+    return sorted(path.name for path in (recipe.folder("photo") / "checkpoints").glob("step-*"))
