@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from disam_peft.errors import UserError
+from disam_peft.errors import Notice, Stopped, UserError
 
 if TYPE_CHECKING:
     from disam_peft.records import ResultRow
@@ -58,12 +58,15 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace runs that are in the way.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with runs that did not finish, from their last checkpoints.")
+    ] = False,
 ) -> None:
     """Train an adapter without the held-out domain, and judge it there beside zero-shot CLIP."""
     from disam_peft import run
     from disam_peft.recipe import load_recipe
 
-    outcomes = run.train(load_recipe(recipe, overrides or []), overwrite=overwrite)
+    outcomes = run.train(load_recipe(recipe, overrides or []), overwrite=overwrite, resume=resume)
     _print_outcomes(outcomes)
 
 
@@ -253,11 +256,12 @@ def _show_warning(
 ) -> None:
     """One line; where the code stands that warned is of no use to who typed a command."""
     if _is_main():
-        typer.secho(f"warning: {message}", err=True, fg="yellow")
+        kind, colour = ("note", "cyan") if issubclass(category, Notice) else ("warning", "yellow")
+        typer.secho(f"{kind}: {message}", err=True, fg=colour)
 
 
 def main() -> None:
-    """Entry point: a user's mistake is a message and exit code 2, not a traceback."""
+    """Entry point: a user's mistake is a message and exit code 2, not a traceback; a signal's is 143 or 130."""
     warnings.showwarning = _show_warning
     try:
         app()
@@ -265,6 +269,10 @@ def main() -> None:
         if _is_main():
             typer.secho(f"error: {error}", err=True, fg="red")
         sys.exit(2)
+    except Stopped as stopped:
+        if _is_main():
+            typer.secho(str(stopped), err=True, fg="yellow")
+        sys.exit(stopped.exit_code)
 
 
 if __name__ == "__main__":

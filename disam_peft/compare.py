@@ -93,12 +93,12 @@ def is_finished(recipe: Recipe) -> bool:
 
 def run_cell(cell: Cell, shared: Shared, overwrite: bool) -> Done:
     """Train and judge one cell; what goes wrong is returned, not raised."""
-    # a run of this very recipe that was cut short is started again: nobody has to say so for each of a hundred
-    begun = _is_ours(cell.recipe)
+    # a run of this very recipe that was cut short goes on: nobody has to say so for each of a hundred
+    begun = _is_ours(cell.recipe) and not overwrite
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         try:
-            run.train(cell.recipe, overwrite=overwrite or begun, shared=shared)
+            run.train(cell.recipe, overwrite=overwrite, resume=begun, shared=shared)
         except Exception as error:
             about = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             return Done(about, _texts(caught))

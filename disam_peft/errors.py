@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend, and the nearest-name hint that its messages carry."""
+"""What a user can mend, how a signal ends the work, and the nearest-name hint that messages carry."""
 
 from __future__ import annotations
 
@@ -11,6 +11,19 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with 2.
     """
+
+
+class Stopped(BaseException):
+    """A signal ended the work. No Exception, as KeyboardInterrupt is none: a loop over runs that goes on after
+    failures must end too. ``exit_code`` is what a shell would report, 143 for SIGTERM and 130 for Ctrl-C."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+class Notice(UserWarning):
+    """Something worth knowing that is no cause for concern."""
 
 
 def nearest(name: str, known: Iterable[str], *, count: int = 3) -> list[str]:

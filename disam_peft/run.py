@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from disam_peft import run_folder
 from disam_peft.adapters import build_adapter
 from disam_peft.adapters.base import ClassPrompts
 from disam_peft.backbones import BackboneConfig, load_backbone
@@ -23,12 +23,13 @@ from disam_peft.evaluation import Predictions, held_out_domains, metrics_by_doma
 from disam_peft.export import export_merged, export_peft, load_adapter, read_record, save_adapter
 from disam_peft.frozen import evaluation_store
 from disam_peft.inferred import infer_domains
-from disam_peft.recipe import Recipe, as_dict, differences, load_recipe, save_recipe
+from disam_peft.locking import locked
+from disam_peft.recipe import Recipe, as_dict, load_recipe
 from disam_peft.records import METRICS, RESULTS, ResultRow, append_event, read_results, write_results
+from disam_peft.run_folder import CHECKPOINTS, RECIPE
 from disam_peft.shared import Shared
-from disam_peft.training import FitResult, fit, start_accelerator
+from disam_peft.training import Checkpoints, FitResult, fit, on_main, start_accelerator
 
-RECIPE = "recipe.yaml"
 ADAPTER = "adapter"
 EVALUATION = "evaluation.json"
 EXPORTS = ("peft", "merged")
@@ -44,37 +45,59 @@ class Outcome:
     fit: FitResult | None
 
 
-def train(recipe: Recipe, *, overwrite: bool = False, shared: Shared | None = None) -> list[Outcome]:
+def train(
+    recipe: Recipe, *, overwrite: bool = False, resume: bool = False, shared: Shared | None = None
+) -> list[Outcome]:
     """Train and judge the recipe's adapter, once for each domain to hold out.
 
     A finished run of the very same recipe is kept as it is. Files of a run, in ``recipe.folder(held_out)``:
-    ``recipe.yaml`` (resolved), ``metrics.jsonl``, ``adapter/`` (the best state by source validation), ``results.json``.
+    ``recipe.yaml`` (resolved), ``metrics.jsonl``, ``adapter/`` (the best state by source validation), ``results.json``;
+    until it is finished also ``checkpoints/``, from which ``resume`` goes on, to the same bits.
 
     Args:
         shared: of several calls, so that what they have in common is done once.
 
     Raises:
-        UserError: data, recipe or device that cannot be used; a folder that holds another run.
+        UserError: data, recipe or device that cannot be used; a folder that holds another run, or that another process
+            works in; with ``resume``, a checkpoint that is damaged, or data that changed since.
+        Stopped: by SIGTERM or Ctrl-C in the middle of training, after saving.
     """
     shared = shared or Shared()
     log_folder = recipe.output / recipe.name / "tensorboard"
-    accelerator = start_accelerator(recipe.train.mixed_precision, tracker=recipe.train.tracker, log_folder=log_folder)
+    accelerator = start_accelerator(
+        recipe.train.mixed_precision,
+        tracker=recipe.train.tracker,
+        log_folder=log_folder,
+        timeout_minutes=recipe.train.timeout_minutes,
+    )
     with accelerator.main_process_first():  # the first process checks the files, the others read its findings
         dataset = shared.dataset(recipe.data)
     cells = [_cell(recipe, domain) for domain in held_out_domains(recipe.protocol.held_out, dataset.present_domains)]
-    finished = [_finished(cell, overwrite) for cell in cells]
-    outcomes = [
-        Outcome(_folder(cell), cell.protocol.held_out, read_results(_folder(cell) / RESULTS), None)
-        if done
-        else _leave_one_out(cell, dataset, accelerator, shared)
-        for cell, done in zip(cells, finished, strict=True)
-    ]
+    with ExitStack() as locks:
+
+        def claim() -> list[run_folder.Plan]:
+            for cell in cells:
+                locks.enter_context(locked(_folder(cell)))
+            return [run_folder.plan(cell, overwrite=overwrite, resume=resume) for cell in cells]
+
+        outcomes = [
+            _kept(cell, accelerator) if plan == "keep" else _leave_one_out(cell, dataset, accelerator, plan, shared)
+            for cell, plan in zip(cells, on_main(accelerator, claim), strict=True)
+        ]
     if len(outcomes) > 1 and accelerator.is_main_process:
         write_results(recipe.output / recipe.name / RESULTS, [row for outcome in outcomes for row in outcome.rows])
     return outcomes
 
 
-def _leave_one_out(recipe: Recipe, dataset: DomainDataset, accelerator: Accelerator, shared: Shared) -> Outcome:
+def _kept(recipe: Recipe, accelerator: Accelerator) -> Outcome:
+    if accelerator.is_main_process:
+        run_folder.clear(_folder(recipe))  # a kill may have come between the results and this
+    return Outcome(_folder(recipe), recipe.protocol.held_out, read_results(_folder(recipe) / RESULTS), None)
+
+
+def _leave_one_out(
+    recipe: Recipe, dataset: DomainDataset, accelerator: Accelerator, plan: run_folder.Plan, shared: Shared
+) -> Outcome:
     folder, main = _folder(recipe), accelerator.is_main_process
     sources, target = leave_out(dataset, recipe.protocol.held_out)
     check_no_leak(sources, target)
@@ -89,12 +112,7 @@ def _leave_one_out(recipe: Recipe, dataset: DomainDataset, accelerator: Accelera
     inferred = infer_domains(recipe.domains, backbone, training, recipe.seed, workers=recipe.train.workers)
     set_seed(recipe.seed)
     classifier = ClipClassifier(backbone, build_adapter(recipe.adapter, backbone, prompts), prompts)
-    if main:
-        _fresh(folder)
-        save_recipe(recipe, folder / RECIPE)
-        if recipe.domains.infer != "none":
-            append_event(folder / METRICS, "inferred_domains", purity=inferred.purity, counts=inferred.counts)
-    accelerator.wait_for_everyone()
+    on_main(accelerator, lambda: run_folder.prepare(recipe, anew=plan == "start"))
     _start_tracking(accelerator, recipe)
     trained_with = {"recipe": as_dict(recipe), "held_out": recipe.protocol.held_out, "classes": list(dataset.classes)}
     fitted = fit(
@@ -109,13 +127,22 @@ def _leave_one_out(recipe: Recipe, dataset: DomainDataset, accelerator: Accelera
         validate=lambda: validation_score(judge.predictions(classifier, validation, "validating")),
         on_best=(lambda: save_adapter(folder / ADAPTER, classifier, trained_with=trained_with)) if main else None,
         on_event=lambda event, **values: append_event(folder / METRICS, event, **values),
+        checkpoints=Checkpoints(
+            folder / CHECKPOINTS,
+            resume=plan == "continue",
+            made_with={**run_folder.content_by_cell(dataset), "weights of the backbone": backbone.base_hash},
+            records=folder / METRICS,
+        ),
     )
     for tracker in accelerator.trackers:
         tracker.finish()
+    if main and recipe.domains.infer != "none":
+        append_event(folder / METRICS, "inferred_domains", purity=inferred.purity, counts=inferred.counts)
 
     rows += judge.rows(classifier, adapter=recipe.adapter.kind, method=recipe.method.name)
     if main:
         write_results(folder / RESULTS, rows)
+        run_folder.clear(folder)
     accelerator.wait_for_everyone()
     return Outcome(folder, recipe.protocol.held_out, rows, fitted)
 
@@ -260,37 +287,6 @@ def _untrained(recipe: Recipe) -> str:
 
 def _folder(recipe: Recipe) -> Path:
     return recipe.folder(recipe.protocol.held_out)
-
-
-def _finished(recipe: Recipe, overwrite: bool) -> bool:
-    """Whether the folder holds this very run, complete.
-
-    Raises:
-        UserError: it holds something else, and nobody said to overwrite it.
-    """
-    folder = _folder(recipe)
-    if not folder.exists() or not any(folder.iterdir()):
-        return False
-    if not (folder / RECIPE).is_file():
-        raise UserError(f"{folder} holds files that are no run of disam-peft; choose another output or name")
-    if overwrite:
-        return False
-    before = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
-    changes = differences(before, as_dict(recipe))
-    if changes:
-        listed = "\n  ".join(changes)
-        raise UserError(
-            f"{folder} holds another run; choose another name, or --overwrite it. It differs in:\n  {listed}"
-        )
-    if not (folder / RESULTS).is_file():
-        raise UserError(f"{folder} holds a run that did not finish; --overwrite starts it again")
-    return True
-
-
-def _fresh(folder: Path) -> None:
-    if (folder / RECIPE).is_file():  # ours, and the user said to overwrite it
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _start_tracking(accelerator: Accelerator, recipe: Recipe) -> None:

@@ -11,6 +11,7 @@ FLOORS = {
     "records": 0,
     "workers": 1,
     "errors": 0,
+    "locking": 1,
     "config": 0,
     "progress": 0,
     "strict_yaml": 0,
@@ -30,6 +31,7 @@ FLOORS = {
     "shared": 4,
     "recipe": 5,
     "study": 5,
+    "run_folder": 6,
     "run": 6,
     "demo": 7,
     "sweep": 7,
@@ -38,13 +40,15 @@ FLOORS = {
     "cli": 8,
 }
 # On one floor, but one rests on the other: a classifier's frozen part, stored; domains inferred by a classifier of
-# styles; a study varies a recipe; tables of the report are shown on the terminal; the error that a reader raises.
+# styles; a study varies a recipe; tables of the report are shown on the terminal; the error that a reader raises; a run
+# in its folder.
 BESIDE = {
     ("frozen", "classifier"),
     ("inferred", "classifier"),
     ("study", "recipe"),
     ("tables", "report"),
     ("strict_yaml", "errors"),
+    ("run", "run_folder"),
 }
 # Only one place each may know a family's library.
 GUARDED = {"open_clip": "backbones/openclip", "accelerate": ("training/", "run.py")}

@@ -7,6 +7,7 @@ are positions in the dataset. All loaders give each rank its own share already a
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 MAX_WORKERS = 8
 RETRY_SECONDS = 0.2
+WORKER_GRACE_SECONDS = 30
 StartMethod = Literal["fork", "spawn", "forkserver"]
 
 
@@ -182,7 +184,19 @@ def _options(
         # Training is one long pass; validation comes again and again and would start its workers anew each time.
         "persistent_workers": reused and count > 0,
         "multiprocessing_context": start if count > 0 else None,
+        "worker_init_fn": _survive_signals,
+        # A loader draws a seed for its workers, which need none: from the process's own stream the draw would give a
+        # resumed run, which opens another number of loaders, other dropout masks.
+        "generator": torch.Generator(),
     }
+
+
+def _survive_signals(worker: int) -> None:
+    """A signal to all processes, as a terminal and many schedulers send it, must leave the main one its batches until
+    it has ended its step. Workers go when it goes; to one that hangs, SIGTERM still means the end, a little later."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(WORKER_GRACE_SECONDS))
 
 
 class _TrainSamples(Dataset):

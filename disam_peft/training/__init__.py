@@ -3,5 +3,7 @@
 from disam_peft.training.config import MethodConfig, TrainConfig
 from disam_peft.training.devices import start_accelerator
 from disam_peft.training.loop import FitResult, fit
+from disam_peft.training.processes import on_main
+from disam_peft.training.saver import Checkpoints
 
-__all__ = ["FitResult", "MethodConfig", "TrainConfig", "fit", "start_accelerator"]
+__all__ = ["Checkpoints", "FitResult", "MethodConfig", "TrainConfig", "fit", "on_main", "start_accelerator"]

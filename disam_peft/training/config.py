@@ -58,6 +58,14 @@ class TrainConfig(Config):
     (Dropout draws other masks.) Where the image tower is frozen, only the encoding of images goes in pieces."""
     validate_every: int | None = Field(default=None, ge=1)
     """Steps between validations on the sources; unset: ten times a run. The last step is always validated."""
+    save_every: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints, from which ``--resume`` goes on; unset: one at each validation. The last step always
+    has one. They are removed when the run is finished."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """How many stay, the newest: a second one is there for the day on which the first is damaged."""
+    timeout_minutes: float = Field(default=30, gt=0)
+    """How long processes wait for one that does not answer, before they end with an error. It must be longer than
+    anything that one process does alone, such as the first check of the data."""
     log_every: int = Field(default=10, ge=1)
     """Steps between records; reading the numbers makes the device wait."""
     log_ascent_cosine: bool = False

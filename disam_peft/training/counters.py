@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from disam_peft.training.config import MethodConfig
 
 RARE = 0.05
 UNUSUAL = 0.2
+COUNTED = ("one_domain_steps", "zero_ascent_steps", "negative_domain_weights", "domain_weights")
 
 
 class StepCounters:
@@ -21,7 +23,7 @@ class StepCounters:
     def __init__(self, domain_names: tuple[str, ...], num_sources: int, method: MethodConfig) -> None:
         self._names, self._num_sources, self._method = domain_names, num_sources, method
         self._steps, self.skipped = 0, 0
-        self._totals: Tensor | None = None  # one-domain steps, zero-ascent steps, negative weights, weights
+        self._totals: Tensor | None = None  # in the order of COUNTED
 
     def count(self, report: StepReport, skipped: bool) -> None:
         present_D = report.domain_counts > 0
@@ -58,9 +60,13 @@ class StepCounters:
 
     def totals(self) -> dict[str, int]:
         """Counts over the run."""
-        names = ("one_domain_steps", "zero_ascent_steps", "negative_domain_weights", "domain_weights")
-        counts = [0] * len(names) if self._totals is None else self._totals.tolist()
-        return {"steps": self._steps, "skipped_steps": self.skipped, **dict(zip(names, counts, strict=True))}
+        counts = [0] * len(COUNTED) if self._totals is None else self._totals.tolist()
+        return {"steps": self._steps, "skipped_steps": self.skipped, **dict(zip(COUNTED, counts, strict=True))}
+
+    def load(self, totals: Mapping[str, int], device: torch.device) -> None:
+        """Go on from what ``totals()`` gave."""
+        self._steps, self.skipped = totals["steps"], totals["skipped_steps"]
+        self._totals = torch.tensor([totals[name] for name in COUNTED], device=device)
 
     def warn_at_the_end(self) -> None:
         """Say what happened more often than the method is meant for."""

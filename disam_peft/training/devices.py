@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,18 @@ from disam_peft.errors import UserError
 
 
 def start_accelerator(
-    mixed_precision: str = "no", *, tracker: str = "none", log_folder: Path | None = None
+    mixed_precision: str = "no",
+    *,
+    tracker: str = "none",
+    log_folder: Path | None = None,
+    timeout_minutes: float = 30,
 ) -> Accelerator:
     """An Accelerator for this process: one of many under ``accelerate launch``, the only one otherwise.
 
     Args:
         mixed_precision: ``no``, ``bf16`` or ``fp16``.
         tracker: ``none`` or ``tensorboard``; the latter writes to ``log_folder``.
+        timeout_minutes: how long processes wait for each other before they give up.
 
     Raises:
         UserError: a precision that the device does not have; a tracker that is not installed.
@@ -29,18 +35,19 @@ def start_accelerator(
         raise UserError('train.tracker=tensorboard needs a package: pip install "disam_peft[tensorboard]"')
     project = None if log_folder is None else ProjectConfiguration(str(log_folder), logging_dir=str(log_folder))
     options: dict[str, Any] = {"log_with": "tensorboard", "project_config": project} if tracker != "none" else {}
+    processes = _join(timeout_minutes)
     # before Accelerate sees it: fp16 on a CPU would silently run in float32
-    check_precision(mixed_precision, _state().device)
+    check_precision(mixed_precision, processes.device)
     # by a plugin: a number would give way to that of ``accelerate launch``, and every loss be divided by it
     options["gradient_accumulation_plugin"] = GradientAccumulationPlugin(num_steps=1)
     return Accelerator(mixed_precision=mixed_precision, **options)
 
 
-def _state() -> PartialState:
+def _join(timeout_minutes: float) -> PartialState:
     """Accelerate's knowledge of the processes. Not told ``cpu``, it looks for them on accelerators alone: of several
     processes on CPUs (torchrun) each would believe itself alone, and all would write the same files."""
     on_cpus = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=on_cpus)
+    return PartialState(cpu=on_cpus, timeout=timedelta(minutes=timeout_minutes))
 
 
 def check_precision(mixed_precision: str, device: torch.device) -> None:

@@ -25,11 +25,14 @@ from disam_peft.errors import UserError
 from disam_peft.frozen import FeatureConfig, training_store
 from disam_peft.progress import track
 from disam_peft.sharpness import DISAM
+from disam_peft.training.best import BestState
 from disam_peft.training.config import MethodConfig, TrainConfig
 from disam_peft.training.counters import StepCounters
 from disam_peft.training.devices import start_accelerator
 from disam_peft.training.gradient import StepGradient, choose_pieces
+from disam_peft.training.saver import Checkpoints, Saver
 from disam_peft.training.schedule import learning_rate_factor
+from disam_peft.training.state import TrainingState
 
 MAX_SKIPPED_IN_A_ROW = 10
 OnEvent = Callable[..., None]
@@ -42,7 +45,8 @@ class FitResult:
     Attributes:
         best_step: number of optimizer steps after which the chosen state was reached; the last one if nobody
             validated.
-        best_score: its score; None if nobody validated.
+        best_score: its score; None if nobody validated. Where it was found before the run was resumed: the same
+            numbers as a plain tuple.
         first_loss, last_loss: mean training loss of the first and the last step, at w.
         skipped_steps: steps without effect, because a loss or gradient was not finite.
     """
@@ -67,6 +71,7 @@ def fit(
     validate: Callable[[], Any] | None = None,
     on_best: Callable[[], None] | None = None,
     on_event: OnEvent | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> FitResult:
     """Train the classifier's adapter on ``dataset``, which holds source data only; in the end it is in its best state.
 
@@ -79,12 +84,16 @@ def fit(
         validate: scores the present state on held-back source data; greater is better. Called at intervals and after
             the last step; the state with the highest score (the first of equals) is the one that is kept. Unset: the
             last state is kept.
-        on_best: called in that state, whenever it is a new best, to save it.
+        on_best: called in that state, whenever it is a new best, to save it; after a resume once more at the end.
         on_event: called on the main process as ``on_event(name, **values)`` with the records of ``metrics.jsonl``.
+        checkpoints: where to save at intervals, and whether to go on from there: whatever interrupted the run, the same
+            processes then come to the same bits. SIGTERM and Ctrl-C save and end it. Unset: nothing is saved.
 
     Raises:
         UserError: nothing to train; a batch too small for the domains; losses that stay not finite (names the files);
-            more pieces of gradient accumulation than images.
+            more pieces of gradient accumulation than images; a checkpoint that cannot be written, is damaged, or is of
+            another run.
+        Stopped: by a signal; with ``checkpoints`` alone.
     """
     method, config = method or MethodConfig(), config or TrainConfig()
     accelerator = accelerator or start_accelerator(config.mixed_precision)
@@ -102,52 +111,61 @@ def fit(
     disam = _disam(params, method, config, dataset, accelerator)
     gradient = StepGradient(classifier, disam, pieces, accelerator)
     counters = StepCounters(dataset.domains, len(dataset.present_domains), method)
-    keeper = _BestState(classifier, validate, on_best)
-    losses: list[Tensor] = []
-    skipped_in_a_row = 0
+    best = BestState(classifier, validate, on_best)
+    state = TrainingState(classifier, optimizer, scheduler, accelerator.scaler, counters, best)
+    saver = Saver(checkpoints, state, config, accelerator)
+    saver.resume()
+    resumed_after = state.step
 
-    batches = _batches(classifier, dataset, config, augment or AugmentConfig(), features, seed, accelerator)
+    batches = _batches(
+        classifier, dataset, config, augment or AugmentConfig(), features, seed, accelerator, first_step=state.step
+    )
     classifier.train()
-    if pieces.count > 1:
+    if pieces.count > 1 and state.step == 0:
         emit("accumulation", pieces=pieces.count, images_at_once=pieces.size, way=pieces.way)
-    for step, batch in enumerate(track(batches, "training", total=config.steps), start=1):
-        try:
-            report = gradient(batch)
-        except torch.OutOfMemoryError as error:  # the weights are w again; what is known of the remedy is in the notes
-            hint = " ".join(getattr(error, "__notes__", []))
-            raise UserError(f"out of memory at step {step}: {error} {hint} {pieces.memory_remedy}") from error
-        gradient_norm = _clipped(params, config, accelerator)
-        learning_rate = scheduler.get_last_lr()[0]
-        if accelerator.scaler is None and not bool(report.is_finite & torch.isfinite(gradient_norm)):
-            skipped = True
-        else:
-            stepper.step()  # under a loss scaler it skips by itself, and halves the scale
-            skipped = bool(stepper.step_was_skipped)
-        if not skipped:
-            scheduler.step()
-        skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
-        if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            raise UserError(_diverged(dataset, batch, config))
-        losses = [losses[0] if losses else report.loss, report.loss]
-        counters.count(report, skipped)
-        if step % config.log_every == 0 or step in (1, config.steps) or skipped:
-            values = counters.numbers(report, gradient_norm)
-            emit("step", step=step, learning_rate=learning_rate, skipped=skipped, **values)
-            _track(accelerator, step, {"learning_rate": learning_rate, **values})
-        if step % config.validation_interval == 0 or step == config.steps:
-            score = keeper.offer(step)
+    with saver.watching():
+        for batch in track(batches, "training", total=config.steps - state.step):
+            step = state.step + 1
+            try:
+                report = gradient(batch)
+            except torch.OutOfMemoryError as error:  # the weights are w again; the notes hold what is known of a remedy
+                hint = " ".join(getattr(error, "__notes__", []))
+                raise UserError(f"out of memory at step {step}: {error} {hint} {pieces.memory_remedy}") from error
+            gradient_norm = _clipped(params, config, accelerator)
+            learning_rate = scheduler.get_last_lr()[0]
+            if accelerator.scaler is None and not bool(report.is_finite & torch.isfinite(gradient_norm)):
+                skipped = True
+            else:
+                stepper.step()  # under a loss scaler it skips by itself, and halves the scale
+                skipped = bool(stepper.step_was_skipped)
+            if not skipped:
+                scheduler.step()
+            state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
+            if state.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                raise UserError(_diverged(dataset, batch, config))
+            state.losses = (state.losses[0] if state.losses else report.loss, report.loss)
+            counters.count(report, skipped)
+            if step % config.log_every == 0 or step in (1, config.steps) or skipped:
+                values = counters.numbers(report, gradient_norm)
+                emit("step", step=step, learning_rate=learning_rate, skipped=skipped, **values)
+                _track(accelerator, step, {"learning_rate": learning_rate, **values})
+            validated = step % config.validation_interval == 0 or step == config.steps
+            score = best.offer(step) if validated else None
             if score is not None:
                 emit("validation", step=step, **score._asdict())
                 _track(accelerator, step, {f"validation/{name}": value for name, value in score._asdict().items()})
+            state.step = step
+            saver.end_of_step(validated=validated)
 
     counters.warn_at_the_end()
-    keeper.restore_best()
-    emit("trained", best_step=keeper.best_step or config.steps, **counters.totals())
+    best.restore(announce=resumed_after > 0)  # a power cut may have taken what was saved of it
+    emit("trained", best_step=best.step or config.steps, **counters.totals())
+    assert state.losses is not None  # a run has a step
     return FitResult(
-        best_step=keeper.best_step or config.steps,
-        best_score=keeper.best_score,
-        first_loss=float(losses[0]),
-        last_loss=float(losses[1]),
+        best_step=best.step or config.steps,
+        best_score=best.score,
+        first_loss=float(state.losses[0]),
+        last_loss=float(state.losses[1]),
         skipped_steps=counters.skipped,
     )
 
@@ -202,6 +220,8 @@ def _batches(
     features: FeatureConfig | None,
     seed: int,
     accelerator: Accelerator,
+    *,
+    first_step: int,
 ) -> Iterable[dict[str, Tensor]]:
     """This rank's part of every batch, as images or, from a store, as what the frozen part makes of them."""
     places = DomainBatches(
@@ -212,6 +232,7 @@ def _batches(
         sampling=config.sampling,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
+        first_step=first_step,
     )
     if features is not None and features.store:
         autocast = accelerator.autocast
@@ -272,35 +293,3 @@ def _diverged(dataset: DomainDataset, batch: dict[str, Tensor], config: TrainCon
         f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a loss or gradient that is not finite and were skipped; "
         f"try {hint}. The last batch held, among others:\n{files}"
     )
-
-
-class _BestState:
-    """Remembers the adapter's state with the highest score; the first of equals."""
-
-    def __init__(
-        self, classifier: ClipClassifier, validate: Callable[[], Any] | None, on_best: Callable[[], None] | None
-    ) -> None:
-        self._classifier, self._validate, self._on_best = classifier, validate, on_best
-        self._state: dict[str, Tensor] | None = None
-        self.best_step: int | None = None
-        self.best_score: Any = None
-
-    def offer(self, step: int) -> Any:
-        """Validate the present state; its score, or None if nobody validates."""
-        if self._validate is None:
-            return None
-        score = self._validate()
-        self._classifier.train()
-        if self.best_score is None or score > self.best_score:
-            self.best_step, self.best_score = step, score
-            self._state = {name: p.detach().clone() for name, p in self._classifier.trainable().items()}
-            if self._on_best is not None:
-                self._on_best()
-        return score
-
-    @torch.no_grad()
-    def restore_best(self) -> None:
-        self._classifier.eval()
-        if self._state is not None:
-            for name, p in self._classifier.trainable().items():
-                p.copy_(self._state[name])

@@ -1,0 +1,82 @@
+"""One process per folder. The lock is the system's: that of a killed process is free. A note beside it says whose."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from disam_peft.errors import Notice, UserError
+
+# A killed process may leave workers behind, which hold its lock until they notice that it is gone.
+ORPHANS_SECONDS = 20.0
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold ``folder``, which need not exist; a hidden file beside it is the lock, and stays.
+
+    Raises:
+        UserError: another process holds it (says which, where and since when), or no lock can be had there.
+    """
+    from filelock import FileLock, Timeout
+
+    note = folder.with_name(f".{folder.name}.owner.json")
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if _may_be_alive(_read(note)):
+                raise
+            lock.acquire(timeout=ORPHANS_SECONDS)
+    except Timeout as error:
+        raise UserError(
+            f"{folder} is in use by {_words(_read(note))}; wait for it, end it, or choose another name or output"
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        raise UserError(f"{folder} cannot be locked ({error}); choose an output that can be written") from error
+    try:
+        before = _read(note)
+        if before is not None:
+            warnings.warn(f"{folder} was in use by {_words(before)}, which is gone: its lock is taken over", Notice, 3)
+        mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now().isoformat(" ", "seconds")}
+        note.write_text(json.dumps(mine), encoding="utf-8")
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+        lock.release()
+
+
+def _read(note: Path) -> dict[str, Any] | None:
+    try:
+        owner = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return owner if isinstance(owner, dict) else None
+
+
+def _words(owner: dict[str, Any] | None) -> str:
+    if owner is None:
+        return "another process"
+    return f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}"
+
+
+def _may_be_alive(owner: dict[str, Any] | None) -> bool:
+    """False where the owner is known to be gone: only on this machine can that be known."""
+    if owner is None or owner.get("host") != socket.gethostname() or os.name == "nt":
+        return True
+    try:
+        os.kill(int(owner["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, TypeError, ValueError, KeyError):
+        return True
+    return True
