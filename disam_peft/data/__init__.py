@@ -1,4 +1,4 @@
-"""Folders, tables and Hugging Face datasets as (image, label, domain); splits, batches, augmentation, the data check.
+"""Folders, archives, tables and Hub datasets as (image, label, domain); splits, batches, augmentation, the data check.
 
 The names below are imported on first use: the configs alone must not cost an import of torch or datasets.
 """

@@ -1,0 +1,105 @@
+"""The loop under a loss scaler, in float32 arithmetic: what a GPU's fp16 asks of it, shown on a CPU."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from disam_peft.adapters import ClassPrompts, LoraAdapterConfig, build_adapter
+from disam_peft.backbones import BackboneConfig, load_backbone
+from disam_peft.classifier import ClipClassifier
+from disam_peft.data import AugmentConfig, DataConfig, load
+from disam_peft.training import TrainConfig, fit
+from disam_peft.training.devices import start_accelerator
+
+STEPS, BAD_STEP, SCALE = 6, 4, 2.0**16
+
+
+class WatchedScaler(torch.amp.GradScaler):
+    """Keeps what every step found and left: (weights, optimizer's state, scale) twice."""
+
+    def __init__(self):
+        super().__init__("cpu", init_scale=SCALE)
+        self.steps = []
+
+    def _look(self, optimizer):
+        weights = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+        state = [v.clone() for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+        return weights, state, self.get_scale()
+
+    def step(self, optimizer, *arguments, **options):
+        self._optimizer, self._before = optimizer, self._look(optimizer)
+        return super().step(optimizer, *arguments, **options)
+
+    def update(self, new_scale=None):
+        super().update(new_scale)
+        self.steps.append((self._before, self._look(self._optimizer)))
+
+
+class Overflow(torch.autograd.Function):
+    """Finite forwards, inf backwards: what a scaled half-precision backward does."""
+
+    @staticmethod
+    def forward(ctx, losses):
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * torch.inf
+
+
+@pytest.fixture
+def scaled(monkeypatch):
+    accelerator, scaler = start_accelerator("no"), WatchedScaler()
+    accelerator.scaler, accelerator.native_amp = scaler, True
+    # Accelerate unscales where it believes in fp16; the arithmetic stays as it is
+    monkeypatch.setattr(Accelerator, "mixed_precision", property(lambda self: "fp16"))
+    monkeypatch.setattr(accelerator, "autocast", nullcontext)
+    return accelerator, scaler
+
+
+def same_bits(ours, theirs):
+    return len(ours) == len(theirs) > 0 and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("bad_pass", [1, 2], ids=["pass 1", "pass 2"])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_row_29_an_overflow_in_the_loop_changes_nothing_but_the_scale(
+    bad_pass, where, scaled, domains_folder, openclip_name, monkeypatch
+):
+    from disam_peft.training import loop
+
+    accelerator, scaler = scaled
+    real, calls, rates = loop.cross_entropy, [], []
+
+    def overflowing(logits, labels):
+        calls.append(1)
+        loss_B = real(logits, labels)
+        if len(calls) != 2 * (BAD_STEP - 1) + bad_pass:
+            return loss_B
+        return loss_B * torch.inf if where == "loss" else Overflow.apply(loss_B)
+
+    monkeypatch.setattr(loop, "cross_entropy", overflowing)
+    dataset = load(DataConfig(root=domains_folder))
+    backbone = load_backbone(BackboneConfig(name=openclip_name))
+    prompts = ClassPrompts(dataset.prompt_names, ("a photo of a {}.",))
+    classifier = ClipClassifier(backbone, build_adapter(LoraAdapterConfig(seed=0), backbone, prompts), prompts)
+    result = fit(
+        classifier,
+        dataset,
+        config=TrainConfig(steps=STEPS, batch_size=6, workers=0, log_every=1),
+        augment=AugmentConfig(kind="none"),
+        accelerator=accelerator,
+        on_event=lambda name, **values: rates.append(values["learning_rate"]) if name == "step" else None,
+    )
+    assert len(scaler.steps) == len(rates) == STEPS and result.skipped_steps == 1
+    for step, ((weights, state, scale), (weights_after, state_after, scale_after)) in enumerate(scaler.steps, start=1):
+        if step == BAD_STEP:
+            assert same_bits(weights, weights_after) and same_bits(state, state_after)
+            assert scale_after == scale / 2 == SCALE / 2, "halved once, not once per pass"
+        else:
+            assert not same_bits(weights, weights_after)
+            assert scale_after == scale
+    kept = rates[BAD_STEP - 1]
+    assert rates[BAD_STEP - 2] > kept == rates[BAD_STEP] > rates[BAD_STEP + 1], "the schedule waits for the step"
