@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SPLITS = {"source_validation": "source val.", "held_out": "held out", "given": "given"}
 _LISTED = 20
+_WIDE = 7  # columns that a terminal may not hold
 
 
 def print_held_out(rows: Iterable[ResultRow], console: Console | None = None) -> None:
@@ -117,6 +118,8 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     console = console or Console()
     for metric in comparison.metrics:
         values = value_tables(comparison, metric)[0]
+        if len(values.columns) > _WIDE:
+            values = values.transposed()
         _print_texts(console, values.title, values.columns, values.lines)
         verdicts = verdict_table(comparison, metric)
         shown = [verdicts.columns.index(name) for name in ("mean", "95 % interval", "verdict", "p, Holm")]

@@ -19,6 +19,7 @@ from disam_peft.backbones import BackboneConfig, load_backbone
 from disam_peft.classifier import ClipClassifier
 from disam_peft.data import AugmentConfig, DataConfig, TrainTransform, features, load
 from disam_peft.data.features import FeatureStore
+from disam_peft.data.shapes import ShapesConfig
 from disam_peft.errors import UserError
 from disam_peft.evaluation import predict
 from disam_peft.frozen import FeatureConfig, evaluation_store, training_store
@@ -194,3 +195,16 @@ def test_a_disk_without_room_is_an_error_before_anything_is_built(make_classifie
 def test_augmentation_without_a_number_of_views_is_an_error(make_classifier, dataset, stored):
     with pytest.raises(UserError, match=r"choose features\.views, for example 8, or set augment\.kind=none"):
         training_store(make_classifier(), dataset, AugmentConfig(), 0, stored)
+
+
+def test_painted_images_of_another_seed_have_a_store_of_their_own(make_classifier, stored):
+    """Unchecked and embedded: names, sizes and (no) times are equal, only the content differs."""
+    classifier = make_classifier()
+    shapes = [
+        load(DataConfig(shapes=ShapesConfig(images_per_class=1, seed=seed), verify=False)).with_domains(["photo"])
+        for seed in (0, 1, 0)
+    ]
+    first, other, again = (evaluation_store(classifier, one, stored, workers=0).rows([3]) for one in shapes)
+    assert not torch.equal(first, other)
+    assert torch.equal(first, again)
+    assert len(list(stored.folder.iterdir())) == 2

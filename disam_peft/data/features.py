@@ -58,12 +58,16 @@ class FeatureKey:
 
 
 def data_identity(dataset: DomainDataset) -> str:
-    """sha256 over names and contents: by the check's hashes, or by sizes and times of change where it has not run."""
+    """sha256 over names and contents: by the check's hashes, or by sizes and times of change where it has not run (for
+    embedded images, which have no times, what the table calls its own state)."""
     digest = hashlib.sha256(dataset.fingerprint.encode())
     if dataset.hashes is not None:
         digest.update("".join(dataset.hashes).encode())
     else:
-        digest.update(dataset.sizes_and_times[1].tobytes())
+        times_N = dataset.sizes_and_times[1]
+        digest.update(times_N.tobytes())
+        if (times_N == 0).any():
+            digest.update(getattr(dataset.images, "_fingerprint", "").encode())
     return digest.hexdigest()
 
 

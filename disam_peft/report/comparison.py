@@ -108,6 +108,11 @@ class TextTable:
     columns: tuple[str, ...]
     lines: tuple[tuple[str, ...], ...]
 
+    def transposed(self) -> TextTable:
+        """Lines as columns."""
+        first, *others = zip(self.columns, *self.lines, strict=True)
+        return TextTable(self.title, tuple(first), tuple(map(tuple, others)))
+
     def markdown(self) -> str:
         rule = "|" + "---|" * len(self.columns)
         rows = [f"| {' | '.join(map(markdown_text, line))} |" for line in (self.columns, *self.lines)]

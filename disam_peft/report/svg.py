@@ -8,8 +8,13 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-STYLE: Any = {"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-STYLE["text.parse_math"] = False  # names of domains are no formulas, whatever dollars they hold
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.parse_math": False,  # names are no formulas, whatever dollars they hold
+}
 
 
 def svg(figure: Figure) -> str:
