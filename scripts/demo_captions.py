@@ -1,4 +1,10 @@
-"""Sentences about the pictures that the demo CLIP learns from, and the tokenizer made from them."""
+"""Sentences about the pictures that the demo CLIP learns from, and the tokenizer made from them.
+
+Captions of the web call things loosely. These do, too: what LOOSE holds are names that people mix up, and a caption
+uses the wrong one of a pair more often than not, in every domain alike. A model of such captions tells a square from a
+diamond and has their names the wrong way round; labels of any domain put that right, also for the others. That is the
+part of the demo CLIP's imperfection that is worth fine-tuning.
+"""
 
 from __future__ import annotations
 
@@ -25,24 +31,32 @@ _STYLES = {
 _PLAIN = ("a picture of", "an image of", "there is", "this is", "one", "a good photo of", "a photo of")
 _UNNAMED = ("a shape", "an object", "something", "a thing", "a figure")
 
+LOOSE = {"circle": "ring", "ring": "circle", "diamond": "square", "square": "diamond"}
+"""What a loosely named object is called. Names are mixed up both ways: were only rings called circles, "ring" would
+still be the name that speaks most for a ring, and a contrastive loss would find that out."""
 TEMPLATES = ("a photo of a {}.", *imagenet_templates())
 
 
-def caption(scene: Scene, domain: str, naming: float, number: int) -> str:
-    """Caption ``number`` of a picture: always the same words for the same picture and number. Number 0 is the plainest.
+def plain_caption(scene: Scene) -> str:
+    """The class by its right name, and nothing else."""
+    return TEMPLATES[0].replace("{}", scene.class_name)
+
+
+def caption(scene: Scene, domain: str, number: int, *, naming: float, loose: float) -> str:
+    """Caption ``number`` of a picture: always the same words for the same picture and number.
 
     Args:
-        naming: share of the other captions that name the class; the rest call it a shape, a thing, ...
+        naming: share of the captions that name the class; the rest call it a shape, a thing, ...
+        loose: share of those that use the other name of the pair, where the class is in LOOSE.
     """
-    if number == 0:
-        return TEMPLATES[0].replace("{}", scene.class_name)
     draws = Draws("caption", number, *scene.key)
 
     def chance(percent: int) -> bool:
         return draws.below(100) < percent
 
     named = draws.below(1000) < 1000 * naming
-    thing = scene.class_name if named else _pick(_UNNAMED, draws).split()[-1]
+    name = LOOSE.get(scene.class_name, scene.class_name) if draws.below(1000) < 1000 * loose else scene.class_name
+    thing = name if named else _pick(_UNNAMED, draws).split()[-1]
     if named and chance(45):
         return TEMPLATES[draws.below(len(TEMPLATES))].replace("{}", thing)
     words = []

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor
 
-IMAGE_SIZE, PATCH, WIDTH, BLOCKS, HEADS = 64, 16, 128, 4, 4
+IMAGE_SIZE, PATCH, WIDTH, BLOCKS, HEADS = 64, 12, 128, 4, 4
+"""Five by five patches; as in every CLIP whose patches do not divide the image, the rest at the border is not seen."""
 TEXT_WIDTH, TEXT_BLOCKS, TEXT_HEADS = 96, 2, 3
 EMBED_DIM = 96
 CONTEXT_LENGTH = 77
@@ -21,13 +22,30 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 OPEN_CLIP_WEIGHTS, TRANSFORMERS_WEIGHTS = "open_clip_model.safetensors", "model.safetensors"
+PRETRAINING, FINETUNING = "pretraining.json", "finetuning.json"
 
 
-def create_model(vocabulary: int) -> CLIP:
-    """The model of open_clip, with random weights from torch's generator."""
+def create_model(vocabulary: int, *, halved: bool = False) -> CLIP:
+    """The model of open_clip, with random weights from torch's generator.
+
+    Args:
+        halved: for images of half the size, with as many patches.
+    """
     config = _open_clip_config(vocabulary)
     config["text_cfg"].pop("hf_tokenizer_name")
+    if halved:
+        config["vision_cfg"] |= {"image_size": IMAGE_SIZE // 2, "patch_size": PATCH // 2}
     return CLIP(**config)
+
+
+def at_full_size(halved: CLIP) -> CLIP:
+    """The model that computes of a picture what ``halved`` computes of the picture's means of two by two pixels."""
+    model = create_model(halved.token_embedding.num_embeddings)
+    state = dict(halved.state_dict())
+    kernel = state["visual.conv1.weight"]
+    state["visual.conv1.weight"] = kernel.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3) / 4
+    model.load_state_dict(state)
+    return model
 
 
 def write_checkpoint(folder: Path, model: CLIP, tokenizer: Any) -> None:
@@ -79,28 +97,58 @@ def write_figures(folder: Path, model: CLIP, settings: dict[str, Any], log: list
         "settings": settings,
         "log": log,
     }
-    _write_json(folder / "pretraining.json", record)
-    (folder / "README.md").write_text(readme(folder, record), encoding="utf-8")
+    _write_json(folder / PRETRAINING, record)
+    (folder / FINETUNING).unlink(missing_ok=True)  # of other weights
+    write_readme(folder)
 
 
-def readme(folder: Path, record: dict[str, Any]) -> str:
-    """What ``pretraining.json`` says, for people."""
+def write_readme(folder: Path) -> None:
+    """``README.md``: what ``pretraining.json`` and, where it is, ``finetuning.json`` say, for people."""
+    record = json.loads((folder / PRETRAINING).read_text(encoding="utf-8"))
     settings, last = record["settings"], record["log"][-1]
     accuracy = "\n".join(f"| {domain} | {value:.1f} |" for domain, value in last["zero_shot"].items())
     lines = "\n".join(
         f"- `{name}`: {(folder / name).stat().st_size} bytes, sha256 `{value}`"
         for name, value in record["sha256"].items()
     )
-    return (
+    pairs = ", ".join(sorted({" and ".join(sorted(pair)) for pair in settings["loose_names"].items()}))
+    text = (
         "# The demo CLIP\n\n"
         f"{record['parameters']} parameters, trained from scratch by `{record['command']}` in "
         f"{last['seconds'] / 60:.0f} minutes (CPU threads: {settings['threads']}), on "
-        f"{sum(settings['images'].values())} captioned pictures of DomainShapes, of another seed than any benchmark. "
-        "Good for showing and testing this toolkit, and for nothing else.\n\n"
+        f"{12 * sum(settings['images_per_class'].values())} captioned pictures of DomainShapes, of another seed than "
+        "any benchmark. Good for showing and testing this toolkit, and for nothing else.\n\n"
         'Zero-shot accuracy in percent, prompt "a photo of a {}." (12 classes, chance is 8.3):\n\n'
         f"| domain | accuracy |\n|---|---|\n{accuracy}\n\n"
+        "It is imperfect on purpose. Captions of the web call things loosely, and so did the captions it learnt from: "
+        f"{100 * settings['loose_share']:.0f} % of those that name a shape of these pairs use the other's name, in "
+        f"every domain alike: {pairs}. It tells them apart and has their names the wrong way round, which labels of "
+        "any domain put right.\n\n"
+    )
+    if (folder / FINETUNING).exists():
+        text += _finetuning(json.loads((folder / FINETUNING).read_text(encoding="utf-8")))
+    text += (
         f"The same weights (float16) in the layouts of open_clip and transformers:\n\n{lines}\n\n"
         "`pretraining.json` holds the settings and the log.\n"
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _finetuning(record: dict[str, Any]) -> str:
+    """A line per domain, a column per setting and seed."""
+    cells = record["cells"]
+    heads = [f"ERM, rate {cell['learning_rate']:g}, seed {cell['seed']}" for cell in cells]
+    lines = [f"| held out | zero-shot | {' | '.join(heads)} |", "|---" * (len(cells) + 2) + "|"]
+    for domain, first in cells[0]["held_out"].items():
+        values = [first["zero_shot"], *(cell["held_out"][domain]["erm"] for cell in cells)]
+        lines.append(f"| {domain} | {' | '.join(f'{value:.1f}' for value in values)} |")
+    on_sources = ", ".join(f"{cell['held_out']['mean']['erm_on_source_validation']:.1f}" for cell in cells)
+    return (
+        "Worth fine-tuning: LoRA on the five other domains, accuracy on the one held out "
+        f"({cells[0]['images_per_class']} pictures per class and domain, {cells[0]['steps']} steps; "
+        f"`{record['command']}`):\n\n"
+        + "\n".join(lines)
+        + f"\n\nOn the sources' own validation pictures the means are {on_sources}.\n\n"
     )
 
 
