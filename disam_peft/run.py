@@ -159,7 +159,7 @@ def evaluate(folder: Path, overrides: Sequence[str] = ()) -> list[Outcome]:
     outcomes = []
     for cell in find_runs(folder):
         recipe = load_recipe(cell / RECIPE, overrides)
-        accelerator = start_accelerator(recipe.train.mixed_precision)
+        accelerator = start_accelerator(recipe.train.mixed_precision, timeout_minutes=recipe.train.timeout_minutes)
         with accelerator.main_process_first():
             dataset = load(recipe.data)
         classifier = load_adapter(cell / ADAPTER, device=accelerator.device)
