@@ -193,7 +193,7 @@ def doctor(
     recipe: Annotated[Path | None, typer.Argument(help="A YAML recipe; without one, LoRA on the demo's CLIP.")] = None,
     overrides: Overrides = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the findings to this file.")] = None,
-    seconds: Annotated[float, typer.Option(help="Checks that would take longer are left out.", min=1)] = 50,
+    seconds: Annotated[float, typer.Option(help="Checks that would take longer are left out.", min=1)] = 40,
 ) -> None:
     """Examine this machine, backbone and adapter: is the step exact here? No data needed. Exits with 1 on a failure."""
     from disam_peft.doctor import demo_recipe, examine

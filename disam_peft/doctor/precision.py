@@ -25,13 +25,21 @@ def name_of(precision: Precision) -> str:
     return {"no": "a step in fp32", "bf16": "a step in bf16", "fp16": "a step in fp16 with a scaler"}[precision]
 
 
+def lacking(precision: Precision, device: torch.device) -> str | None:
+    """Why the device has not this precision; None if it has."""
+    try:
+        check_precision(precision, device)
+    except UserError as error:
+        return str(error).removeprefix(f"train.mixed_precision={precision}").strip(" :")
+    return None
+
+
 def stepping(subject: Subject, precision: Precision) -> Finding:
     """The gradient of a step in this precision: finite, and near the one in float32 (fp32: near that in float64)."""
     check = name_of(precision)
-    try:
-        check_precision(precision, subject.device)
-    except UserError as error:
-        return unavailable(check, str(error).removeprefix(f"train.mixed_precision={precision}").strip(" :"))
+    reason = lacking(precision, subject.device)
+    if reason is not None:
+        return unavailable(check, reason)
     if precision == "no" and subject.exact_dtype == torch.float32:
         finite = torch.isfinite(_step(subject.use(torch.float32), "no"))
         return judged(check, "numbers of the gradient that are not finite", int((~finite).sum()), 0)
@@ -64,11 +72,7 @@ def recasting(subject: Subject) -> Finding:
     Autocast keeps its casts of the weights until its block ends. Served to pass 2 they would be those of the
     unperturbed weights, and the step plain SGD, with nothing to be seen.
     """
-    precision: Precision = "bf16"
-    try:
-        check_precision("bf16", subject.device)
-    except UserError:
-        precision = "fp16"
+    precision: Precision = "bf16" if lacking("bf16", subject.device) is None else "fp16"
     few, dtype = subject.use(torch.float32).few, DTYPES[precision]
     # a tenth of the weights' norm: more than half precision rounds away
     disam, found = subject.disam(rho=0.1 * float(subject.weights().norm())), []

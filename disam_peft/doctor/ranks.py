@@ -61,16 +61,11 @@ class TwoProcesses:
                 if rank.returncode != 0:
                     last = (errors.strip().splitlines() or ["no message"])[-1]
                     return Finding(PROCESSES, f"a process ended with {rank.returncode}: {last}", None, None, "failed")
-            found = json.loads((Path(self.folder.name) / "found.json").read_text())
+            return compared(Path(self.folder.name), self.dtype)
         except subprocess.TimeoutExpired:
             return unavailable(PROCESSES, f"did not end within {seconds:.0f} s; --seconds gives more time")
         finally:
             self.stop()
-        if found["differing"]:
-            what = f"numbers in which the two differ from one another, of {found['numbers']}"
-            return judged(PROCESSES, what, found["differing"], 0)
-        what = f"difference of gradients, relative, {str(self.dtype).removeprefix('torch.')}, gloo on the CPU"
-        return judged(PROCESSES, what, found["difference"], ROUNDING[self.dtype])
 
     def stop(self) -> None:
         """End them, whatever they are at."""
@@ -81,6 +76,16 @@ class TwoProcesses:
             if rank.stderr is not None:
                 rank.stderr.close()
         self.folder.cleanup()
+
+
+def compared(folder: Path, dtype: torch.dtype) -> Finding:
+    """What rank 0 wrote down: first whether the replicas agree to the bit, then how far they are from one process."""
+    found = json.loads((folder / "found.json").read_text())
+    if found["differing"]:
+        what = f"numbers in which the two differ from one another, of {found['numbers']}"
+        return judged(PROCESSES, what, found["differing"], 0)
+    what = f"difference of gradients, relative, {str(dtype).removeprefix('torch.')}, gloo on the CPU"
+    return judged(PROCESSES, what, found["difference"], ROUNDING[dtype])
 
 
 def work(folder: Path, rank: int, dtype: torch.dtype) -> None:

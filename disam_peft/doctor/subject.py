@@ -28,7 +28,7 @@ DOMAINS = (0, 0, 0, 1, 1, 0, 2, 2)
 FEW_DOMAINS = (0, 0, 1, 2)
 NOISE = 0.05
 SMALL = 20_000_000
-EXACT_BELOW = 0.4
+EXACT_BELOW = 0.2
 QUICK_BELOW = 0.1
 
 
@@ -37,7 +37,7 @@ class Subject:
 
     Attributes:
         labels_B, domains_B: three domains, whose mean losses lie apart; the last samples lack the first domain.
-        exact_dtype: in which equalities are examined: float64 where a gradient takes less than 0.4 s in float32, else
+        exact_dtype: in which equalities are examined: float64 where a gradient takes less than 0.2 s in float32, else
             float32.
         seconds: how long a gradient of the whole batch takes in float32.
     """

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -16,7 +17,16 @@ from disam_peft.adapters.lora import PeftAdapter
 from disam_peft.backbones import BackboneConfig
 from disam_peft.classifier import ClipClassifier
 from disam_peft.cli import app
-from disam_peft.doctor import Examination, Finding, build_subject, demo_recipe, derivatives, equalities, precision
+from disam_peft.doctor import (
+    Examination,
+    Finding,
+    build_subject,
+    demo_recipe,
+    derivatives,
+    equalities,
+    precision,
+    ranks,
+)
 from disam_peft.doctor import examine as examine_all
 from disam_peft.doctor.examine import checks
 from disam_peft.doctor.finding import judged
@@ -25,6 +35,7 @@ from disam_peft.doctor.table import print_examination
 from disam_peft.recipe import save_recipe
 from disam_peft.sharpness import DISAM, passes
 from disam_peft.sharpness.perturbation import AscentDirection, restored
+from disam_peft.sharpness.ranks import Ranks
 from disam_peft.training import MethodConfig
 
 ADAPTERS = {
@@ -231,11 +242,40 @@ def test_row_30_fp16_on_a_cpu_is_not_available_and_no_failure(subject):
     assert finding.what.endswith("use bf16, or no")
 
 
-def test_a_mean_of_each_process(recipe):
-    command = [sys.executable, str(Path(__file__).parent / "faulty_rank.py")]
-    finding = TwoProcesses.start(recipe(), torch.float64, command).finding(120)
+def fork_ranks(folder):
+    """Both ranks as forks, which have everything imported, and the faults of this process."""
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                ranks.work(folder, rank, torch.float64)
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    return ranks.compared(folder, torch.float64)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks are of POSIX systems")
+def test_what_each_process_does_for_itself(recipe, monkeypatch, tmp_path):
+    """A mean and a variance of each rank's own, then gradients of each rank's own."""
+    (tmp_path / "mean").mkdir()
+    save_recipe(recipe(), tmp_path / "mean/recipe.yaml")
+    with monkeypatch.context() as fault:
+        fault.setattr(Ranks, "all_sums", lambda self, sums: sums)
+        finding = fork_ranks(tmp_path / "mean")
     assert failed(finding)
     assert finding.measured > 1e-2
+    (tmp_path / "gradients").mkdir()
+    save_recipe(recipe(), tmp_path / "gradients/recipe.yaml")
+    monkeypatch.setattr(Ranks, "add_up_gradients_", lambda self, params: None)
+    monkeypatch.setattr(Ranks, "check_replicas_agree", lambda self, norm: None)
+    finding = fork_ranks(tmp_path / "gradients")
+    assert failed(finding)
+    assert finding.what.startswith("numbers in which the two differ")
 
 
 def test_processes_that_end_or_hang(recipe):

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import accumulated_runs
@@ -11,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from adapter_cells import tiny_backbone, tiny_classifier
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from disam_peft.data import DataConfig, load
 from disam_peft.errors import UserError
@@ -144,6 +146,35 @@ def test_a_text_side_that_is_trained_runs_once_a_pass(run, monkeypatch):
     monkeypatch.setattr(ClipClassifier, "logits", lambda s, x: computed.append(len(x)) or logits(s, x))
     run(4, steps=1, cell="coop-shared")
     assert (encoded, computed) == ([3, 3, 3, 3], [12, 12])
+
+
+class Waits(TorchDispatchMode):
+    """Counts reads of single numbers, for which an accelerator has to finish everything first."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # the check of the domains is left out on a GPU
+        on_cpu_alone = ("microbatches.py", "_checked_domains")
+        if func is torch.ops.aten._local_scalar_dense.default and on_cpu_alone not in {
+            (Path(frame.filename).name, frame.name) for frame in traceback.extract_stack()
+        }:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("pieces", "a_step"), [(1, 1), (4, 1), (3, 2)])
+def test_a_step_waits_for_the_device_once(run, monkeypatch, pieces, a_step):
+    """To decide whether to skip; and pieces of one domain must be found so on all processes."""
+    monkeypatch.setattr(accumulated_runs, "TrainConfig", lambda **of: TrainConfig(**{**of, "log_every": 1000}))
+    counts = []
+    for steps in (2, 7):
+        with Waits() as waits:
+            run(pieces, steps=steps)
+        counts.append(waits.count)
+    assert counts[1] - counts[0] == 5 * a_step
 
 
 def test_pieces_of_one_domain_hold_every_sample_once():
