@@ -72,14 +72,17 @@ def evaluate(
     folder: Annotated[Path, typer.Argument(help="A run, or a folder of runs.")],
     overrides: Overrides = None,
     data: Annotated[Path | None, typer.Option(help="Another folder of domains; short for data.root=FOLDER.")] = None,
+    sharpness: Annotated[bool, typer.Option("--sharpness", help="Also measure how sharp the loss is.")] = False,
 ) -> None:
     """Reload the adapter of a run and evaluate it again."""
     from disam_peft import run
 
     given = [*(overrides or []), *([f"data.root={data}"] if data is not None else [])]
-    for outcome in run.evaluate(folder, given):
+    for outcome in run.evaluate(folder, given, sharpness=sharpness):
         if _is_main():
             _print_evaluation(outcome, run.recorded(outcome.folder))
+            if sharpness:
+                _print_sharpness(outcome.folder)
 
 
 @app.command()
@@ -148,6 +151,14 @@ def _print_evaluation(outcome: Outcome, recorded: list[ResultRow]) -> None:
     from disam_peft.tables import print_evaluation
 
     print_evaluation(outcome.rows, recorded, str(outcome.folder))
+
+
+def _print_sharpness(folder: Path) -> None:
+    from disam_peft.records import SHARPNESS, read_results
+    from disam_peft.tables import print_sharpness
+
+    print_sharpness(read_results(folder / SHARPNESS))
+    typer.echo(f"wrote {folder / SHARPNESS}; disam-peft report {folder} shows it")
 
 
 def _is_main() -> bool:
