@@ -103,11 +103,12 @@ def report(
     folders: Annotated[list[Path], typer.Argument(help="Runs, or folders of runs.")],
     output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="Of the page.")] = "Results",
+    figures: Annotated[Path | None, typer.Option(help="Folder for figures and tables [default: beside it].")] = None,
 ) -> None:
     """Tables and figures of finished runs as one HTML page, rebuilt from their records."""
     from disam_peft.report import build_report, read_runs
 
-    build_report(read_runs(folders), output, title=title)
+    build_report(read_runs(folders), output, title=title, figures=figures)
     typer.echo(f"wrote {output}")
 
 

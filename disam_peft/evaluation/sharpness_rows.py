@@ -94,7 +94,7 @@ def _measure(
     values["gradient_variance"] = gradient_variance(surface, config.gradient_group)
     if not sliced:
         return values, None
-    names, plane = ["gradient", "largest eigenvector"], (gradient_P, largest.vector_P)
+    names, plane = ["gradient", "top eigenvector"], (gradient_P, largest.vector_P)
     if config.slice_directions == "random":
         names = ["random", "random"]
         seed = 2 * config.seed + 10
