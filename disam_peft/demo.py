@@ -21,7 +21,9 @@ from disam_peft.report import Picture, build_report, read_runs
 from disam_peft.training import MethodConfig, TrainConfig
 
 # a look at the measures in seconds; a study takes the defaults
-SHARPNESS = SharpnessConfig(samples=48, ascent_steps=4, hessian_iterations=10, gradient_group=2, slice_points=7)
+SHARPNESS = SharpnessConfig(
+    samples=48, ascent_steps=4, hessian_iterations=16, hessian_tolerance=0.05, gradient_group=2, slice_points=7
+)
 METHODS = ("erm", "sam", "disam")
 INTRODUCTION = (
     "DomainShapes has twelve shapes in six styles. A CLIP of 1.2 million parameters saw other drawings of them, few in "

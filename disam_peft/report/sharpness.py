@@ -12,6 +12,7 @@ _LABELS = {
     "sample_loss": "loss at w",
     "gradient_norm": "norm of the gradient",
     "hessian_max": "largest Hessian eigenvalue",
+    "hessian_residual": "residual of that eigenvalue",
     "gradient_variance": "variance of per-sample gradients",
 }
 _SPLITS = {"held_out": "held out", "source_validation": "source validation"}

@@ -198,12 +198,20 @@ def test_a_plane_needs_two_directions():
 SMALL = {
     "lora": LoraAdapterConfig(towers=["image", "text"], projections=["q"], blocks=LastBlocks(last=1), rank=1, seed=1),
     "coop": CoOpConfig(context_tokens=2, seed=1),
+    "coop-recomputed": CoOpConfig(context_tokens=1, seed=1, memory_budget_gb=1e-9),  # checkpoints, twice derived
     "probe": LinearProbeConfig(init="random", seed=1),
 }
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"), [("open_clip", "lora"), ("transformers", "lora"), ("open_clip", "coop"), ("open_clip", "probe")]
+    ("family", "kind"),
+    [
+        ("open_clip", "lora"),
+        ("transformers", "lora"),
+        ("transformers", "coop"),
+        ("open_clip", "coop-recomputed"),
+        ("open_clip", "probe"),
+    ],
 )
 def test_on_a_tiny_clip_as_the_full_hessian_says(twins, family, kind):
     classifier = tiny_classifier(tiny_backbone(twins, family), SMALL[kind])
@@ -219,13 +227,13 @@ def test_on_a_tiny_clip_as_the_full_hessian_says(twins, family, kind):
         full = torch.stack([flatten(torch.autograd.grad(g, params, retain_graph=True)) for g in whole])
         loss, gradient = surface.loss_and_gradient()
         products = torch.stack([surface.hessian_product(row) for row in torch.eye(len(full)).double()[:8]])
-        found = extreme_eigenvalue(surface, iterations=1000, tolerance=1e-4)
+        found = extreme_eigenvalue(surface, iterations=1000, tolerance=1e-3)
         singles = torch.stack([surface.gradient_of(slice(i, i + 1)) for i in range(len(LABELS))])
         variance = gradient_variance(surface)
-    assert len(full) >= 48
+    assert len(full) >= 32
     assert abs(loss - float(per_sample_loss(slice(None)).mean().detach())) < 1e-12
     assert (gradient - whole).abs().max() < 1e-12
     assert (products - full[:8]).abs().max() < 1e-10 * full.abs().max()
     exact = torch.linalg.eigvalsh((full + full.T) / 2)
-    assert abs(found.value - exact[-1]) < 1e-6 * exact[-1]
+    assert abs(found.value - exact[-1]) < 1e-5 * exact[-1]
     assert abs(variance - float(singles.var(dim=0).sum())) < 1e-10 * variance

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from test_report import Reader, rows
 
+from disam_peft import cli
 from disam_peft.records import (
     Confusion,
     ExampleError,
@@ -110,12 +111,24 @@ def stem_of(names):
 
 def test_the_same_records_give_the_same_bytes(runs, tmp_path):
     for name in ("one", "two"):
-        build_report(read_runs([runs]), tmp_path / f"{name}.html")
+        build_report(read_runs([runs / "disam"]), tmp_path / f"{name}.html")
     assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
     files = sorted(path.name for path in (tmp_path / "one_figures").iterdir())
     assert len(files) == 14
     for name in files:
         assert (tmp_path / "one_figures" / name).read_bytes() == (tmp_path / "two_figures" / name).read_bytes(), name
+
+
+def test_the_command_takes_a_folder_for_figures(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "runs/erm/x", "erm", details=False)
+    words = ["report", tmp_path / "runs", "--output", tmp_path / "a.html", "--figures", tmp_path / "paper"]
+    monkeypatch.setattr("sys.argv", ["disam-peft", *map(str, words)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert not caught.value.code
+    assert "wrote" in capsys.readouterr().out
+    assert (tmp_path / "paper/tables.tex").is_file()
+    assert not (tmp_path / "a_figures").exists()
 
 
 def test_sharpness_over_seeds_by_hand(tmp_path):
