@@ -136,14 +136,17 @@ def evaluate(
     folder: Annotated[Path, typer.Argument(help="A run, or a folder of runs.")],
     overrides: Overrides = None,
     data: Annotated[Path | None, typer.Option(help="Another folder of domains; short for data.root=FOLDER.")] = None,
+    sharpness: Annotated[bool, typer.Option("--sharpness", help="Also measure how sharp the loss is.")] = False,
 ) -> None:
     """Reload the adapter of a run and evaluate it again."""
     from disam_peft import run
 
     given = [*(overrides or []), *([f"data.root={data}"] if data is not None else [])]
-    for outcome in run.evaluate(folder, given):
+    for outcome in run.evaluate(folder, given, sharpness=sharpness):
         if _is_main():
             _print_evaluation(outcome, run.recorded(outcome.folder))
+            if sharpness:
+                _print_sharpness(outcome.folder)
 
 
 @app.command()
@@ -164,11 +167,12 @@ def report(
     folders: Annotated[list[Path], typer.Argument(help="Runs, or folders of runs.")],
     output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="Of the page.")] = "Results",
+    figures: Annotated[Path | None, typer.Option(help="Folder for figures and tables [default: beside it].")] = None,
 ) -> None:
     """Tables and figures of finished runs as one HTML page, rebuilt from their records."""
     from disam_peft.report import build_report, read_runs
 
-    build_report(read_runs(folders), output, title=title)
+    build_report(read_runs(folders), output, title=title, figures=figures)
     typer.echo(f"wrote {output}")
 
 
@@ -240,6 +244,14 @@ def _numbers(option: str, text: str) -> list[float]:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
         raise UserError(f"{option} {text!r} is not a list of numbers such as 0.02,0.05,0.1") from error
+
+
+def _print_sharpness(folder: Path) -> None:
+    from disam_peft.records import SHARPNESS, read_results
+    from disam_peft.tables import print_sharpness
+
+    print_sharpness(read_results(folder / SHARPNESS))
+    typer.echo(f"wrote {folder / SHARPNESS}; disam-peft report {folder} shows it")
 
 
 def _is_main() -> bool:

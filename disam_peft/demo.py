@@ -14,12 +14,16 @@ from disam_peft.adapters.config import LoraAdapterConfig
 from disam_peft.backbones import BackboneConfig
 from disam_peft.data import DataConfig, DomainDataset, load
 from disam_peft.data.shapes import ShapesConfig
-from disam_peft.evaluation import ProtocolConfig
+from disam_peft.evaluation import EvaluationConfig, ProtocolConfig, SharpnessConfig
 from disam_peft.recipe import Recipe
 from disam_peft.records import ResultRow
 from disam_peft.report import Picture, build_report, read_runs
 from disam_peft.training import MethodConfig, TrainConfig
 
+# a look at the measures in seconds; a study takes the defaults
+SHARPNESS = SharpnessConfig(
+    samples=48, ascent_steps=4, hessian_iterations=16, hessian_tolerance=0.05, gradient_group=2, slice_points=7
+)
 METHODS = ("erm", "sam", "disam")
 STEPS, IMAGES_PER_CLASS = 150, 40
 PROJECTIONS = ("q", "v", "out", "fc1", "fc2")
@@ -85,7 +89,9 @@ def demo_recipe(
             learning_rate=2e-3,
             warmup_steps=min(10, steps - 1),
             log_every=5,
+            log_ascent_cosine=method == "disam",  # of SAM it is 1
         ),
+        evaluation=EvaluationConfig(sharpness=SHARPNESS),
     )
 
 

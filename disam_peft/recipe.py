@@ -198,6 +198,8 @@ def _known_keys(location: Sequence[str]) -> list[str]:
             continue  # of the adapter, resolved with the step before
         field = model.model_fields.get(part)
         model = None if field is None else field.annotation
+        given = [inner for inner in get_args(model) if inner is not type(None)]
+        model = given[0] if len(given) == 1 else model  # "X | None": an optional group of settings
         if part == "adapter":
             model = next((m for m in _adapter_models() if _kind(m) in location), None)
         if not (isinstance(model, type) and issubclass(model, BaseModel)):

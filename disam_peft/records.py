@@ -11,10 +11,16 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 METRICS = "metrics.jsonl"
 RESULTS = "results.json"
+SHARPNESS = "sharpness.json"
+LOSS_SLICE = "loss_slice.json"
+CONFUSION = "confusion.json"
+ERRORS = "errors.json"
+POOLED = "pooled"
+"""In place of a domain: all samples of the split together."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +38,59 @@ class ResultRow:
     split: str
     """``held_out`` or ``source_validation``; ``given`` for data that the run was not trained for."""
     domain: str
-    """A domain, or ``mean`` or ``worst`` over the domains of the split."""
+    """A domain, or ``mean`` or ``worst`` over the domains of the split, or ``pooled``."""
     metric: str
     """``top1``, ``macro_accuracy`` (both 0 to 1), ``classes`` (how many that mean is over), ``nll`` (nats) or ``ece``
-    (0 to 1)."""
+    (0 to 1); in ``sharpness.json`` see ``evaluation.sharpness_rows``."""
     value: float | None
     """None where it is not defined."""
     n: int
     """Number of samples; for ``mean`` and ``worst`` the number of domains."""
+
+
+Record = TypeVar("Record", bound="ResultRow | LossSlice | Confusion | ExampleError")
+
+
+@dataclass(frozen=True)
+class LossSlice:
+    """Mean losses in a plane through the trained weights: ``loss_slice.json``."""
+
+    split: str
+    domain: str
+    n: int
+    """Number of samples."""
+    directions: list[str]
+    """What the two axes are."""
+    rhos: list[float]
+    """Radii of the balls that were searched around the same weights."""
+    coordinates: list[float]
+    """Of both axes, in units of the norm of the weights; 0 is w."""
+    losses: list[list[float | None]]
+    """``losses[i][j]`` at ``coordinates[j]`` along the first axis and ``coordinates[i]`` along the second."""
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """What was taken for what in one domain: ``confusion.json``."""
+
+    domain: str
+    classes: list[str]
+    counts: list[list[int]]
+    """``[true, predicted, count]`` for every pair of class numbers that occurs: of 345 classes few do."""
+
+
+@dataclass(frozen=True)
+class ExampleError:
+    """A sample that the classifier got wrong: one entry of ``errors.json``."""
+
+    key: str
+    """What the dataset calls the sample."""
+    true: str
+    predicted: str
+    confidence: float
+    """Probability of the predicted class."""
+    png: str
+    """A thumbnail, base64; empty where the image could not be read."""
 
 
 def write_results(path: Path, rows: Iterable[ResultRow]) -> None:
@@ -53,11 +104,25 @@ def read_results(path: Path) -> list[ResultRow]:
     Raises:
         ValueError: not a list of such rows.
     """
-    names = {f.name for f in fields(ResultRow)}
+    return read_list(path, ResultRow)
+
+
+def read_list(path: Path, kind: type[Record]) -> list[Record]:
+    """The records of a file that holds a list of them.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    names = {f.name for f in fields(kind)}
     rows = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(rows, list) or any(not isinstance(row, dict) or set(row) != names for row in rows):
         raise ValueError(f"{path} is not a list of rows with the keys {', '.join(sorted(names))}")
-    return [ResultRow(**row) for row in rows]
+    return [kind(**row) for row in rows]
+
+
+def write_list(path: Path, records: Iterable[LossSlice | Confusion | ExampleError]) -> None:
+    """Replace ``path`` by these records, all of one kind."""
+    write_json(path, [_plain(asdict(record)) for record in records])
 
 
 def append_event(path: Path, event: str, **values: Any) -> None:

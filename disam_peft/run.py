@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -20,6 +21,7 @@ from disam_peft.classifier import ClipClassifier
 from disam_peft.data import DomainDataset, check_no_leak, leave_out, load, split_train_validation
 from disam_peft.errors import UserError, did_you_mean
 from disam_peft.evaluation import Predictions, held_out_domains, metrics_by_domain, predict, validation_score
+from disam_peft.evaluation.details import write_mistakes, write_sharpness
 from disam_peft.export import export_merged, export_peft, load_adapter, read_record, save_adapter
 from disam_peft.frozen import evaluation_store
 from disam_peft.inferred import infer_domains
@@ -139,22 +141,31 @@ def _leave_one_out(
     if main and recipe.domains.infer != "none":
         append_event(folder / METRICS, "inferred_domains", purity=inferred.purity, counts=inferred.counts)
 
-    rows += judge.rows(classifier, adapter=recipe.adapter.kind, method=recipe.method.name)
+    on_target: list[Predictions] = []
+    rows += judge.rows(classifier, adapter=recipe.adapter.kind, method=recipe.method.name, keep=on_target)
     if main:
+        write_mistakes(folder, on_target[0], target, classifier.class_names, recipe.evaluation)
         write_results(folder / RESULTS, rows)
+    if recipe.evaluation.sharpness is not None:  # last: what it may run out of, the results are safe from
+        write_sharpness(folder, classifier, validation, target, recipe.evaluation, like=rows[-1], is_main=main)
+    if main:
         run_folder.clear(folder)
     accelerator.wait_for_everyone()
     return Outcome(folder, recipe.protocol.held_out, rows, fitted)
 
 
-def evaluate(folder: Path, overrides: Sequence[str] = ()) -> list[Outcome]:
+def evaluate(folder: Path, overrides: Sequence[str] = (), *, sharpness: bool = False) -> list[Outcome]:
     """Reload the adapter of a finished run and evaluate it again; by default on its own data, with the same numbers.
 
     With other data (``data.root=...``) that lacks the held-out domain, every domain there is evaluated, as split
     ``given``. Writes ``evaluation.json`` beside ``results.json``.
 
+    Args:
+        sharpness: also measure sharpness, as the recipe says or by default, and write it as training would have.
+
     Raises:
-        UserError: no run in ``folder``; data with classes that the adapter does not know.
+        UserError: no run in ``folder``; data with classes that the adapter does not know; sharpness asked for on data
+            without the held-out domain or without sources.
     """
     outcomes = []
     for cell in find_runs(folder):
@@ -165,11 +176,19 @@ def evaluate(folder: Path, overrides: Sequence[str] = ()) -> list[Outcome]:
         classifier = load_adapter(cell / ADAPTER, device=accelerator.device)
         dataset = _in_classes_of(classifier, dataset)
         held_out, domains = recipe.protocol.held_out, dataset.present_domains
-        about = {"adapter": recipe.adapter.kind, "method": recipe.method.name}
+        about: dict[str, Any] = {"adapter": recipe.adapter.kind, "method": recipe.method.name}
         if held_out in domains and len(domains) > 1:
             sources, target = leave_out(dataset, held_out)
             _, validation = split_train_validation(sources, recipe.protocol.validation_fraction, recipe.seed)
             rows = _Judge(recipe, validation, target, accelerator).rows(classifier, **about)
+            if sharpness:
+                main = accelerator.is_main_process
+                write_sharpness(cell, classifier, validation, target, recipe.evaluation, like=rows[-1], is_main=main)
+        elif sharpness:
+            raise UserError(
+                f"sharpness is measured on the sources and on {held_out!r}, which the run left out, but "
+                f"{dataset.origin} has {', '.join(domains)}; evaluate on the run's own data, or without --sharpness"
+            )
         else:
             judge = _Judge(recipe, None, dataset, accelerator)
             rows = judge.rows(classifier, **about, target_split="held_out" if domains == (held_out,) else "given")
@@ -240,8 +259,15 @@ class _Judge:
         return predict(classifier, dataset, config, store=store, autocast=autocast, description=description)
 
     def rows(
-        self, classifier: ClipClassifier, *, adapter: str, method: str, target_split: str = "held_out"
+        self,
+        classifier: ClipClassifier,
+        *,
+        adapter: str,
+        method: str,
+        target_split: str = "held_out",
+        keep: list[Predictions] | None = None,
     ) -> list[ResultRow]:
+        """``keep`` gets the predictions on the target."""
         rows = []
         for split, dataset in (("source_validation", self.validation), (target_split, self.target)):
             if dataset is None:
@@ -267,6 +293,8 @@ class _Judge:
                     )
                     for metric, value in values.items()
                 ]
+        if keep is not None:
+            keep.append(predictions)
         return rows
 
 

@@ -134,6 +134,22 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     _list(console, "failed runs", failed)
 
 
+def print_sharpness(rows: Iterable[ResultRow], console: Console | None = None) -> None:
+    """Every measure (lines) on every split (columns)."""
+    console = console or Console()
+    found = list(rows)
+    places = list(dict.fromkeys((row.split, row.domain, row.n) for row in found))
+    table = Table(title="Sharpness", box=box.SIMPLE, title_justify="left", pad_edge=False)
+    table.add_column("measure", no_wrap=True)
+    for split, domain, n in places:
+        table.add_column(f"{SPLITS[split]}\n{escape(domain)}, n={n}", justify="right")
+    values = {(row.metric, row.split): row.value for row in found}
+    for metric in dict.fromkeys(row.metric for row in found):
+        numbers = [values.get((metric, split)) for split, _, _ in places]
+        table.add_row(metric, *("n/a" if value is None else f"{value:.4g}" for value in numbers))
+    console.print(table)
+
+
 def print_data_report(report: DataReport, console: Console | None = None) -> None:
     """The census, then what is wrong with it."""
     console = console or Console()

@@ -4,18 +4,23 @@ import pytest
 
 from disam_peft.demo import demo
 from disam_peft.errors import UserError
+from disam_peft.evaluation import SharpnessConfig
 from disam_peft.export import load_adapter
 from disam_peft.report import read_runs
 
 
-def test_the_demo_leaves_a_report_a_sheet_and_an_adapter_that_loads(tmp_path):
+def test_the_demo_leaves_a_report_a_sheet_and_an_adapter_that_loads(tmp_path, monkeypatch):
+    quick = SharpnessConfig(samples=10, ascent_steps=1, hessian_iterations=3, gradient_group=5, slice_points=3)
+    monkeypatch.setattr("disam_peft.demo.SHARPNESS", quick)
     said = []
     rows = demo(tmp_path / "demo", "sketch", steps=2, images_per_class=5, say=said.append)
     assert {row.method for row in rows} == {"zero_shot", "erm", "sam", "disam"}
     assert {row.n for row in rows if (row.split, row.domain) == ("held_out", "sketch")} == {60}
     page = (tmp_path / "demo/report.html").read_text(encoding="utf-8")
     assert "DISAM" in page
-    assert page.count("<svg") == 3
+    for heading in ("Convergence of each", "Cosine between", "Sharpness of", "was taken for", "The surest errors"):
+        assert heading in page, heading
+    assert len(list((tmp_path / "demo/report_figures").glob("*.svg"))) == 6
     assert (tmp_path / "demo/domains.png").read_bytes()[:4] == b"\x89PNG"
     assert len(read_runs([tmp_path / "demo/runs"])) == 3
     assert len(load_adapter(tmp_path / "demo/adapter").class_names) == 12

@@ -19,16 +19,21 @@ from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.features import FeatureStore
 from disam_peft.data.loader import make_eval_loader
 from disam_peft.errors import UserError
+from disam_peft.evaluation.sharpness_config import SharpnessConfig
 from disam_peft.progress import track
 
 
 class EvaluationConfig(Config):
-    """How predictions are computed; the numbers do not depend on it, but for rounding."""
+    """How predictions are computed, whose numbers do not depend on it but for rounding; and what else is recorded."""
 
     batch_size: int = Field(default=64, ge=1)
     """Per process."""
     workers: int | Literal["auto"] = "auto"
     """Processes that decode images."""
+    example_errors: int = Field(default=12, ge=0)
+    """The most confident errors on the held-out domain that are kept with a thumbnail, for the report."""
+    sharpness: SharpnessConfig | None = None
+    """Whether the sharpness of the trained weights is measured after training; unset: it is not."""
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from disam_peft.report.comparison import Comparison, Judgement, arm_title, seed_values
-from disam_peft.report.figures import COLOURS, METHOD_COLOURS
+from disam_peft.report.drawing import COLOURS, METHOD_COLOURS, STYLE, svg
 from disam_peft.report.measures import MEASURES
 from disam_peft.report.runs import RunRecord
-from disam_peft.report.svg import STYLE, svg
 
 FACES = {"first": "#0072B2", "second": "#D55E00"}
 UNDECIDED = "#8a8f99"

@@ -1,64 +1,118 @@
-"""Figures as SVG text. Colours are those of Okabe and Ito, which colour-blind readers can tell apart."""
+"""Figures of results and of training. All of them take a width in inches, see ``drawing``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
+from disam_peft.report.drawing import COLOURS, METHOD_COLOURS, edges, grid
 from disam_peft.report.runs import RunRecord
-from disam_peft.report.svg import STYLE, svg
 from disam_peft.report.tables import METHOD_TITLES, ComparisonTable
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-METHOD_COLOURS = {"zero-shot": "#999999", "ERM": "#0072B2", "SAM": "#E69F00", "DISAM": "#D55E00"}
+_LINES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
+_SMOOTH_FROM = 15  # recorded steps; fewer are shown as they are
 
 
-def accuracy_bars(table: ComparisonTable) -> str:
+def accuracy_bars(table: ComparisonTable, width: float) -> Figure:
     """A group of bars per held-out domain, a bar per method; the deviation over seeds as a whisker."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 2.8), layout="constrained")
-        axes = figure.subplots()
-        width = 0.8 / len(table.columns)
-        for number, method in enumerate(table.columns):
-            cells = [cells[number] for _, cells in table.lines]
-            places = [i + (number + 0.5) * width - 0.4 for i in range(len(cells))]
-            heights = [table.scale * cell.mean if cell is not None else 0.0 for cell in cells]
-            spread = [table.scale * cell.deviation if cell is not None and cell.deviation else 0.0 for cell in cells]
-            axes.bar(
-                places, heights, width, color=METHOD_COLOURS[method], label=method, yerr=spread if any(spread) else None
-            )
-        axes.set_xticks(range(len(table.lines)), [name for name, _ in table.lines])
-        axes.set_ylabel("accuracy (%)" if table.scale == 100 else "")
-        figure.legend(loc="outside upper center", ncols=len(table.columns), frameon=False)
-        return svg(figure)
-
-
-def domain_curves(runs: Sequence[RunRecord], field: str, label: str) -> str:
-    """``domain_loss`` or ``domain_weight`` of every source domain over the steps, a panel per run."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(2.4 * max(2, len(runs)) + 0.8, 2.8), layout="constrained")
-        panels: Any = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
-        domains = sorted({name for run in runs for step in run.steps for name in step[field]})
-        for axes, run in zip(panels, runs, strict=True):
-            _curves(axes, run, field, domains)
-            axes.set_title(METHOD_TITLES[run.trained.method], fontsize=9)
-            axes.set_xlabel("step")
-        panels[0].set_ylabel(label)
-        figure.legend(
-            *panels[0].get_legend_handles_labels(),
-            loc="outside upper center",
-            ncols=min(6, len(domains)),
-            frameon=False,
+    figure, [axes] = grid(1, width, width, 2.8)
+    bar = 0.8 / len(table.columns)
+    for number, method in enumerate(table.columns):
+        cells = [cells[number] for _, cells in table.lines]
+        places = [i + (number + 0.5) * bar - 0.4 for i in range(len(cells))]
+        heights = [table.scale * cell.mean if cell is not None else 0.0 for cell in cells]
+        spread = [table.scale * cell.deviation if cell is not None and cell.deviation else 0.0 for cell in cells]
+        bars = axes.bar(
+            places, heights, bar, color=METHOD_COLOURS[method], label=method, yerr=spread if any(spread) else None
         )
-        return svg(figure)
+        if len(table.lines) * len(table.columns) <= 2 * width and not any(spread):
+            axes.bar_label(bars, [f"{height:.{table.digits}f}" for height in heights], padding=2)
+    names = [name for name, _ in table.lines]
+    crowded = sum(map(len, names)) > 10 * width
+    axes.set_xticks(range(len(names)), names, rotation=30 if crowded else 0, ha="right" if crowded else "center")
+    axes.set_ylabel("accuracy (%)" if table.scale == 100 else "")
+    figure.legend(loc="outside upper center", ncols=len(table.columns), frameon=False, columnspacing=1.2)
+    return figure
 
 
-def _curves(axes: Axes, run: RunRecord, field: str, domains: Sequence[str]) -> None:
-    for number, domain in enumerate(domains):
-        points = [(step["step"], step[field][domain]) for step in run.steps if step[field].get(domain) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), color=COLOURS[number % len(COLOURS)], label=domain, linewidth=1.2)
+def domain_curves(runs: Sequence[RunRecord], field: str, label: str, width: float) -> Figure:
+    """``domain_loss`` or ``domain_weight`` of every source domain over the steps, a panel per run.
+
+    Each batch as a thin line, its moving average over a tenth of the run as a thick one.
+    """
+    figure, panels = grid(len(runs), width, 2.2, 2.3)
+    domains = sorted({name for run in runs for step in run.steps for name in step[field]})
+    for axes, run, title in zip(panels, runs, titles(runs), strict=True):
+        for number, domain in enumerate(domains):
+            points = [(step["step"], step[field][domain]) for step in run.steps if step[field].get(domain) is not None]
+            _curve(axes, points, *_look(number))
+        axes.set_title(title)
+        axes.grid(alpha=0.25, linewidth=0.5)
+    left, lowest = edges(panels)
+    for axes in left:
+        axes.set_ylabel(label)
+    for axes in lowest:
+        axes.set_xlabel("step")
+    # made here: matplotlib leaves names that begin with an underscore out of its own
+    handles = [Line2D([], [], color=c, linestyle=s, linewidth=1.6) for c, s in map(_look, range(len(domains)))]
+    columns = max(1, min(6, len(domains), int(width / 1.2)))
+    figure.legend(handles, domains, loc="outside upper center", ncols=columns, frameon=False, columnspacing=1.2)
+    return figure
+
+
+def cosine_curves(runs: Sequence[RunRecord], width: float) -> Figure:
+    """The cosine between each run's ascent direction and plain SAM's on the same batch, over the steps."""
+    figure, [axes] = grid(1, width, width, 2.4)
+    axes.axhline(1, color="#999999", linewidth=0.8, linestyle=":")
+    for number, (run, title) in enumerate(zip(runs, titles(runs), strict=True)):
+        points = [(s["step"], s["ascent_cosine"]) for s in run.steps if s.get("ascent_cosine") is not None]
+        method = METHOD_TITLES[run.trained.method]
+        same_method = sum(other.trained.method == run.trained.method for other in runs) > 1
+        _curve(axes, points, COLOURS[number % len(COLOURS)] if same_method else METHOD_COLOURS[method], "-", title)
+    axes.grid(alpha=0.25, linewidth=0.5)
+    axes.set_xlabel("step")
+    axes.set_ylabel("cosine to SAM")
+    figure.legend(loc="outside upper center", ncols=max(1, int(width / 1.2)), frameon=False)
+    return figure
+
+
+def titles(runs: Sequence[RunRecord]) -> list[str]:
+    """The methods of the runs, with the run's name where several share one."""
+    methods = [METHOD_TITLES[run.trained.method] for run in runs]
+    return [
+        f"{method} ({run.folder.parent.name})" if methods.count(method) > 1 else method
+        for method, run in zip(methods, runs, strict=True)
+    ]
+
+
+def _look(number: int) -> tuple[str, Literal["-", "--", ":"]]:
+    """Colour and line style of the domain of this number: 21 that differ."""
+    return COLOURS[number % len(COLOURS)], _LINES[number // len(COLOURS) % len(_LINES)]
+
+
+def _curve(
+    axes: Axes, points: Sequence[tuple[int, float]], colour: str, style: Literal["-", "--", ":"], label: str = ""
+) -> None:
+    if not points:
+        return
+    steps, values = zip(*points, strict=True)
+    if len(points) < _SMOOTH_FROM:
+        axes.plot(steps, values, color=colour, linestyle=style, linewidth=1.4, label=label)
+        return
+    axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3)
+    axes.plot(steps, _smoothed(values), color=colour, linestyle=style, linewidth=1.6, label=label)
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Mean over a window of a tenth of the values, centred, narrower at both ends so that it stays centred."""
+    reach = max(1, len(values) // 20)
+    means = []
+    for i in range(len(values)):
+        around = min(reach, i, len(values) - 1 - i)
+        window = values[i - around : i + around + 1]
+        means.append(sum(window) / len(window))
+    return means

@@ -5,15 +5,16 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from functools import partial
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
-from disam_peft.report.figures import accuracy_bars, domain_curves
+from disam_peft.report.drawing import draw
+from disam_peft.report.figures import accuracy_bars
+from disam_peft.report.groups import group_runs
 from disam_peft.report.runs import RunRecord
-from disam_peft.report.tables import METHOD_TITLES, compare_held_out
+from disam_peft.report.tables import compare_held_out
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,6 @@ class Picture:
         return base64.b64encode(self.png).decode()
 
 
-@dataclass(frozen=True)
-class _Group:
-    """The runs of one adapter, seed and held-out domain, method by method."""
-
-    held_out: str
-    about: str
-    losses: Markup
-    weights: Markup
-
-
 def build_report(
     runs: Sequence[RunRecord],
     output: Path,
@@ -45,47 +36,43 @@ def build_report(
     title: str = "Results",
     introduction: Sequence[str] = (),
     pictures: Sequence[Picture] = (),
+    figures: Path | None = None,
 ) -> None:
-    """Write the page for ``runs`` to ``output``. Names from data and recipes are escaped.
+    """Write the page for ``runs`` to ``output``, and its figures and tables as files. Names from data and recipes are
+    escaped.
 
     Args:
         introduction: paragraphs before the first table.
         pictures: shown above it.
+        figures: folder for every figure as SVG and PNG, and for ``tables.md`` and ``tables.tex``; unset:
+            ``report_figures`` beside a page ``report.html``. The page does not need it.
     """
     # one loader for the one template that ships here; autoescape for all that comes from outside
     loader = PackageLoader("disam_peft.report", ".")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["number"] = lambda value: "n/a" if value is None else f"{value:.4f}"
     tables = compare_held_out(row for run in runs for row in run.rows)
+    bars = [
+        draw(f"00_accuracy_{number}", f"Bar chart. {table.title}", partial(accuracy_bars, table))
+        for number, table in enumerate(tables, start=1)
+    ]
+    groups = group_runs(runs)
     page = environment.get_template("page.html.j2").render(
         title=title,
         introduction=introduction,
         pictures=pictures,
         runs=[run for run in runs if run.steps],
-        # Markup: our own SVG, in which matplotlib has escaped every label
-        tables=[(table, Markup(accuracy_bars(table))) for table in tables],
-        groups=_groups(runs),
+        count=len(runs),
+        tables=list(zip(tables, bars, strict=True)),
+        groups=groups,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page, encoding="utf-8")
-
-
-def _groups(runs: Sequence[RunRecord]) -> list[_Group]:
-    order = list(METHOD_TITLES)
-
-    def place(run: RunRecord) -> tuple[str, str, str, int]:
-        row = run.trained
-        return row.held_out, row.backbone, row.adapter, row.seed
-
-    groups = []
-    for (held_out, backbone, adapter, seed), members in groupby(sorted(runs, key=place), key=place):
-        shown = sorted((run for run in members if run.steps), key=lambda run: order.index(run.trained.method))
-        if shown:
-            groups.append(
-                _Group(
-                    held_out,
-                    f"{adapter} on {backbone}, seed {seed}",
-                    Markup(domain_curves(shown, "domain_loss", "loss")),
-                    Markup(domain_curves(shown, "domain_weight", "weight in the ascent")),
-                )
-            )
-    return groups
+    folder = figures if figures is not None else output.with_name(f"{output.stem}_figures")
+    folder.mkdir(parents=True, exist_ok=True)
+    for drawing in [*bars, *(drawing for group in groups for drawing in group.drawings)]:
+        drawing.save(folder)
+    every = [*tables, *(group.sharpness for group in groups if group.sharpness is not None)]
+    (folder / "tables.md").write_text("\n\n".join(table.markdown() for table in every) + "\n", encoding="utf-8")
+    named = [f"% {' '.join(table.title.split())}\n{table.latex()}" for table in every]
+    (folder / "tables.tex").write_text("\n\n".join(named) + "\n", encoding="utf-8")

@@ -9,12 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from disam_peft.errors import UserError
-from disam_peft.records import METRICS, RESULTS, ResultRow, read_events, read_results
+from disam_peft.records import (
+    CONFUSION,
+    ERRORS,
+    LOSS_SLICE,
+    METRICS,
+    RESULTS,
+    SHARPNESS,
+    Confusion,
+    ExampleError,
+    LossSlice,
+    ResultRow,
+    read_events,
+    read_list,
+    read_results,
+)
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What one run wrote: its results, and the events of its training."""
+    """What one run wrote. Only results and events must be there: other records are empty where it wrote none."""
 
     folder: Path
 
@@ -30,6 +44,26 @@ class RunRecord:
     def inferred(self) -> list[dict[str, Any]]:
         """How domains were inferred, where they were."""
         return read_events(self.folder / METRICS, "inferred_domains")
+
+    @cached_property
+    def sharpness(self) -> list[ResultRow]:
+        path = self.folder / SHARPNESS
+        return read_results(path) if path.is_file() else []
+
+    @cached_property
+    def loss_slices(self) -> list[LossSlice]:
+        path = self.folder / LOSS_SLICE
+        return read_list(path, LossSlice) if path.is_file() else []
+
+    @cached_property
+    def confusions(self) -> list[Confusion]:
+        path = self.folder / CONFUSION
+        return read_list(path, Confusion) if path.is_file() else []
+
+    @cached_property
+    def errors(self) -> list[ExampleError]:
+        path = self.folder / ERRORS
+        return read_list(path, ExampleError) if path.is_file() else []
 
     @property
     def trained(self) -> ResultRow:

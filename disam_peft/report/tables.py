@@ -22,10 +22,12 @@ class Cell:
     """Standard deviation (ddof 1); None for a single seed."""
     seeds: int
 
-    def text(self, scale: float, digits: int) -> str:
-        if self.deviation is None:
-            return f"{scale * self.mean:.{digits}f}"
-        return f"{scale * self.mean:.{digits}f} ± {scale * self.deviation:.{digits}f}"
+    def text(self, scale: float, digits: int | None) -> str:
+        """``digits`` behind the point; None: three that count."""
+        numbers = [scale * self.mean] + ([] if self.deviation is None else [scale * self.deviation])
+        # "#" keeps zeros at the end, which count, and a point at the end, which does not
+        texts = [f"{x:#.3g}".removesuffix(".") if digits is None else f"{x:.{digits}f}" for x in numbers]
+        return " ± ".join(texts)
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class ComparisonTable:
     columns: tuple[str, ...]
     lines: tuple[tuple[str, tuple[Cell | None, ...]], ...]
     scale: float
-    digits: int
+    digits: int | None
+    corner: str = "held out"
+    """What the lines are."""
 
     def texts(self) -> list[tuple[str, list[str]]]:
         """The lines as they are printed."""
@@ -46,7 +50,7 @@ class ComparisonTable:
         ]
 
     def markdown(self) -> str:
-        header = f"| held out | {' | '.join(self.columns)} |"
+        header = f"| {markdown_text(self.corner)} | {' | '.join(self.columns)} |"
         rule = "|---|" + "---|" * len(self.columns)
         lines = [f"| {markdown_text(name)} | {' | '.join(texts)} |" for name, texts in self.texts()]
         return "\n".join([f"**{markdown_text(self.title)}**", "", header, rule, *lines])
@@ -56,7 +60,7 @@ class ComparisonTable:
             " & ".join([latex_text(name), *(latex_text(text) for text in texts)]) + r" \\"
             for name, texts in self.texts()
         ]
-        head = " & ".join(["held out", *map(latex_text, self.columns)]) + r" \\"
+        head = " & ".join([latex_text(self.corner), *map(latex_text, self.columns)]) + r" \\"
         columns = "l" + "r" * len(self.columns)
         body = "\n".join([head, "\\midrule", *lines])
         return f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{body}\n\\bottomrule\n\\end{{tabular}}"
@@ -83,7 +87,7 @@ def compare_held_out(rows: Iterable[ResultRow], metric: str = "top1") -> list[Co
         known = {place: seeds for place, seeds in zero_shot[backbone].items() if place[0] in held_out}
         values = {**values, **known}
         methods = [m for m in METHOD_TITLES if any(method == m for _, method in values)]
-        lines = [(d, tuple(_cell(values.get((d, m))) for m in methods)) for d in held_out]
+        lines = [(d, tuple(cell_over_seeds(values.get((d, m))) for m in methods)) for d in held_out]
         if len(held_out) > 1:
             lines.append(("mean", tuple(_mean_cell([values.get((d, m)) for d in held_out]) for m in methods)))
         title = f"{adapter} on {backbone}: {'accuracy (%)' if percent else metric} on the held-out domain"
@@ -92,7 +96,8 @@ def compare_held_out(rows: Iterable[ResultRow], metric: str = "top1") -> list[Co
     return tables
 
 
-def _cell(by_seed: dict[int, float] | None) -> Cell | None:
+def cell_over_seeds(by_seed: dict[int, float] | None) -> Cell | None:
+    """Mean and deviation of one value per seed; None if there is none."""
     if not by_seed:
         return None
     values = list(by_seed.values())
@@ -105,7 +110,7 @@ def _mean_cell(domains: list[dict[int, float] | None]) -> Cell | None:
         return None
     complete = [by_seed for by_seed in domains if by_seed]
     seeds = set.intersection(*(set(by_seed) for by_seed in complete))
-    return _cell({seed: statistics.fmean(by_seed[seed] for by_seed in complete) for seed in seeds})
+    return cell_over_seeds({seed: statistics.fmean(by_seed[seed] for by_seed in complete) for seed in seeds})
 
 
 def markdown_text(text: str) -> str:

@@ -1,0 +1,103 @@
+"""From a plot to what a page and a paper need: one SVG for wide screens, one for narrow ones, and a PNG.
+
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart; text is dark on white.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+METHOD_COLOURS = {"zero-shot": "#999999", "ERM": "#0072B2", "SAM": "#E69F00", "DISAM": "#D55E00"}
+INK = "#1c2330"
+WIDE, NARROW = 7.6, 3.7
+"""Inches: of a page, and of a phone. The font is 9 pt in both, so neither is shrunk until it cannot be read."""
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    # no date, and ids from a fixed salt: the same records give the same bytes
+    "svg.hashsalt": "disam_peft",
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure in every form that it is shown in."""
+
+    name: str
+    """Of its files, without suffix."""
+    alt: str
+    """What is to be seen, for those who cannot."""
+    wide: str
+    narrow: str
+    """SVG."""
+    png: bytes
+
+    @property
+    def wide_uri(self) -> str:
+        return _uri(self.wide)
+
+    @property
+    def narrow_uri(self) -> str:
+        return _uri(self.narrow)
+
+    def save(self, folder: Path) -> None:
+        """Write ``name.svg`` and ``name.png``."""
+        (folder / f"{self.name}.svg").write_text(self.wide, encoding="utf-8")
+        (folder / f"{self.name}.png").write_bytes(self.png)
+
+
+def draw(name: str, alt: str, plot: Callable[[float], Figure]) -> Drawing:
+    """``plot(width)`` makes the figure for a width in inches; it is called for both."""
+    with matplotlib.rc_context(STYLE):
+        wide, narrow = plot(WIDE), plot(NARROW)
+        buffer = io.BytesIO()
+        wide.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
+        return Drawing(re.sub(r"[^\w.-]+", "_", name), alt, svg(wide), svg(narrow), buffer.getvalue())
+
+
+def grid(count: int, width: float, panel: float, height: float) -> tuple[Figure, list[Any]]:
+    """A figure with ``count`` panels, at least ``panel`` inches wide each, in as many columns as fit; shared axes."""
+    columns = max(1, min(count, int(width / panel)))
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width, rows * height), layout="constrained")
+    axes: Any = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for unused in axes.flat[count:]:
+        unused.set_visible(False)
+    for above in axes.flat[max(0, count - columns) : count]:
+        above.tick_params(labelbottom=True)  # nothing stands below it
+    return figure, list(axes.flat[:count])
+
+
+def edges(panels: list[Any]) -> tuple[list[Any], list[Any]]:
+    """The panels of the first column, and the lowest of each column: where labels belong."""
+    places = [panel.get_subplotspec() for panel in panels]
+    columns = places[0].get_gridspec().ncols
+    left = [panel for panel, place in zip(panels, places, strict=True) if place.colspan.start == 0]
+    return left, panels[-columns:]
+
+
+def svg(figure: Figure) -> str:
+    """The ``<svg>`` element alone; within STYLE the same bytes from the same figure."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _uri(svg: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()

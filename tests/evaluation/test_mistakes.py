@@ -1,0 +1,52 @@
+"""Confusion and example errors, counted by hand."""
+
+import base64
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+
+from disam_peft.data import DataConfig, load
+from disam_peft.evaluation import Predictions, confident_errors, confusion
+
+CLASSES = ("blue", "green", "grey tone", "red")
+
+
+def predicted(labels, domains, logits):
+    return Predictions(torch.tensor(logits).log(), torch.tensor(labels), torch.tensor(domains), ("art", "photo"))
+
+
+def test_counts_of_one_domain_only():
+    a, b = [0.7, 0.1, 0.1, 0.1], [0.1, 0.7, 0.1, 0.1]
+    found = confusion(predicted([0, 0, 0, 1, 3], [1, 1, 1, 1, 0], [a, b, b, b, a]), "photo", CLASSES)
+    assert found.counts == [[0, 0, 1], [0, 1, 2], [1, 1, 1]]
+    assert (found.domain, found.classes) == ("photo", list(CLASSES))
+
+
+def test_the_surest_errors_come_first_and_ties_go_by_key(domains_folder):
+    dataset = load(DataConfig(root=domains_folder)).with_domains(["photo"]).select([3, 2, 1, 0])
+    sure, unsure, right = [0.0, 0.0, 0.9, 0.1], [0.1, 0.2, 0.5, 0.2], [0.9, 0.1, 0.0, 0.0]
+    predictions = predicted([0, 0, 0, 0], [1] * 4, [unsure, sure, right, sure])
+    assert set(dataset.labels) == {0}
+    found = confident_errors(predictions, dataset, CLASSES, 2)
+    assert [error.key for error in found] == sorted([dataset.keys[1], dataset.keys[3]])
+    assert [(e.true, e.predicted, round(e.confidence, 6)) for e in found] == [("blue", "grey tone", 0.9)] * 2
+    thumbnail = Image.open(io.BytesIO(base64.b64decode(found[0].png)))
+    assert np.array_equal(np.asarray(thumbnail), np.asarray(dataset.image(3))), "small images stay as they are"
+    assert len(confident_errors(predictions, dataset, CLASSES, 9)) == 3
+    assert confident_errors(predictions, dataset, CLASSES, 0) == []
+
+
+def test_an_image_that_is_gone_costs_its_thumbnail_only(domains_folder, tmp_path):
+    folder = tmp_path / "data"
+    for domain in ("art", "photo"):
+        (folder / domain / "red").mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (300, 200), (200, i, 0)).save(folder / domain / "red" / f"{i}.png")
+    dataset = load(DataConfig(root=folder)).with_domains(["photo"])
+    (folder / "photo/red/1.png").unlink()
+    predictions = predicted([0, 0], [1, 1], [[0.2, 0.8, 0.0, 0.0]] * 2)
+    first, second = confident_errors(predictions, dataset, CLASSES, 5)
+    assert Image.open(io.BytesIO(base64.b64decode(first.png))).size == (96, 64)
+    assert second.png == ""
