@@ -22,9 +22,13 @@ def compare_sharpness(rows: Iterable[ResultRow]) -> list[ComparisonTable]:
     """One table per held-out domain, backbone and adapter: measures in lines, methods in columns, over seeds."""
     by_place: dict[tuple[str, str, str], dict[tuple[str, str, str], dict[int, float]]]
     by_place = defaultdict(lambda: defaultdict(dict))
-    for row in rows:
+    found = list(rows)
+    for row in found:
         if row.value is not None and _label(row.metric) is not None:
             by_place[row.held_out, row.backbone, row.adapter][row.metric, row.split, row.method][row.seed] = row.value
+    sizes: dict[tuple[str, str, str], dict[str, int]] = defaultdict(dict)
+    for row in found:
+        sizes[row.held_out, row.backbone, row.adapter][row.split] = row.n
     tables = []
     for (held_out, backbone, adapter), values in by_place.items():
         methods = [m for m in METHOD_TITLES if any(m == method for _, _, method in values)]
@@ -38,7 +42,10 @@ def compare_sharpness(rows: Iterable[ResultRow]) -> list[ComparisonTable]:
             for metric in metrics
             for split in splits
         ]
-        title = f"{adapter} on {backbone}, without {held_out}: sharpness"
+        counts = ", ".join(
+            f"{n} images of {_SPLITS.get(split, split)}" for split, n in sizes[held_out, backbone, adapter].items()
+        )
+        title = f"{adapter} on {backbone}, without {held_out}: sharpness on {counts}"
         columns = tuple(METHOD_TITLES[m] for m in methods)
         tables.append(ComparisonTable(title, columns, tuple(lines), scale=1, digits=None, corner="measure"))
     return tables

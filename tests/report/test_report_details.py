@@ -137,6 +137,7 @@ def test_sharpness_over_seeds_by_hand(tmp_path):
     write_run(tmp_path / "runs/disam-0/x", "disam")
     [table] = compare_sharpness(row for run in read_runs([tmp_path]) for row in run.sharpness)
     assert table.columns == ("ERM", "DISAM")
+    assert table.title.endswith("sharpness on 8 images of source validation, 8 images of held out")
     lines = dict(table.texts())
     assert lines["rise of the loss within 0.05, held out"] == ["1.00 ± 0.707", "0.500"]
     assert lines["loss at w, source validation"] == ["1.50 ± 0.00", "1.50"]
