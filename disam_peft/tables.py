@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SPLITS = {"source_validation": "source val.", "held_out": "held out", "given": "given"}
 _LISTED = 20
-_WIDE = 7  # columns that a terminal may not hold
+_WIDE = 6  # columns that a terminal may not hold
 
 
 def print_held_out(rows: Iterable[ResultRow], console: Console | None = None) -> None:
@@ -183,7 +183,12 @@ def print_data_report(report: DataReport, console: Console | None = None) -> Non
 def _print_texts(console: Console, title: str, columns: Iterable[str], lines: Iterable[Iterable[str]]) -> None:
     table = Table(title=escape(title), box=box.SIMPLE, title_justify="left", pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(escape(column), justify="left" if number == 0 else "right", no_wrap=number > 0)
+        table.add_column(
+            escape(column),
+            justify="left" if number == 0 else "right",
+            no_wrap=number > 0,
+            min_width=None if number else 12,
+        )
     for line in lines:
         table.add_row(*map(escape, line))
     console.print(table)

@@ -71,7 +71,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
         sections=[_section(comparison, metric) for metric in comparison.metrics],
         diagnostics=diagnostics_table(comparison),
         curves=_curves(comparison, folder),
-        method=_about(comparison),
+        method=about(comparison),
         arms=[(arm_title(name), _settings(given)) for name, given in comparison.arms.items()],
         conditions=[(name, _settings(given)) for name, given in comparison.conditions.items() if name],
         tables=tables,
@@ -104,12 +104,12 @@ def _curves(comparison: Comparison, folder: Path) -> list[_Curves]:
         shown = {arm: runs for arm, runs in arms.items() if all(run.steps for run in runs)}
         shown = {arm: shown[arm] for arm in list(shown)[:PANELS]}
         if shown:
-            about = f"{f'{condition}: ' if condition else ''}without {domains[0]}, means over seeds"
+            title = f"{f'{condition}: ' if condition else ''}without {domains[0]}, means over seeds"
             losses, weights = (
                 Markup(domain_panels(shown, name, label))
                 for name, label in (("domain_loss", "loss"), ("domain_weight", "weight in the ascent"))
             )
-            found.append(_Curves(about, losses, weights))
+            found.append(_Curves(title, losses, weights))
     return found
 
 
@@ -121,7 +121,7 @@ def _tables(comparison: Comparison) -> list[TextTable]:
 
 
 def _markdown(comparison: Comparison, tables: Sequence[TextTable]) -> str:
-    parts = [f"# {comparison.title}", *([comparison.question] if comparison.question else []), _about(comparison)]
+    parts = [f"# {comparison.title}", *([comparison.question] if comparison.question else []), about(comparison)]
     parts += [table.markdown() for table in tables]
     if comparison.failed:
         lines = [
@@ -132,7 +132,8 @@ def _markdown(comparison: Comparison, tables: Sequence[TextTable]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _about(comparison: Comparison) -> str:
+def about(comparison: Comparison) -> str:
+    """How to read the tables."""
     return f"{METHOD} {FRESH if comparison.fresh_data else SAME}"
 
 
