@@ -12,7 +12,7 @@ from typing import Any
 from disam_peft.errors import UserError
 from disam_peft.report.measures import DIAGNOSTICS, MEASURES, Measure
 from disam_peft.report.statistics import PairedComparison, judged, paired, seed_differences
-from disam_peft.report.tables import METHOD_TITLES, Cell, latex_text, markdown_text
+from disam_peft.report.tables import METHOD_TITLES, Cell, _latex, _markdown
 
 COMPARISON = "comparison.json"
 ZERO_SHOT = "zero_shot"
@@ -115,11 +115,11 @@ class TextTable:
 
     def markdown(self) -> str:
         rule = "|" + "---|" * len(self.columns)
-        rows = [f"| {' | '.join(map(markdown_text, line))} |" for line in (self.columns, *self.lines)]
-        return "\n".join([f"**{markdown_text(self.title)}**", "", rows[0], rule, *rows[1:]])
+        rows = [f"| {' | '.join(map(_markdown, line))} |" for line in (self.columns, *self.lines)]
+        return "\n".join([f"**{_markdown(self.title)}**", "", rows[0], rule, *rows[1:]])
 
     def latex(self) -> str:
-        head, *lines = [" & ".join(map(latex_text, line)) + r" \\" for line in (self.columns, *self.lines)]
+        head, *lines = [" & ".join(map(_latex, line)) + r" \\" for line in (self.columns, *self.lines)]
         columns = "l" + "r" * (len(self.columns) - 1)
         body = "\n".join([f"\\begin{{tabular}}{{{columns}}}", "\\toprule", head, "\\midrule", *lines])
         return f"% {self.title}\n{body}\n\\bottomrule\n\\end{{tabular}}"

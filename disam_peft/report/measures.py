@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from disam_peft.records import ResultRow
+from disam_peft.records import METRICS, ResultRow, read_events
 from disam_peft.report.runs import RunRecord
 
 MEAN = "mean"
@@ -55,7 +55,7 @@ def run_measures(run: RunRecord) -> dict[str, float | None]:
         **{name: held_out.get(name) for name in ("top1", "macro_accuracy", "nll", "ece")},
         "source_top1": sources.get("top1"),
         **training_measures(run.steps),
-        "purity": next((event["purity"] for event in run.inferred), None),
+        "purity": next((event["purity"] for event in read_events(run.folder / METRICS, "inferred_domains")), None),
     }
 
 

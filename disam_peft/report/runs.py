@@ -26,11 +26,6 @@ class RunRecord:
     def steps(self) -> list[dict[str, Any]]:
         return read_events(self.folder / METRICS, "step")
 
-    @cached_property
-    def inferred(self) -> list[dict[str, Any]]:
-        """How domains were inferred, where they were."""
-        return read_events(self.folder / METRICS, "inferred_domains")
-
     @property
     def trained(self) -> ResultRow:
         """A row of the trained adapter, for its backbone, adapter, method, seed and held-out domain."""

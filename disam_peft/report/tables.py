@@ -47,15 +47,12 @@ class ComparisonTable:
     def markdown(self) -> str:
         header = f"| held out | {' | '.join(self.columns)} |"
         rule = "|---|" + "---|" * len(self.columns)
-        lines = [f"| {markdown_text(name)} | {' | '.join(texts)} |" for name, texts in self.texts()]
-        return "\n".join([f"**{markdown_text(self.title)}**", "", header, rule, *lines])
+        lines = [f"| {_markdown(name)} | {' | '.join(texts)} |" for name, texts in self.texts()]
+        return "\n".join([f"**{_markdown(self.title)}**", "", header, rule, *lines])
 
     def latex(self) -> str:
-        lines = [
-            " & ".join([latex_text(name), *(latex_text(text) for text in texts)]) + r" \\"
-            for name, texts in self.texts()
-        ]
-        head = " & ".join(["held out", *map(latex_text, self.columns)]) + r" \\"
+        lines = [" & ".join([_latex(name), *(_latex(text) for text in texts)]) + r" \\" for name, texts in self.texts()]
+        head = " & ".join(["held out", *map(_latex, self.columns)]) + r" \\"
         columns = "l" + "r" * len(self.columns)
         body = "\n".join([head, "\\midrule", *lines])
         return f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{body}\n\\bottomrule\n\\end{{tabular}}"
@@ -107,12 +104,10 @@ def _mean_cell(domains: list[dict[int, float] | None]) -> Cell | None:
     return _cell({seed: statistics.fmean(by_seed[seed] for by_seed in complete) for seed in seeds})
 
 
-def markdown_text(text: str) -> str:
-    """Text as it may stand in a cell of a Markdown table."""
+def _markdown(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def latex_text(text: str) -> str:
-    """Text with the characters that LaTeX takes for commands written out."""
+def _latex(text: str) -> str:
     special = {"±": r"$\pm$", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)
