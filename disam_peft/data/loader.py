@@ -196,6 +196,7 @@ def _survive_signals(worker: int) -> None:
     it has ended its step. Workers go when it goes; to one that hangs, SIGTERM still means the end, a little later."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # whatever it means to the process that this one was forked from
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(WORKER_GRACE_SECONDS))
 
 

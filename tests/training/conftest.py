@@ -3,7 +3,13 @@
 import shutil
 
 import pytest
-from interrupted import ended, recipe_for, result, train_in_child, train_in_two, warmed_up
+from interrupted import end_the_rest, ended, recipe_for, result, train_in_child, train_in_two, warmed_up
+
+
+@pytest.fixture(autouse=True)
+def no_child_outlives_its_test():
+    yield
+    end_the_rest()
 
 
 @pytest.fixture(scope="session")

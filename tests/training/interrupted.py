@@ -24,6 +24,16 @@ from disam_peft.backbones import load_backbone
 from disam_peft.errors import Stopped, UserError
 from disam_peft.recipe import Recipe
 
+_children: set[int] = set()
+
+
+def end_the_rest() -> None:
+    """After a test that failed: nobody is left waiting for a process that is gone."""
+    while _children:
+        pid = _children.pop()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
 
 def recipe_for(domains: Path, model: str, output: Path, **changes) -> Recipe:
     """Twelve steps with dropout and augmentation, a validation after each third, a checkpoint after each second."""
@@ -57,7 +67,9 @@ def forked(action: Callable[[], object], *, environment: dict[str, str] | None =
     sys.stderr.flush()
     pid = os.fork()
     if pid:
+        _children.add(pid)
         return pid
+    _children.clear()  # they are not this one's
     code = 1
     try:
         os.environ.update({"ACCELERATE_USE_CPU": "true", **(environment or {})})
@@ -87,10 +99,10 @@ def ended(pid: int, *, within: float = 120.0) -> int:
     while time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
+            _children.discard(pid)
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.005)
-    os.kill(pid, 9)
-    os.waitpid(pid, 0)
+    end_the_rest()
     raise TimeoutError(f"process {pid} did not end within {within} s")
 
 

@@ -12,6 +12,7 @@ import pytest
 from interrupted import ended, ends_itself, forked, result, saved
 
 from disam_peft import run
+from disam_peft.data import loader
 from disam_peft.errors import Notice, Stopped, UserError
 from disam_peft.locking import locked
 from disam_peft.sharpness import DISAM
@@ -88,6 +89,20 @@ def test_row_32_a_signal_to_the_workers_too(make_recipe, start):
 
     assert ended(start(recipe, alone)) == 143
     assert saved(recipe) == ["step-000004", "step-000005"]
+
+
+def test_row_32_a_worker_outlives_a_signal_for_a_while():
+    def work():
+        loader.WORKER_GRACE_SECONDS = 1
+        options = loader._options([], 1, False, None, reused=False)
+        options["worker_init_fn"](0)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    assert ended(forked(work)) == -signal.SIGALRM, "not of the signals themselves, and not never"
 
 
 def test_row_32_handlers_are_put_back_and_ignored_signals_stay_so():
