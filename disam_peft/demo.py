@@ -23,12 +23,12 @@ from disam_peft.training import MethodConfig, TrainConfig
 METHODS = ("erm", "sam", "disam")
 STEPS, IMAGES_PER_CLASS = 150, 40
 PROJECTIONS = ("q", "v", "out", "fc1", "fc2")
-"""In a model this small the attention's q and v alone have too little room for what there is to learn."""
+"""Of the same training, q and v alone made 57.1 % of painting's zero-shot 54.2 %; these, with twice the pictures, 75.4."""
 INTRODUCTION = (
-    "DomainShapes has twelve shapes in six styles. A CLIP of 1.2 million parameters saw other drawings of them, few in "
-    "some styles. LoRA adapts it to five of the styles, with plain empirical risk minimization (ERM), sharpness-aware "
-    "minimization (SAM) and DISAM; the sixth style is used for nothing but the numbers below.",
-    "One seed, half a minute of training and a model this small show how the pieces work together, not which method is "
+    "DomainShapes has twelve shapes in six styles. A CLIP of 1.2 million parameters saw other drawings of them, under "
+    "captions that mix up some of the names, as captions do. LoRA adapts it to five of the styles, with plain empirical "
+    "risk minimization (ERM), sharpness-aware minimization (SAM) and DISAM; the sixth style is used for nothing but the numbers below.",
+    "One seed, a minute of training and a model this small show how the pieces work together, not which method is "
     "better: differences of a few points are within what another seed would change.",
 )
 
