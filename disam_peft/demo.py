@@ -25,14 +25,15 @@ SHARPNESS = SharpnessConfig(
     samples=48, ascent_steps=4, hessian_iterations=16, hessian_tolerance=0.05, gradient_group=2, slice_points=7
 )
 METHODS = ("erm", "sam", "disam")
-STEPS, IMAGES_PER_CLASS = 150, 40
+STEPS, IMAGES_PER_CLASS = 100, 30
 PROJECTIONS = ("q", "v", "out", "fc1", "fc2")
-"""In a model this small the attention's q and v alone have too little room for what there is to learn."""
+"""In 150 steps q and v with 20 pictures took painting from 54.2 % to 57.1 %, these with 40 from 55.2 to 75.4 (ERM)."""
 INTRODUCTION = (
-    "DomainShapes has twelve shapes in six styles. A CLIP of 1.2 million parameters saw other drawings of them, few in "
-    "some styles. LoRA adapts it to five of the styles, with plain empirical risk minimization (ERM), sharpness-aware "
-    "minimization (SAM) and DISAM; the sixth style is used for nothing but the numbers below.",
-    "One seed, half a minute of training and a model this small show how the pieces work together, not which method is "
+    "DomainShapes has twelve shapes in six styles. A CLIP of 1.2 million parameters saw other drawings of them, under "
+    "captions that mix up some of the names, as captions do. LoRA adapts it to five of the styles, with plain "
+    "empirical risk minimization (ERM), sharpness-aware minimization (SAM) and DISAM; the sixth style is used for "
+    "nothing but the numbers below.",
+    "One seed, a minute of training and a model this small show how the pieces work together, not which method is "
     "better: differences of a few points are within what another seed would change.",
 )
 
@@ -86,7 +87,7 @@ def demo_recipe(
         train=TrainConfig(
             steps=steps,
             batch_size=60,
-            learning_rate=2e-3,
+            learning_rate=1.5e-3,
             warmup_steps=min(10, steps - 1),
             log_every=5,
             log_ascent_cosine=method == "disam",  # of SAM it is 1
