@@ -175,7 +175,8 @@ def test_what_kills_left_behind_is_cleared(make_recipe, cut):
     (folder / "checkpoints/.step-000004.partial").mkdir()
     (folder.parent / ".photo.replaced").mkdir()
     run.train(recipe, resume=True)
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "metrics.jsonl", "recipe.yaml", "results.json"]
+    files = ["adapter", "confusion.json", "errors.json", "metrics.jsonl", "recipe.yaml", "results.json"]
+    assert sorted(path.name for path in folder.iterdir()) == files
     assert sorted(path.name for path in folder.parent.iterdir()) == [".photo.lock", "photo"]
     fresh = make_recipe(held_out="art")
     fresh.folder("art").mkdir()

@@ -106,8 +106,8 @@ MUTANTS = {
     ),
     "variance with the other sign": Mutant(
         "domains.py",
-        "1.0 / count_D.sum() - (pull_D",
-        "1.0 / count_D.sum() + (pull_D",
+        "1.0 / count_D.sum() - pull_D",
+        "1.0 / count_D.sum() + pull_D",
         f"{STEP}::test_two_quadratics_by_hand",
     ),
     "absent domains count": Mutant(

@@ -26,6 +26,14 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def signals_of_a_terminal():
+    """A shell starts what it runs in the background with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 # -- row 32: signals -----------------------------------------------------------------------------------------
 
 
