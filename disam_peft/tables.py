@@ -14,11 +14,10 @@ from disam_peft.records import ResultRow
 
 if TYPE_CHECKING:
     from disam_peft.data.check import DataReport
-    from disam_peft.report.comparison import Comparison
+    from disam_peft.report.comparison import Comparison, TextTable
 
 SPLITS = {"source_validation": "source val.", "held_out": "held out", "given": "given"}
 _LISTED = 20
-_WIDE = 6  # columns that a terminal may not hold
 
 
 def print_held_out(rows: Iterable[ResultRow], console: Console | None = None) -> None:
@@ -71,7 +70,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     console = console or Console()
     for metric in comparison.metrics:
         values = value_tables(comparison, metric)[0]
-        if len(values.columns) > _WIDE:
+        if _width(values) > console.width:
             values = values.transposed()
         _print_texts(console, values.title, values.columns, values.lines)
         verdicts = verdict_table(comparison, metric)
@@ -85,6 +84,11 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
         for f in comparison.failed
     ]
     _list(console, "failed runs", failed)
+
+
+def _width(table: TextTable) -> int:
+    columns = zip(table.columns, *table.lines, strict=True)
+    return sum(max(map(len, column)) + 2 for column in columns)
 
 
 def _print_texts(console: Console, title: str, columns: Iterable[str], lines: Iterable[Iterable[str]]) -> None:
