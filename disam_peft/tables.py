@@ -71,7 +71,9 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     for metric in comparison.metrics:
         values = value_tables(comparison, metric)[0]
         if _width(values) > console.width:
-            values = values.transposed()
+            values = min(values, values.transposed(), key=_width)
+        if _width(values) > console.width:
+            values = values.without_deviations()
         _print_texts(console, values.title, values.columns, values.lines)
         verdicts = verdict_table(comparison, metric)
         shown = [verdicts.columns.index(name) for name in ("mean", "95 % interval", "verdict", "p, Holm")]
