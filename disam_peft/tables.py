@@ -14,11 +14,10 @@ from disam_peft.records import ResultRow
 
 if TYPE_CHECKING:
     from disam_peft.data.check import DataReport
-    from disam_peft.report.comparison import Comparison
+    from disam_peft.report.comparison import Comparison, TextTable
 
 SPLITS = {"source_validation": "source val.", "held_out": "held out", "given": "given"}
 _LISTED = 20
-_WIDE = 6  # columns that a terminal may not hold
 
 
 def print_held_out(rows: Iterable[ResultRow], console: Console | None = None) -> None:
@@ -61,6 +60,50 @@ def print_held_out(rows: Iterable[ResultRow], console: Console | None = None) ->
     if len(domains) > 1:
         table.add_section()
         line("mean", domains)
+    console.print(table)
+
+
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """What was measured and what can be said of it, measure by measure; then what failed."""
+    from disam_peft.report.comparison import value_tables, verdict_table
+
+    console = console or Console()
+    for metric in comparison.metrics:
+        values = value_tables(comparison, metric)[0]
+        if _width(values) > console.width:
+            values = min(values, values.transposed(), key=_width)
+        if _width(values) > console.width:
+            values = values.without_deviations()
+        _print_texts(console, values.title, values.columns, values.lines)
+        verdicts = verdict_table(comparison, metric)
+        shown = [verdicts.columns.index(name) for name in ("mean", "95 % interval", "verdict", "p, Holm")]
+        named = verdicts.columns.index("difference") + 1  # condition and pair in one
+        lines = [(": ".join(line[:named]), *(line[i] for i in shown)) for line in verdicts.lines]
+        _print_texts(console, verdicts.title, ("difference", *(verdicts.columns[i] for i in shown)), lines)
+    # the first line of each error; comparison.json has them whole
+    failed = [
+        f"{', '.join(filter(None, (f.condition, f.arm, f.held_out)))}, seed {f.seed}: {f.error.splitlines()[0]}"
+        for f in comparison.failed
+    ]
+    _list(console, "failed runs", failed)
+
+
+def _width(table: TextTable) -> int:
+    columns = zip(table.columns, *table.lines, strict=True)
+    return sum(max(map(len, column)) + 2 for column in columns)
+
+
+def _print_texts(console: Console, title: str, columns: Iterable[str], lines: Iterable[Iterable[str]]) -> None:
+    table = Table(title=escape(title), box=box.SIMPLE, title_justify="left", pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(
+            escape(column),
+            justify="left" if number == 0 else "right",
+            no_wrap=number > 0,
+            min_width=None if number else 12,
+        )
+    for line in lines:
+        table.add_row(*map(escape, line))
     console.print(table)
 
 
@@ -111,29 +154,6 @@ def print_sweep(rows: Iterable[Mapping[str, Any]], title: str, console: Console 
     console.print(table)
 
 
-def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """What was measured and what can be said of it, measure by measure; then what failed."""
-    from disam_peft.report.comparison import value_tables, verdict_table
-
-    console = console or Console()
-    for metric in comparison.metrics:
-        values = value_tables(comparison, metric)[0]
-        if len(values.columns) > _WIDE:
-            values = values.transposed()
-        _print_texts(console, values.title, values.columns, values.lines)
-        verdicts = verdict_table(comparison, metric)
-        shown = [verdicts.columns.index(name) for name in ("mean", "95 % interval", "verdict", "p, Holm")]
-        named = verdicts.columns.index("difference") + 1  # condition and pair in one
-        lines = [(": ".join(line[:named]), *(line[i] for i in shown)) for line in verdicts.lines]
-        _print_texts(console, verdicts.title, ("difference", *(verdicts.columns[i] for i in shown)), lines)
-    # the first line of each error; comparison.json has them whole
-    failed = [
-        f"{', '.join(filter(None, (f.condition, f.arm, f.held_out)))}, seed {f.seed}: {f.error.splitlines()[0]}"
-        for f in comparison.failed
-    ]
-    _list(console, "failed runs", failed)
-
-
 def print_sharpness(rows: Iterable[ResultRow], console: Console | None = None) -> None:
     """Every measure (lines) on every split (columns)."""
     console = console or Console()
@@ -178,20 +198,6 @@ def print_data_report(report: DataReport, console: Console | None = None) -> Non
         "the same image in several domains (a leak once one of them is held out)",
         [" = ".join(g.sources) for g in report.duplicates_across],
     )
-
-
-def _print_texts(console: Console, title: str, columns: Iterable[str], lines: Iterable[Iterable[str]]) -> None:
-    table = Table(title=escape(title), box=box.SIMPLE, title_justify="left", pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(
-            escape(column),
-            justify="left" if number == 0 else "right",
-            no_wrap=number > 0,
-            min_width=None if number else 12,
-        )
-    for line in lines:
-        table.add_row(*map(escape, line))
-    console.print(table)
 
 
 def _list(console: Console, title: str, lines: list[str]) -> None:

@@ -113,6 +113,10 @@ class TextTable:
         first, *others = zip(self.columns, *self.lines, strict=True)
         return TextTable(self.title, tuple(first), tuple(map(tuple, others)))
 
+    def without_deviations(self) -> TextTable:
+        """Means alone, for where there is little room."""
+        return TextTable(self.title, self.columns, tuple(tuple(t.split(" ± ")[0] for t in line) for line in self.lines))
+
     def markdown(self) -> str:
         rule = "|" + "---|" * len(self.columns)
         rows = [f"| {' | '.join(map(markdown_text, line))} |" for line in (self.columns, *self.lines)]
