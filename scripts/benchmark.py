@@ -19,11 +19,11 @@ from typing import Annotated, Literal
 import torch
 import transformers
 import typer
-from bench import attention, bookkeeping, coop, growth, lora, memory, probe, whole_run
+from bench import accumulation, attention, bookkeeping, coop, growth, lora, memory, probe, whole_run
 from bench.measure import Row, machine, table
 from bench.models import vit_b_32, write_clip
 
-Section = Literal["bookkeeping", "lora", "coop", "memory", "probe", "growth", "run"]
+Section = Literal["bookkeeping", "lora", "coop", "memory", "probe", "growth", "accumulation", "run"]
 BLOCKS = 12
 
 
@@ -78,6 +78,7 @@ def _sections(
         ("memory", 2, lambda rounds: memory.rows(folder, 1000, batch, rounds, device)),
         ("probe", 5, lambda rounds: probe.rows(folder, rounds, device)),
         ("growth", 5, lambda rounds: growth.rows(folder, rounds, device)),
+        ("accumulation", 5, lambda rounds: accumulation.rows(folder, large_batch, rounds, device)),
     ]
 
 

@@ -118,7 +118,7 @@ def test_bookkeeping_and_the_table(folder: Path) -> None:
 
 
 def test_every_section_gives_rows_with_small_differences(folder: Path, tiny_config: Any) -> None:
-    from bench import attention, coop, growth, lora, probe
+    from bench import accumulation, attention, coop, growth, lora, probe
 
     rows = [
         *lora.rows(folder, 3, 4, 1, CPU),
@@ -148,6 +148,9 @@ def test_every_section_gives_rows_with_small_differences(folder: Path, tiny_conf
         assert (row.difference is not None) == compared
         assert (row.difference or 0) < 3e-5, row.what
         assert (row.rounding or 0) < 3e-5, row.what
+    two_phase, by_domain = accumulation.rows(folder, 7, 1, CPU)
+    assert two_phase.target == 1.35
+    assert all(0 < (row.difference or 0) < 1e-5 for row in (two_phase, by_domain))
     assert [len(row.values) for row in growth.rows(folder, 2, CPU)] == [2, 2, 2]
 
 
