@@ -9,12 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import yaml
 
-from disam_peft import run
-from disam_peft.errors import UserError
+from disam_peft import run, run_folder
+from disam_peft.errors import Notice, UserError
 from disam_peft.progress import track
-from disam_peft.recipe import Recipe, as_dict, differences
+from disam_peft.recipe import Recipe
 from disam_peft.records import RESULTS, write_json
 from disam_peft.report.comparison import (
     COMPARISON,
@@ -106,14 +105,16 @@ def run_cell(cell: Cell, shared: Shared, overwrite: bool) -> Done:
 
 
 def _texts(caught: Sequence[warnings.WarningMessage]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)))
+    return tuple(dict.fromkeys(str(w.message) for w in caught if _matters(w.category)))
+
+
+def _matters(category: type[Warning]) -> bool:
+    return issubclass(category, UserWarning) and not issubclass(category, Notice)
 
 
 def _is_ours(recipe: Recipe) -> bool:
-    path = recipe.folder(recipe.protocol.held_out) / run.RECIPE
-    if not path.is_file():
-        return False
-    return not differences(yaml.safe_load(path.read_text(encoding="utf-8")), as_dict(recipe))
+    path = recipe.folder(recipe.protocol.held_out) / run_folder.RECIPE
+    return path.is_file() and not run_folder.changed(recipe)
 
 
 def _here(cells: Sequence[Cell], overwrite: bool) -> Iterator[tuple[Cell, Done]]:

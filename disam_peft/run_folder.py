@@ -54,8 +54,7 @@ def plan(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Pl
         raise UserError(f"{folder} holds files that are no run of disam-peft; choose another output or name")
     if overwrite:
         return "start"
-    before = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")) or {}
-    changes = [line for line in differences(before, as_dict(recipe)) if line.split(":")[0] not in HARMLESS]
+    changes = changed(recipe)
     if changes:
         listed = "\n  ".join(changes)
         what = "holds another run, which cannot be continued so" if resume else "holds another run"
@@ -65,6 +64,17 @@ def plan(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Pl
     if not resume:
         raise UserError(f"{folder} holds a run that did not finish; --resume continues it, --overwrite starts it again")
     return "continue"
+
+
+def changed(recipe: Recipe) -> list[str]:
+    """``key: old -> new`` for every setting that makes ``recipe`` another run than the one in its folder.
+
+    Raises:
+        OSError: there is none.
+    """
+    path = recipe.folder(recipe.protocol.held_out) / RECIPE
+    before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    return [line for line in differences(before, as_dict(recipe)) if line.split(":")[0] not in HARMLESS]
 
 
 def prepare(recipe: Recipe, *, anew: bool) -> None:

@@ -24,13 +24,12 @@ from bench.measure import Row, machine, table
 from bench.models import vit_b_32, write_clip
 
 Section = Literal["bookkeeping", "lora", "coop", "memory", "probe", "growth", "accumulation", "run"]
+What = Literal["all", Section]
 BLOCKS = 12
 
 
 def main(
-    what: Annotated[
-        Literal["all", "bookkeeping", "lora", "coop", "memory", "probe", "growth"], typer.Argument()
-    ] = "all",
+    what: Annotated[What, typer.Argument()] = "all",
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Rounds that count, after a cold one. Unset: 2 to 5, as they last.")
     ] = None,
