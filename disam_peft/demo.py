@@ -26,7 +26,7 @@ SHARPNESS = SharpnessConfig(
     samples=48, ascent_steps=4, hessian_iterations=16, hessian_tolerance=0.05, gradient_group=2, slice_points=7
 )
 METHODS = ("erm", "sam", "disam")
-STEPS, IMAGES_PER_CLASS = 100, 20
+STEPS, IMAGES_PER_CLASS = 150, 20
 INTRODUCTION = (
     "DomainShapes has twelve shapes in six styles. A CLIP of 1.2 million parameters saw other drawings of them, under "
     "captions that mix up some of the names, as captions do. LoRA adapts it to five of the styles, with plain "
