@@ -92,7 +92,7 @@ def sweep(
     for held_out in dict.fromkeys(row.held_out for row in rows):
         found = [row for row in rows if row.held_out == held_out]
         print_sweep([vars(row) for row in found], f"without {held_out}: accuracy on held-back source data")
-        typer.echo(f"next: {sweeps.best_command(recipe, found[0])}")
+        typer.echo(f"next: {sweeps.best_command(recipe, overrides or [], found[0])}")
 
 
 @app.command()

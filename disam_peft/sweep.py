@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -21,7 +22,7 @@ from disam_peft.data import DomainDataset, leave_out, load, split_train_validati
 from disam_peft.data.batches import DomainBatches
 from disam_peft.errors import UserError
 from disam_peft.evaluation import Predictions, Score, held_out_domains, validation_score
-from disam_peft.frozen import FeatureConfig, evaluation_store, training_store
+from disam_peft.frozen import Autocast, FeatureConfig, evaluation_store, training_store
 from disam_peft.inferred import infer_domains
 from disam_peft.recipe import Recipe
 from disam_peft.records import write_json
@@ -47,11 +48,13 @@ class SweepRow:
     source_nll: float | None
 
     def overrides(self) -> list[str]:
-        """For ``disam-peft train``, to train this setting."""
+        """For ``disam-peft train``, to train this setting. DISAM, of which ERM (rho 0) and SAM (lambda 0) are cases:
+        under another name the recipe would leave rho or lambda aside."""
         return [
-            f"train.learning_rate={self.learning_rate:g}",
-            f"method.rho={self.rho:g}",
-            f"method.variance_weight={self.variance_weight:g}",
+            "method.name=disam",
+            f"train.learning_rate={self.learning_rate!r}",
+            f"method.rho={self.rho!r}",
+            f"method.variance_weight={self.variance_weight!r}",
         ]
 
 
@@ -82,7 +85,7 @@ def sweep(
     rows = []
     for held_out in held_out_domains(recipe.protocol.held_out, dataset.present_domains):
         sources, _ = leave_out(dataset, held_out)
-        found = _sweep_sources(recipe, sources, held_out, settings, accelerator.device)
+        found = _sweep_sources(recipe, sources, held_out, settings, accelerator.device, accelerator.autocast)
         folder = recipe.output / recipe.name
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"sweep-{held_out}.json", [vars(row) for row in found])
@@ -114,7 +117,12 @@ def _settings(
 
 
 def _sweep_sources(
-    recipe: Recipe, sources: DomainDataset, held_out: str, settings: list[ProbeSetting], device: torch.device
+    recipe: Recipe,
+    sources: DomainDataset,
+    held_out: str,
+    settings: list[ProbeSetting],
+    device: torch.device,
+    autocast: Autocast,
 ) -> list[SweepRow]:
     training, validation = split_train_validation(sources, recipe.protocol.validation_fraction, recipe.seed)
     backbone = load_backbone(recipe.backbone).to(device)
@@ -125,8 +133,12 @@ def _sweep_sources(
     classifier = ClipClassifier(backbone, head, prompts)
     stores = FeatureConfig(store=True, views=recipe.features.views, folder=recipe.features.folder)
     workers = recipe.train.workers
-    train_store = training_store(classifier, training, recipe.augment, recipe.seed, stores, workers=workers)
-    validation_store = evaluation_store(classifier, validation, stores, workers=recipe.evaluation.workers)
+    train_store = training_store(
+        classifier, training, recipe.augment, recipe.seed, stores, autocast=autocast, workers=workers
+    )
+    validation_store = evaluation_store(
+        classifier, validation, stores, autocast=autocast, workers=recipe.evaluation.workers
+    )
     views = train_store.views
     every = np.arange(len(training))
     train_NE = torch.cat([train_store.rows(every, view) for view in range(views)]).to(device)
@@ -172,6 +184,7 @@ def _rows(recipe: Recipe, training: DomainDataset, views: int, device: torch.dev
         yield torch.from_numpy(indices + len(training) * (epochs % views)).to(device)
 
 
-def best_command(recipe_path: Path, row: SweepRow) -> str:
-    """What to type to train the best setting."""
-    return " ".join(["disam-peft train", str(recipe_path), *row.overrides(), f"protocol.held_out={row.held_out}"])
+def best_command(recipe_path: Path, given: Sequence[str], row: SweepRow) -> str:
+    """What to type to train a setting; ``given`` are the overrides that the sweep was started with."""
+    arguments = [str(recipe_path), *given, *row.overrides(), f"protocol.held_out={row.held_out}"]
+    return shlex.join(["disam-peft", "train", *arguments])

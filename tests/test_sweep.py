@@ -1,6 +1,7 @@
 """`disam-peft sweep`: the ranking on the sources, and what it says to type next."""
 
 import json
+import shlex
 
 import pytest
 import yaml
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 from disam_peft import cli, run
 from disam_peft.errors import UserError
 from disam_peft.recipe import load_recipe
-from disam_peft.sweep import sweep
+from disam_peft.sweep import SweepRow, best_command, sweep
 
 
 @pytest.fixture
@@ -52,6 +53,19 @@ def test_the_command_prints_what_to_type_next(recipe_path):
     assert "without photo" in result.output
     assert "train.learning_rate=0.01" in result.output
     assert result.output.count("0.01") >= 3  # two rows and the command
+    command = result.output[result.output.index("next: ") :]
+    assert "train.steps=4" in command, "what the sweep was told holds for the run, too"
+
+
+def test_what_it_says_to_type_trains_that_very_setting(recipe_path):
+    given = ["method.name=erm", "train.steps=4", "data.root=a folder"]
+    row = SweepRow("photo", 0.0123456789, 0.05, 0.1, 4, 1.0, 0.1)
+    program, verb, path, *overrides = shlex.split(best_command(recipe_path, given, row))
+    assert (program, verb, path) == ("disam-peft", "train", str(recipe_path))
+    recipe = load_recipe(recipe_path, overrides)
+    assert (recipe.method.effective_rho, recipe.method.effective_variance_weight) == (0.05, 0.1)
+    assert (recipe.train.learning_rate, recipe.train.steps) == (0.0123456789, 4)
+    assert str(recipe.data.root) == "a folder"
 
 
 def test_it_says_what_cannot_be_swept(recipe_path):

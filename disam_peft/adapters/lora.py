@@ -102,6 +102,7 @@ class PeftAdapter(Adapter):
             raise UserError(f"merging failed: {error}; the adapter's weights are not finite") from error
         as_loaded = {**backbone.base_parameters(), **dict(backbone.model.named_buffers())}
         for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):
+            # a copy of our own that nobody holds yet; only its dtype changes, which copy_ could not do
             tensor.data = tensor.data.to(as_loaded[name].dtype)
         plain.requires_grad_(False)
         return plain.eval()
