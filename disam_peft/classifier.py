@@ -5,7 +5,7 @@ Shapes in this file: B images, C classes, T templates, N = C * T prompts, L toke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from disam_peft.adapters.base import (
     zero_shot_features,
 )
 from disam_peft.backbones.base import ClipBackbone
+from disam_peft.backbones.repeated import Memory
 
 
 class ClipClassifier(nn.Module):
@@ -92,10 +93,10 @@ class ClipClassifier(nn.Module):
                 return self.backbone.encode_image(pixels_BCHW)
             return self.backbone.image_trunk(pixels_BCHW, split)
 
-    def features(self, frozen: Tensor) -> Tensor:
+    def features(self, frozen: Tensor, memory: Memory | None = None) -> Tensor:
         """Image features (B, E), not normalised, from the output of ``encode_frozen``."""
         split = None if self.adapter is None else self.adapter.image_split
-        return frozen if split is None else self.backbone.image_head(frozen, split)
+        return frozen if split is None else self.backbone.image_head(frozen, split, memory)
 
     def class_features(self) -> Tensor:
         """Normalised class features (C, E), with a graph where the text side is trained."""
@@ -105,9 +106,19 @@ class ClipClassifier(nn.Module):
         assert text.features_CE is not None  # without an adapter the whole text tower is frozen
         return text.features_CE
 
-    def logits(self, frozen: Tensor) -> Tensor:
-        """Logits (B, C) from the output of ``encode_frozen``; the part of the model that a training pass repeats."""
-        features_BE = self.features(frozen)
+    def repeated_logits(self, frozen: Tensor) -> Callable[[], Tensor]:
+        """``logits(frozen)``, to be called in each pass of one step: what frozen layers of the first trained block make
+        of ``frozen`` is computed in the first and kept, four activations for each image, until this is let go."""
+        memory: Memory = {}
+        return lambda: self.logits(frozen, memory)
+
+    def logits(self, frozen: Tensor, memory: Memory | None = None) -> Tensor:
+        """Logits (B, C) from the output of ``encode_frozen``; the part of the model that a training pass repeats.
+
+        Args:
+            memory: see ``ClipBackbone.image_head``.
+        """
+        features_BE = self.features(frozen, memory)
         scale, bias = self.backbone.logit_scale, self.backbone.logit_bias
         if self.adapter is None:
             return cosine_logits(features_BE, self.class_features(), scale, bias)

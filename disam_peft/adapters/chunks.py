@@ -9,7 +9,6 @@ from torch import Tensor
 from disam_peft.backbones.base import ClipBackbone
 
 _PLAIN_WIDTHS = 11.0  # what backward needs of a padded token in a block, in token widths
-_QUICK_GELU_WIDTHS = 4.0  # and QuickGELU, two functions in place of one, beyond that
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,6 @@ def plan_chunks(backbone: ClipBackbone, tokens_CL: Tensor, shared: int, budget_g
     rows = backbone.prompt_rows(tokens_CL, shared)
     tokens = tokens_CL.numel() if rows is None else shared + sum(rows.lengths)
     widths = _PLAIN_WIDTHS * tokens if rows is None else rows.kept_widths()
-    if backbone.quick_gelu:
-        widths += _QUICK_GELU_WIDTHS * tokens
     width_bytes = backbone.token_width * backbone.dtype.itemsize
     block_bytes, input_bytes, budget = widths * width_bytes, tokens * width_bytes, budget_gb * 1e9
     if block_bytes * blocks <= budget:

@@ -20,6 +20,7 @@ from disam_peft.adapters.config import LoraAdapterConfig, PeftAdapterConfig, Sca
 from disam_peft.adapters.peft_methods import find_method, make_peft_config
 from disam_peft.adapters.targets import frozen_blocks, select_targets
 from disam_peft.backbones.base import ClipBackbone, Target
+from disam_peft.backbones.blocks import AFFINE
 from disam_peft.config import Config
 from disam_peft.errors import UserError
 
@@ -56,6 +57,9 @@ class PeftAdapter(Adapter):
             layers = adapter._layers()
             _require_exact({target.name for target in targets}, {name for name, _ in layers}, backbone)
             _widen_norms(layers)
+            if find_method(_method(config)).affine and not peft_config.lora_dropout:
+                for _, layer in layers:
+                    setattr(layer, AFFINE, True)
         except BaseException:
             _restore(backbone.model, before)
             raise
@@ -142,13 +146,13 @@ def plan(config: LoraAdapterConfig | PeftAdapterConfig, backbone: ClipBackbone) 
     Raises:
         UserError: unknown method or option, or targets that match nothing or only partly.
     """
+    name = _method(config)
     options: dict[str, Scalar]
     if isinstance(config, LoraAdapterConfig):
-        name, projections = "lora", config.projections
+        projections = config.projections
         options = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
     else:
-        name, options = config.method, config.options
-        projections = config.projections or list(find_method(name).projections)
+        options, projections = config.options, config.projections or list(find_method(name).projections)
     targets = select_targets(
         backbone,
         towers=config.towers,
@@ -160,6 +164,10 @@ def plan(config: LoraAdapterConfig | PeftAdapterConfig, backbone: ClipBackbone) 
     if not targets:
         raise UserError(f"'{name}' has nothing to adapt: no block of {backbone.config.name} was chosen")
     return targets, make_peft_config(name, options, backbone, targets)
+
+
+def _method(config: LoraAdapterConfig | PeftAdapterConfig) -> str:
+    return "lora" if isinstance(config, LoraAdapterConfig) else config.method
 
 
 def to_json(peft_config: Any, backbone: ClipBackbone) -> dict[str, Any]:

@@ -27,6 +27,8 @@ class PeftMethod:
 
     ``options`` is a list of what is allowed, not of what is forbidden: the other fields choose modules, import
     code, train or rewrite base weights, or change the adapter's weights inside the forward pass.
+
+    ``affine``: while nothing drops out, an adapted layer is an affine function of each row of its input.
     """
 
     peft_type: str
@@ -34,13 +36,14 @@ class PeftMethod:
     layers: str = "linear"
     projections: tuple[str, ...] = ("q", "v")
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    affine: bool = False
 
 
 _LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "use_rslora")
 
 METHODS: dict[str, PeftMethod] = {
-    "lora": PeftMethod("LORA", _LORA_OPTIONS),
-    "dora": PeftMethod("LORA", _LORA_OPTIONS, fixed={"use_dora": True}),
+    "lora": PeftMethod("LORA", _LORA_OPTIONS, affine=True),
+    "dora": PeftMethod("LORA", _LORA_OPTIONS, fixed={"use_dora": True}, affine=True),
     "ia3": PeftMethod("IA3", (), projections=("k", "v", "fc2")),
     "oft": PeftMethod(
         "OFT",

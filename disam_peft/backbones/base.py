@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from disam_peft.backbones.blocks import BlockParts, PromptRows
 from disam_peft.backbones.config import BackboneConfig
 from disam_peft.backbones.hashing import weights_hash
+from disam_peft.backbones.repeated import Memory
 
 TowerName = Literal["image", "text"]
 
@@ -124,9 +125,14 @@ class ClipBackbone(ABC):
         """
 
     @abstractmethod
-    def image_head(self, hidden: Tensor, blocks: int) -> Tensor:
+    def image_head(self, hidden: Tensor, blocks: int, memory: Memory | None = None) -> Tensor:
         """The rest of the image tower after ``image_trunk(..., blocks)``: features (B, E), bit-identical for any
-        split of the same tower."""
+        split of the same tower.
+
+        Args:
+            memory: of several calls with the same ``hidden`` and the same frozen weights, empty at the first: what
+                frozen layers of the first block make of it is not computed again.
+        """
 
     # -- text ------------------------------------------------------------------------------------------------
 

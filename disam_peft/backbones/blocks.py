@@ -45,8 +45,8 @@ class BlockParts:
 def at_one_position(block: nn.Module, parts: BlockParts, position_B: Tensor | None, causal: bool) -> Any:
     """A clone of a tower's last block whose output (B, 1, W) holds one position of each sequence.
 
-    The query, the MLP and everything behind run for that position alone; keys and values come from all. Exact for a
-    tower that pools a single position.
+    The query, the MLP and everything behind run for that position alone, and of the keys and values only what it
+    needs. Exact for a tower that pools a single position.
 
     Args:
         position_B: which one; None: the first, a class token.
@@ -56,18 +56,75 @@ def at_one_position(block: nn.Module, parts: BlockParts, position_B: Tensor | No
 
     def forward(hidden_BLW: Tensor, *_: Any, **__: Any) -> Tensor:
         normed_BLW = parts.norm1(hidden_BLW)
-        mask = None
+        unseen_BL = None
         if causal and position_B is not None:
-            mask = torch.arange(hidden_BLW.shape[1], device=hidden_BLW.device) <= position_B[:, None, None, None]
-        attention = parts.attention
-        query = _heads(attention.q_proj(_at(normed_BLW, position_B)), attention.num_heads)
-        key = _heads(attention.k_proj(normed_BLW), attention.num_heads)
-        value = _heads(attention.v_proj(normed_BLW), attention.num_heads)
-        mixed_BHLD = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return parts.finish(_at(hidden_BLW, position_B), mixed_BHLD.transpose(1, 2).flatten(2))
+            unseen_BL = torch.arange(hidden_BLW.shape[1], device=hidden_BLW.device) > position_B[:, None]
+        query_BW = parts.attention.q_proj(_at(normed_BLW, position_B)).squeeze(1)
+        mixed_BW = _one_query(parts.attention, query_BW, normed_BLW, unseen_BL)
+        return parts.finish(_at(hidden_BLW, position_B), mixed_BW.unsqueeze(1))
 
     clone.forward = forward  # in the clone alone; its hooks are those of the block
     return clone
+
+
+def _one_query(attention: Any, query_BW: Tensor, normed_BLW: Tensor, unseen_BL: Tensor | None) -> Tensor:
+    """Attention of one query for each sequence, all heads: (B, W).
+
+    With one query, the products are taken in another order: a head's scores ``q (x K)^T`` are ``(q K^T) x^T``, and its
+    values ``a (x V)`` are ``(a x) V``, so that no token needs a key or value of its own. A key's bias adds the same to
+    every score; the weights sum to one, so that a value's bias comes through. Where a projection is no plain Linear
+    layer, or somebody watches it, it runs over all tokens.
+    """
+    heads, key, value = attention.num_heads, attention.k_proj, attention.v_proj
+    query_BHD = query_BW.unflatten(-1, (heads, -1)) * (query_BW.shape[-1] // heads) ** -0.5
+    key_BHLD = None if _is_plain(key) else _heads(key(normed_BLW), heads)
+    # In at least float32: half precision would round the scores, which fused attention never does.
+    wide = torch.promote_types(normed_BLW.dtype, torch.float32)
+    with torch.autocast(normed_BLW.device.type, enabled=False):
+        query_BHD, wide_BLW = query_BHD.to(wide), normed_BLW.to(wide)
+        if key_BHLD is None:
+            scores_BHL = _into_heads(query_BHD, key.weight.to(wide)) @ wide_BLW.transpose(1, 2)
+        else:
+            scores_BHL = (key_BHLD.to(wide) @ query_BHD.unsqueeze(-1)).squeeze(-1)
+        if unseen_BL is not None:
+            scores_BHL = scores_BHL.masked_fill(unseen_BL.unsqueeze(1), float("-inf"))
+        weights_BHL = scores_BHL.softmax(dim=-1)
+        if _is_plain(value):
+            mixed_BHD = _out_of_heads(weights_BHL @ wide_BLW, value.weight.to(wide))
+            bias_W = 0 if value.bias is None else value.bias
+            return (mixed_BHD.flatten(1) + bias_W).to(query_BW.dtype)
+        affine = getattr(value, AFFINE, False) and not _is_watched(value)
+        mixed_BHW = weights_BHL @ wide_BLW if affine else None
+    if mixed_BHW is None:
+        value_BHLD = _heads(value(normed_BLW), heads)
+        return (weights_BHL.unsqueeze(2).to(value_BHLD.dtype) @ value_BHLD).flatten(1)
+    # The whole layer for each head's mixture, of which that head's part is taken: H rows in place of L.
+    rows_BHHD = value(mixed_BHW.to(normed_BLW.dtype)).unflatten(-1, (heads, -1))
+    return rows_BHHD.diagonal(dim1=1, dim2=2).transpose(1, 2).flatten(1)
+
+
+AFFINE = "is_affine"
+"""Name of an attribute of layers in the place of a projection; True says: a row of the output is an affine function of
+that row of the input, the same for all rows of a call."""
+
+
+def _is_plain(projection: nn.Module) -> bool:
+    return type(projection) is nn.Linear and "forward" not in vars(projection) and not _is_watched(projection)
+
+
+def _is_watched(projection: nn.Module) -> bool:
+    return bool(projection._forward_hooks or projection._forward_pre_hooks or projection._backward_hooks)
+
+
+def _into_heads(rows_BHD: Tensor, weight_OW: Tensor) -> Tensor:
+    """Each head's rows through its own part of a projection, backwards: (B, H, W)."""
+    return (rows_BHD.transpose(0, 1) @ weight_OW.unflatten(0, (rows_BHD.shape[1], -1))).transpose(0, 1)
+
+
+def _out_of_heads(rows_BHW: Tensor, weight_OW: Tensor) -> Tensor:
+    """Each head's rows through its own part of a projection: (B, H, D)."""
+    weight_HWD = weight_OW.unflatten(0, (rows_BHW.shape[1], -1)).transpose(1, 2)
+    return (rows_BHW.transpose(0, 1) @ weight_HWD).transpose(0, 1)
 
 
 def _at(tokens_BLW: Tensor, position_B: Tensor | None) -> Tensor:
@@ -142,7 +199,7 @@ class PromptRows(nn.Module):
         return self._last_block(blocks[-1], hidden_RW)
 
     def kept_widths(self) -> float:
-        """About what one block keeps for backward, in token widths; with GELU as one function, and frozen weights."""
+        """About what one block keeps for backward, in token widths, where its own weights are frozen."""
         # The inputs of both norms and of the GELU (4), the scaled queries, and attention weights; padded q, k and v.
         return 7.6 * (self.shared + len(self.packed_N)) + 3 * self.padded_CS.numel()
 

@@ -15,13 +15,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
+from transformers.activations import QuickGELUActivation
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 
 from disam_peft.backbones import towers
+from disam_peft.backbones.activation import replace_quick_gelu
 from disam_peft.backbones.base import ClipBackbone, Preprocessing, Target, warn_random_weights
 from disam_peft.backbones.blocks import BlockParts, at_one_position
 from disam_peft.backbones.config import RANDOM_WEIGHTS, BackboneConfig
 from disam_peft.backbones.hub import hub_folder
+from disam_peft.backbones.repeated import Memory
 from disam_peft.errors import UserError
 
 BLOCK_ROLES: towers.BlockRoles = {
@@ -64,6 +67,7 @@ class HfBackbone(ClipBackbone):
             warn_random_weights(config)
         self.config = config
         model: Any = _load_model(folder, config)
+        replace_quick_gelu(model, QuickGELUActivation)
         self.model = model
         here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # unset, it would ask the user
         self._processor: Any = AutoImageProcessor.from_pretrained(folder, **here)
@@ -94,14 +98,14 @@ class HfBackbone(ClipBackbone):
         )
         return trunk(pixel_values=pixels_BCHW.to(self.dtype)).last_hidden_state
 
-    def image_head(self, hidden: Tensor, blocks: int) -> Tensor:
+    def image_head(self, hidden: Tensor, blocks: int, memory: Memory | None = None) -> Tensor:
         towers.check_split(blocks, self.image_blocks, "image")
         vision: Any = self.model.vision_model
         head = towers.shallow_clone(
             vision,
             embeddings=towers.Given(hidden),
             pre_layrnorm=nn.Identity(),
-            encoder=_with_layers(vision.encoder, slice(blocks, None), _at_one_position(vision.encoder, None)),
+            encoder=_with_layers(vision.encoder, slice(blocks, None), _at_one_position(vision.encoder, None), memory),
         )
         # The embeddings stand in for the pixels, which this part has not got.
         return self._project("visual_projection", head(pixel_values=hidden).pooler_output)
@@ -314,12 +318,8 @@ def _preprocessing(processor: Any) -> Preprocessing:
     return Preprocessing((height, width), mean, std, interpolation)  # type: ignore[arg-type]
 
 
-def _with_layers(encoder: Any, which: slice, last: nn.Module | None) -> Any:
-    """The encoder with some of its layers, among which ``last`` stands for the last one."""
-    layers = list(encoder.layers)
-    if last is not None:
-        layers[-1] = last
-    return towers.shallow_clone(encoder, layers=nn.ModuleList(layers[which]))
+def _with_layers(encoder: Any, which: slice, last: nn.Module | None, memory: Memory | None = None) -> Any:
+    return towers.shallow_clone(encoder, layers=towers.some_blocks(encoder.layers, which, last, memory))
 
 
 def _at_one_position(encoder: Any, position_B: Tensor | None) -> Any:

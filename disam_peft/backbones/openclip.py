@@ -23,11 +23,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from disam_peft.backbones import towers
+from disam_peft.backbones.activation import replace_quick_gelu
 from disam_peft.backbones.attention import SplitAttention, fused_state, split_attention
 from disam_peft.backbones.base import ClipBackbone, Target, warn_random_weights
 from disam_peft.backbones.blocks import BlockParts, at_one_position
 from disam_peft.backbones.config import RANDOM_WEIGHTS, BackboneConfig
 from disam_peft.backbones.openclip_weights import create, is_custom_text, preprocessing, resolve
+from disam_peft.backbones.repeated import Memory
 from disam_peft.errors import UserError
 
 BLOCK_ROLES: towers.BlockRoles = {
@@ -69,6 +71,7 @@ class OpenClipBackbone(ClipBackbone):
         self.context_length = self._tokenizer.context_length
         # From the modules, not from a flag: this is what the forward pass computes.
         self.quick_gelu = any(isinstance(module, QuickGELU) for module in model.modules())
+        replace_quick_gelu(model, QuickGELU)
 
         self._preprocess = PreprocessCfg(**model.visual.preprocess_cfg)
         self.image_transform = image_transform_v2(self._preprocess, is_train=False)
@@ -87,21 +90,21 @@ class OpenClipBackbone(ClipBackbone):
         hidden = visual._embeds(pixels_BCHW.to(self.dtype))
         return self._image_part(slice(None, blocks))(hidden)
 
-    def image_head(self, hidden: Tensor, blocks: int) -> Tensor:
+    def image_head(self, hidden: Tensor, blocks: int, memory: Memory | None = None) -> Tensor:
         towers.check_split(blocks, self.image_blocks, "image")
         visual: Any = self.model.visual
         if not self._visual_splits:
             return _pooled(visual(hidden.to(self.dtype)))
-        rest = towers.shallow_clone(visual, transformer=self._image_part(slice(blocks, None)))
+        rest = towers.shallow_clone(visual, transformer=self._image_part(slice(blocks, None), memory))
         rest._embeds = lambda given: given
         return _pooled(rest(hidden))
 
-    def _image_part(self, which: slice) -> Any:
+    def _image_part(self, which: slice, memory: Memory | None = None) -> Any:
         """Some blocks of the tower, the last one for the class token alone where only that is pooled."""
         visual: Any = self.model.visual
         class_token = visual.attn_pool is None and visual.pool_type == "tok"
         last = _at_one_position(visual.transformer, None, causal=False) if class_token else None
-        return _with_blocks(visual.transformer, which, last)
+        return _with_blocks(visual.transformer, which, last, memory)
 
     # -- text ------------------------------------------------------------------------------------------------
 
@@ -243,12 +246,8 @@ def imagenet_templates() -> tuple[str, ...]:
     return tuple(sentence("{}") for sentence in open_clip.OPENAI_IMAGENET_TEMPLATES)
 
 
-def _with_blocks(transformer: Any, which: slice, last: nn.Module | None) -> Any:
-    """The transformer with some of its blocks, among which ``last`` stands for the last one."""
-    blocks = list(transformer.resblocks)
-    if last is not None:
-        blocks[-1] = last
-    return towers.shallow_clone(transformer, resblocks=nn.ModuleList(blocks[which]))
+def _with_blocks(transformer: Any, which: slice, last: nn.Module | None, memory: Memory | None = None) -> Any:
+    return towers.shallow_clone(transformer, resblocks=towers.some_blocks(transformer.resblocks, which, last, memory))
 
 
 def _at_one_position(transformer: Any, position_B: Tensor | None, *, causal: bool) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from disam_peft.backbones.base import Target, TowerName
+from disam_peft.backbones.repeated import Memory, remembering
 from disam_peft.errors import UserError
 
 
@@ -31,6 +32,23 @@ class Given(nn.Module):
 
     def forward(self, *_: Any, **__: Any) -> Tensor:
         return self.value
+
+
+def some_blocks(
+    stack: Iterable[nn.Module], which: slice, last: nn.Module | None, memory: Memory | None
+) -> nn.ModuleList:
+    """Some blocks of a stack, among which ``last`` (if any) stands for the last of all.
+
+    Args:
+        memory: see ``ClipBackbone.image_head``; None: every block computes everything.
+    """
+    blocks = list(stack)
+    if last is not None:
+        blocks[-1] = last
+    chosen = blocks[which]
+    if memory is not None and chosen and chosen[0] is not last:  # that one hardly computes anything
+        chosen[0] = remembering(chosen[0], memory)
+    return nn.ModuleList(chosen)
 
 
 def check_split(blocks: int, available: int, tower: TowerName) -> None:

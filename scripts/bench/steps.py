@@ -101,7 +101,8 @@ def ours(
 
     def run() -> None:
         frozen = classifier.encode_frozen(batch.pixels_BCHW) if stored is None else stored.read()
-        disam.backward(lambda: cross_entropy(classifier.logits(frozen), batch.labels_B), batch.domains_B)
+        logits = classifier.repeated_logits(frozen)
+        disam.backward(lambda: cross_entropy(logits(), batch.labels_B), batch.domains_B)
         optimizer.step()
 
     return Step(run, trainable)

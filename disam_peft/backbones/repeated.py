@@ -1,0 +1,103 @@
+"""What frozen layers of a trained block make of a frozen input, computed in the first pass of a step and kept for the
+second.
+
+The frozen part of a tower ends in the middle of the first block that is trained: its first norm and the base layers of
+its projections see the same tensors in every pass.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Call:
+    """What a layer was called with and what it returned, as long as nobody changes either in place.
+
+    Args:
+        called_with: tensors, and values that can be compared.
+        returned: a tensor, or a tuple with tensors in it.
+    """
+
+    def __init__(self, called_with: Sequence[Any], returned: Any) -> None:
+        self.called_with, self.returned = [*called_with, *_autocast_of(called_with)], returned
+        self._tensors = [value for value in (*called_with, *_flat(returned)) if isinstance(value, Tensor)]
+        self._versions = [tensor._version for tensor in self._tensors]
+
+    def is_of(self, called_with: Sequence[Any]) -> bool:
+        """Whether the layer would return the same again: the very same tensors, as they were, the same values."""
+        now = [*called_with, *_autocast_of(called_with)]
+        return (
+            len(now) == len(self.called_with)
+            and all(_is_same(a, b) for a, b in zip(self.called_with, now, strict=True))
+            and self._versions == [tensor._version for tensor in self._tensors]
+        )
+
+
+Memory = dict[str, Call]
+"""Path of a layer -> its last call. The caller keeps it for as long as no frozen weight changes: one step."""
+
+
+def remembering(block: nn.Module, memory: Memory) -> nn.Module:
+    """A clone of ``block``, with the same parameters, whose frozen layers look into ``memory`` first.
+
+    A layer's result is taken from there only where every tensor that it is called with is the very one of before, under
+    the same autocast, and none has a graph. So it is exact whatever an adapter does around the layer; what comes after
+    a trained weight is computed as always. A compiled block is left whole: one kernel more is cheaper than an
+    interruption.
+    """
+    return block if block._compiled_call_impl is not None else _clone(block, memory, "")
+
+
+def _clone(module: nn.Module, memory: Memory, path: str) -> nn.Module:
+    parameters = list(module.parameters())
+    if parameters and not any(p.requires_grad for p in parameters) and not _draws(module):
+        return _remembered(module, memory, path)
+    children = {name: _clone(child, memory, f"{path}.{name}") for name, child in module.named_children()}
+    clone = copy.copy(module)
+    clone._modules = {**module._modules, **children}
+    return clone
+
+
+def _remembered(module: nn.Module, memory: Memory, path: str) -> nn.Module:
+    # A clone and no wrapper: adapters ask their base layer for its class and weights.
+    clone: Any = copy.copy(module)
+    compute: Callable[..., Any] = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        values = [*args, *(item for pair in sorted(kwargs.items()) for item in pair)]
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        # What inference mode computes could not be used in training.
+        inference = torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in tensors)
+        if inference or any(tensor.requires_grad for tensor in tensors):
+            return compute(*args, **kwargs)
+        before = memory.get(path)
+        if before is None or not before.is_of(values):
+            before = memory[path] = Call(values, compute(*args, **kwargs))
+        return before.returned
+
+    clone.forward = forward
+    return clone
+
+
+def _flat(returned: Any) -> Sequence[Any]:
+    return returned if isinstance(returned, tuple) else (returned,)
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b))
+
+
+def _autocast_of(values: Sequence[Any]) -> list[Any]:
+    """The precision in which a layer computes on these."""
+    devices = {value.device.type for value in values if isinstance(value, Tensor)}
+    return [torch.get_autocast_dtype(one) if torch.is_autocast_enabled(one) else None for one in sorted(devices)]
+
+
+def _draws(module: nn.Module) -> bool:
+    """Random numbers are drawn in every pass, or those that come after would be others."""
+    return any(isinstance(part, nn.modules.dropout._DropoutNd) and part.training for part in module.modules())
