@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from disam_peft.data.check import cache_folder
@@ -26,12 +27,10 @@ from disam_peft.data.loader import make_train_loader
 from disam_peft.errors import UserError
 from disam_peft.progress import track
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 FORMAT = 1
 CHUNK = 64  # images: what is encoded at once, and what a kill can cost
 SPARE_DISK = 0.05
+BLANK = 64
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class FeatureStore:
 def open_or_build(
     key: FeatureKey,
     dataset: DomainDataset,
-    transform: Callable[[Image, int, int], Tensor],
+    transform: Callable[[Image.Image, int, int], Tensor],
     encode: Callable[[Tensor], Tensor],
     *,
     folder: Path | None = None,
@@ -118,7 +117,8 @@ def open_or_build(
     """
     place = (folder or cache_folder() / "features") / key.digest
     if _read_header(place, key) is None:
-        sample = encode(transform(dataset.image(0), 0, 0)[None])[0].cpu()
+        # Of a blank image: only its shape, dtype and device matter, and no file is decoded for them.
+        sample = encode(transform(Image.new("RGB", (BLANK, BLANK)), 0, 0)[None])[0]
         if rank == 0:
             _prepare(place, key, len(dataset), sample)
         wait()
@@ -158,7 +158,7 @@ def _fill(
     place: Path,
     key: FeatureKey,
     dataset: DomainDataset,
-    transform: Callable[[Image, int, int], Tensor],
+    transform: Callable[[Image.Image, int, int], Tensor],
     encode: Callable[[Tensor], Tensor],
     sample: Tensor,
     workers: Any,
@@ -171,14 +171,44 @@ def _fill(
     mine = [chunk for chunk in range(rank, len(done), world_size) if not done[chunk]]
     spans = [range(chunk * CHUNK, min(total, (chunk + 1) * CHUNK)) for chunk in mine]
     batches: Any = [[(place_ % count, place_ // count) for place_ in span] for span in spans]
-    loader = make_train_loader(dataset, batches, transform, workers=workers)
-    todo = zip(mine, spans, loader, strict=True)
-    for chunk, span, batch in track(todo, "storing features", total=len(mine)):
-        encoded = encode(batch["pixels"]).to("cpu", sample.dtype).contiguous()
-        rows[span.start : span.stop] = encoded.reshape(len(span), -1).view(torch.uint8).numpy()
+    pin = sample.device.type == "cuda"
+    loader = make_train_loader(dataset, batches, transform, workers=workers, pin_memory=pin)
+    encoded = _on_cpu(encode(batch["pixels"]).to(sample.dtype) for batch in loader)
+    todo = zip(mine, spans, encoded, strict=True)
+    for chunk, span, features in track(todo, "storing features", total=len(mine)):
+        rows[span.start : span.stop] = features.reshape(len(span), -1).view(torch.uint8).numpy()
         rows.flush()  # the features reach the disk before the tick that says so
         done[chunk] = 1
         done.flush()
+
+
+def _on_cpu(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Each batch on the CPU, contiguous. One from a CUDA device is given when the next one has been queued there, so
+    that the device does not wait for the disk."""
+    under_way: tuple[Tensor, torch.cuda.Event] | None = None
+    for batch in batches:
+        if batch.device.type != "cuda":
+            yield batch.cpu().contiguous()
+            continue
+        before, under_way = under_way, _copy_to_cpu(batch)
+        if before is not None:
+            yield _arrived(*before)
+    if under_way is not None:
+        yield _arrived(*under_way)
+
+
+def _copy_to_cpu(batch: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """A copy that may not be complete before the event."""
+    copy = torch.empty(batch.shape, dtype=batch.dtype, pin_memory=True)
+    copy.copy_(batch, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(batch.device))
+    return copy, event
+
+
+def _arrived(copy: Tensor, event: torch.cuda.Event) -> Tensor:
+    event.synchronize()
+    return copy
 
 
 def _finish(place: Path, key: FeatureKey, count: int, sample: Tensor) -> None:
