@@ -1,7 +1,9 @@
 """The feature store: exact, resumable, never stale."""
 
+import re
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from disam_peft.adapters import (
 from disam_peft.backbones import BackboneConfig, load_backbone
 from disam_peft.classifier import ClipClassifier
 from disam_peft.data import AugmentConfig, DataConfig, TrainTransform, features, load
+from disam_peft.data.decode import BadImage
 from disam_peft.data.features import FeatureStore
 from disam_peft.data.shapes import ShapesConfig
 from disam_peft.errors import UserError
@@ -190,6 +193,17 @@ def test_a_disk_without_room_is_an_error_before_anything_is_built(make_classifie
             make_classifier(), dataset, AugmentConfig(), 0, stored.model_copy(update={"views": 3}), workers=0
         )
     assert not list(stored.folder.iterdir())
+
+
+@pytest.mark.parametrize("corrupt", [0, 70])
+def test_an_image_that_cannot_be_decoded_is_named(make_classifier, domains_folder, stored, tmp_path, corrupt):
+    """The first one too: nothing looks at it before its turn."""
+    folder = tmp_path / "corrupt"
+    shutil.copytree(domains_folder, folder)
+    dataset = load(DataConfig(root=folder, verify=False))
+    Path(dataset.source(corrupt)).write_bytes(b"no image")
+    with pytest.raises(BadImage, match=re.escape(dataset.source(corrupt))):
+        evaluation_store(make_classifier(), dataset, stored, workers=1)
 
 
 def test_augmentation_without_a_number_of_views_is_an_error(make_classifier, dataset, stored):
