@@ -13,8 +13,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ FORMAT = 1
 CHUNK = 64  # images: what is encoded at once, and what a kill can cost
 SPARE_DISK = 0.05
 BLANK = 64
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -171,44 +174,36 @@ def _fill(
     mine = [chunk for chunk in range(rank, len(done), world_size) if not done[chunk]]
     spans = [range(chunk * CHUNK, min(total, (chunk + 1) * CHUNK)) for chunk in mine]
     batches: Any = [[(place_ % count, place_ // count) for place_ in span] for span in spans]
-    pin = sample.device.type == "cuda"
-    loader = make_train_loader(dataset, batches, transform, workers=workers, pin_memory=pin)
-    encoded = _on_cpu(encode(batch["pixels"]).to(sample.dtype) for batch in loader)
-    todo = zip(mine, spans, encoded, strict=True)
-    for chunk, span, features in track(todo, "storing features", total=len(mine)):
-        rows[span.start : span.stop] = features.reshape(len(span), -1).view(torch.uint8).numpy()
+    on_gpu = sample.device.type == "cuda"
+    loader = make_train_loader(dataset, batches, transform, workers=workers, pin_memory=on_gpu)
+    copies = (_start_copy(encode(batch["pixels"]).to(sample.dtype)) for batch in loader)
+    todo = zip(mine, spans, _one_behind(copies) if on_gpu else copies, strict=True)
+    for chunk, span, copy in track(todo, "storing features", total=len(mine)):
+        rows[span.start : span.stop] = copy().reshape(len(span), -1).contiguous().view(torch.uint8).numpy()
         rows.flush()  # the features reach the disk before the tick that says so
         done[chunk] = 1
         done.flush()
 
 
-def _on_cpu(batches: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Each batch on the CPU, contiguous. One from a CUDA device is given when the next one has been queued there, so
-    that the device does not wait for the disk."""
-    under_way: tuple[Tensor, torch.cuda.Event] | None = None
-    for batch in batches:
-        if batch.device.type != "cuda":
-            yield batch.cpu().contiguous()
-            continue
-        before, under_way = under_way, _copy_to_cpu(batch)
-        if before is not None:
-            yield _arrived(*before)
-    if under_way is not None:
-        yield _arrived(*under_way)
+def _start_copy(encoded: Tensor) -> Callable[[], Tensor]:
+    """Starts to bring it to the CPU; what is returned waits for it to be there."""
+    if encoded.device.type != "cuda":
+        return encoded.cpu
+    copy = torch.empty(encoded.shape, dtype=encoded.dtype, pin_memory=True)
+    copy.copy_(encoded, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(encoded.device))
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return copy
+
+    return wait
 
 
-def _copy_to_cpu(batch: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-    """A copy that may not be complete before the event."""
-    copy = torch.empty(batch.shape, dtype=batch.dtype, pin_memory=True)
-    copy.copy_(batch, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(batch.device))
-    return copy, event
-
-
-def _arrived(copy: Tensor, event: torch.cuda.Event) -> Tensor:
-    event.synchronize()
-    return copy
+def _one_behind(items: Iterator[Item]) -> Iterator[Item]:
+    """Each item once the next one has been taken: a device has work queued while what it did before is written."""
+    return (item for item, _ in pairwise(chain(items, [None])))  # type: ignore[misc]
 
 
 def _finish(place: Path, key: FeatureKey, count: int, sample: Tensor) -> None:
