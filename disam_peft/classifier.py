@@ -33,16 +33,24 @@ class ClipClassifier(nn.Module):
         backbone: a frozen CLIP; an adapter may have changed modules inside ``backbone.model``.
         adapter: built on this very backbone, or None for zero-shot classification.
         prompts: class names and templates.
+        image_split: blocks of the image tower that ``encode_frozen`` runs of a zero-shot classifier, so that it can
+            share what is stored for an adapter to come; unset: all of the tower. An adapter says it itself.
 
     Raises:
         UserError: a template or class name that cannot be used, or a prompt longer than the context (names it).
+        ValueError: both an adapter and an ``image_split``.
     """
 
-    def __init__(self, backbone: ClipBackbone, adapter: Adapter | None, prompts: ClassPrompts) -> None:
+    def __init__(
+        self, backbone: ClipBackbone, adapter: Adapter | None, prompts: ClassPrompts, *, image_split: int | None = None
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.model = backbone.model  # registered, so that .to() moves it
+        if adapter is not None and image_split is not None:
+            raise ValueError(f"image_split={image_split} is for zero-shot; this adapter's is {adapter.image_split}")
         self.adapter = adapter
+        self._zero_shot_split = image_split
         self.prompts = prompts
         self._tokens_NL = backbone.tokenize(fill_templates(prompts))
         self._text: FrozenText | None = None
@@ -52,6 +60,11 @@ class ClipClassifier(nn.Module):
     @property
     def class_names(self) -> tuple[str, ...]:
         return self.prompts.class_names
+
+    @property
+    def image_split(self) -> int | None:
+        """Blocks of the image tower that ``encode_frozen`` runs; None: all of the tower."""
+        return self._zero_shot_split if self.adapter is None else self.adapter.image_split
 
     def train(self, mode: bool = True) -> ClipClassifier:
         """Only the adapter trains: dropout and running statistics of the frozen backbone stay in eval mode."""
@@ -86,17 +99,15 @@ class ClipClassifier(nn.Module):
         return FrozenText(tokens_NL, templates, text_trunk(self.backbone, tokens_NL, split), None)
 
     def encode_frozen(self, pixels_BCHW: Tensor) -> Tensor:
-        """The image tower up to the adapter's split: block activations, or features (B, E) where all is frozen."""
-        split = None if self.adapter is None else self.adapter.image_split
+        """The image tower up to ``image_split``: block activations, or features (B, E) where all is frozen."""
         with torch.no_grad():
-            if split is None:
+            if self.image_split is None:
                 return self.backbone.encode_image(pixels_BCHW)
-            return self.backbone.image_trunk(pixels_BCHW, split)
+            return self.backbone.image_trunk(pixels_BCHW, self.image_split)
 
     def features(self, frozen: Tensor, memory: Memory | None = None) -> Tensor:
         """Image features (B, E), not normalised, from the output of ``encode_frozen``."""
-        split = None if self.adapter is None else self.adapter.image_split
-        return frozen if split is None else self.backbone.image_head(frozen, split, memory)
+        return frozen if self.image_split is None else self.backbone.image_head(frozen, self.image_split, memory)
 
     def class_features(self) -> Tensor:
         """Normalised class features (C, E), with a graph where the text side is trained."""

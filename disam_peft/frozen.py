@@ -104,14 +104,14 @@ def _store(
 
     def encode(pixels_BCHW: Tensor) -> Tensor:
         with autocast():
-            return classifier.encode_frozen(pixels_BCHW.to(like.device, like.dtype))
+            return classifier.encode_frozen(pixels_BCHW.to(like.device, non_blocking=True).to(like.dtype))
 
     with autocast():
         active = torch.is_autocast_enabled(like.device.type)
         precision = f"{like.dtype}/{torch.get_autocast_dtype(like.device.type) if active else 'no'}"
     key = FeatureKey(
         backbone=classifier.backbone.base_hash,
-        split=None if classifier.adapter is None else classifier.adapter.image_split,
+        split=classifier.image_split,
         precision=precision,
         transform=json.dumps({**transform_name, **asdict(classifier.backbone.preprocessing)}, sort_keys=True),
         data=data_identity(dataset),

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from disam_peft import run_folder
-from disam_peft.adapters import build_adapter
+from disam_peft.adapters import build_adapter, planned_image_split
 from disam_peft.adapters.base import ClassPrompts
 from disam_peft.backbones import BackboneConfig, load_backbone
 from disam_peft.classifier import ClipClassifier
@@ -108,8 +108,12 @@ def _leave_one_out(
     backbone = load_backbone(recipe.backbone).to(accelerator.device)
     prompts = ClassPrompts(dataset.prompt_names, recipe.prompts.resolved())
     judge = _Judge(recipe, validation, target, accelerator)
-    zero_shot = ClipClassifier(backbone, None, prompts)
-    rows = shared.zero_shot(_untrained(recipe), lambda: judge.rows(zero_shot, adapter="none", method="zero_shot"))
+    # From the stores of the adapter to come: no image is decoded, and no frozen block run, for zero-shot alone.
+    split = planned_image_split(recipe.adapter, backbone) if recipe.features.store else None
+    zero_shot = ClipClassifier(backbone, None, prompts, image_split=split)
+    rows = shared.zero_shot(
+        _untrained(recipe, split), lambda: judge.rows(zero_shot, adapter="none", method="zero_shot")
+    )
 
     inferred = infer_domains(recipe.domains, backbone, training, recipe.seed, workers=recipe.train.workers)
     set_seed(recipe.seed)
@@ -307,10 +311,11 @@ def _cell(recipe: Recipe, held_out: str) -> Recipe:
     return recipe.model_copy(update={"protocol": recipe.protocol.model_copy(update={"held_out": held_out})})
 
 
-def _untrained(recipe: Recipe) -> str:
-    """All that the zero-shot numbers of a run depend on."""
+def _untrained(recipe: Recipe, split: int | None) -> str:
+    """All that the zero-shot numbers of a run depend on; on the split they do by rounding, in batches of other sizes
+    than those of the store."""
     parts = {key: as_dict(recipe)[key] for key in ("seed", "backbone", "data", "prompts", "protocol", "evaluation")}
-    return json.dumps([parts, recipe.features.store, recipe.train.mixed_precision], sort_keys=True)
+    return json.dumps([parts, recipe.features.store, split, recipe.train.mixed_precision], sort_keys=True)
 
 
 def _folder(recipe: Recipe) -> Path:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from disam_peft.data import check
 
 pytest.importorskip("pytorch_optimizer", reason='the peers need the extra: pip install -e ".[bench]"')
 
@@ -154,14 +157,30 @@ def test_every_section_gives_rows_with_small_differences(folder: Path, tiny_conf
     assert [len(row.values) for row in growth.rows(folder, 2, CPU)] == [2, 2, 2]
 
 
-def test_whole_runs_of_both_kinds(folder: Path, domains_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_runs_of_both_kinds(
+    folder: Path, domains_folder: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     from bench import whole_run
 
     monkeypatch.setattr(whole_run, "LAST", 1)
+    recipes, checked = [], []
+    train, find = whole_run.run.train, check._find
+    monkeypatch.setattr(whole_run.run, "train", lambda recipe: recipes.append(recipe) or train(recipe))
+    monkeypatch.setattr(check, "_find", lambda *arguments: checked.append(1) or find(*arguments))
     rows = whole_run.rows(folder, domains_folder, "photo")
-    assert [row.target for row in rows] == [0.45, None, None] * 2
-    for ratio, ours, naive in (rows[:3], rows[3:]):
-        assert ratio.values[0] == ours.values[0] / naive.values[0] > 0
+    assert [row.target for row in rows] == [0.45, None, None, 0.45, None, None, 0.45]
+    (coop, coop_ours, coop_naive, lora, lora_ours, lora_naive, both) = (row.values[0] for row in rows)
+    assert coop == coop_ours / coop_naive > 0
+    assert lora == lora_ours / lora_naive > 0
+    assert both == (coop_ours + lora_ours) / (coop_naive + lora_naive)
+    assert [line.split(":")[0].strip() for line in capsys.readouterr().err.splitlines() if line.endswith(" s")] == [
+        f"{name}, {which}" for name in ("CoOp", "LoRA last 1") for which in ("ours", "naive loop")
+    ]
+    # 52 training images: three epochs of two steps
+    assert [(recipe.train.steps, recipe.train.validate_every) for recipe in recipes] == [(6, 2)] * 2
+    assert len(checked) == 3 * 96, "once to count the images, and within each run of ours"
+    assert os.environ["DISAM_PEFT_CACHE"] == str(own_cache)
+    assert not (own_cache / "features").exists()
 
 
 def test_interleaved_counts_no_cold_round() -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from disam_peft.adapters import ADAPTERS, ClassPrompts, LinearProbeConfig, LoraAdapterConfig, build_adapter
 from disam_peft.adapters.linear_probe import LinearProbeAdapter
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.classifier import fill_templates, zero_shot
+from disam_peft.classifier import ClipClassifier, fill_templates, zero_shot
 from disam_peft.errors import UserError
 
 
@@ -132,6 +132,18 @@ def test_logits_keep_float32_under_autocast(backbone: ClipBackbone) -> None:
     wanted = classifier.logits(features)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(classifier.logits(features), wanted)
+
+
+def test_zero_shot_is_the_same_wherever_its_frozen_part_ends(backbone: ClipBackbone) -> None:
+    wanted = ClipClassifier(backbone, None, PROMPTS)(pixels())
+    for split in range(4):
+        classifier = ClipClassifier(backbone, None, PROMPTS, image_split=split)
+        frozen = classifier.encode_frozen(pixels())
+        assert torch.equal(frozen, backbone.image_trunk(pixels(), split))
+        assert torch.equal(classifier.logits(frozen), wanted)
+    adapter = build_adapter(LoraAdapterConfig(blocks=[2]), backbone, PROMPTS)
+    with pytest.raises(ValueError, match="image_split=1 is for zero-shot; this adapter's is 2"):
+        ClipClassifier(backbone, adapter, PROMPTS, image_split=1)
 
 
 def test_training_mode_is_the_adapters_alone(backbone: ClipBackbone) -> None:

@@ -1,7 +1,9 @@
 """The feature store: exact, resumable, never stale."""
 
+import re
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from disam_peft.adapters import (
 from disam_peft.backbones import BackboneConfig, load_backbone
 from disam_peft.classifier import ClipClassifier
 from disam_peft.data import AugmentConfig, DataConfig, TrainTransform, features, load
+from disam_peft.data.decode import BadImage
 from disam_peft.data.features import FeatureStore
 from disam_peft.data.shapes import ShapesConfig
 from disam_peft.errors import UserError
@@ -182,6 +185,26 @@ def test_a_build_that_was_killed_goes_on_where_it_stopped(make_classifier, datas
     assert torch.equal(resumed, whole)
 
 
+def test_a_gpu_has_the_next_chunk_before_one_is_written():
+    taken = []
+    behind = features._one_behind(taken.append(i) or i for i in range(3))
+    assert [(item, list(taken)) for item in behind] == [(0, [0, 1]), (1, [0, 1, 2]), (2, [0, 1, 2])]
+    assert list(features._one_behind(iter([]))) == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_gpu_encodes_arrives_whole_and_in_order(make_classifier, dataset, stored, monkeypatch, workers):
+    monkeypatch.setattr(features, "CHUNK", 10)
+    classifier = make_classifier().cuda()
+    store = evaluation_store(classifier, dataset, stored, workers=workers)
+    transform = classifier.backbone.image_transform
+    for start in range(0, 96, 10):
+        places = range(start, min(96, start + 10))
+        pixels = torch.stack([transform(dataset.image(i)) for i in places])
+        assert torch.equal(store.rows(places), classifier.encode_frozen(pixels.cuda()).cpu())
+
+
 def test_a_disk_without_room_is_an_error_before_anything_is_built(make_classifier, dataset, stored, monkeypatch):
     usage = namedtuple("usage", "total used free")(10**9, 10**9, 50_000)
     monkeypatch.setattr(features.shutil, "disk_usage", lambda path: usage)
@@ -190,6 +213,17 @@ def test_a_disk_without_room_is_an_error_before_anything_is_built(make_classifie
             make_classifier(), dataset, AugmentConfig(), 0, stored.model_copy(update={"views": 3}), workers=0
         )
     assert not list(stored.folder.iterdir())
+
+
+@pytest.mark.parametrize("corrupt", [0, 70])
+def test_an_image_that_cannot_be_decoded_is_named(make_classifier, domains_folder, stored, tmp_path, corrupt):
+    """The first one too: nothing looks at it before its turn."""
+    folder = tmp_path / "corrupt"
+    shutil.copytree(domains_folder, folder)
+    dataset = load(DataConfig(root=folder, verify=False))
+    Path(dataset.source(corrupt)).write_bytes(b"no image")
+    with pytest.raises(BadImage, match=re.escape(dataset.source(corrupt))):
+        evaluation_store(make_classifier(), dataset, stored, workers=1)
 
 
 def test_augmentation_without_a_number_of_views_is_an_error(make_classifier, dataset, stored):

@@ -16,7 +16,7 @@ from disam_peft.adapters.config import (
 
 if TYPE_CHECKING:
     from disam_peft.adapters.base import Adapter, ClassPrompts
-    from disam_peft.adapters.registry import ADAPTERS, build_adapter
+    from disam_peft.adapters.registry import ADAPTERS, build_adapter, planned_image_split
 
 __all__ = [
     "ADAPTERS",
@@ -29,6 +29,7 @@ __all__ = [
     "LoraAdapterConfig",
     "PeftAdapterConfig",
     "build_adapter",
+    "planned_image_split",
 ]
 
 _HOMES = {
@@ -36,6 +37,7 @@ _HOMES = {
     "Adapter": "disam_peft.adapters.base",
     "ClassPrompts": "disam_peft.adapters.base",
     "build_adapter": "disam_peft.adapters.registry",
+    "planned_image_split": "disam_peft.adapters.registry",
 }
 
 

@@ -155,6 +155,16 @@ class Adapter(nn.Module, ABC):
     """``class_features`` has prompts of its own: those of the templates need never run."""
 
     @classmethod
+    def planned_image_split(cls, config: Config, backbone: ClipBackbone) -> int | None:
+        """The ``image_split`` that ``build`` will give; asked before, for building changes the tower. None unless a
+        kind of adapter says otherwise.
+
+        Raises:
+            UserError: as ``build``, for modules that this backbone does not have.
+        """
+        return None
+
+    @classmethod
     @abstractmethod
     def build(cls, config: Config, backbone: ClipBackbone, prompts: ClassPrompts) -> Adapter:
         """Attach to ``backbone``.

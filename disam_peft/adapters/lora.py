@@ -44,12 +44,18 @@ class PeftAdapter(Adapter):
         """What peft reads as ``adapter_config.json`` for this adapter; JSON types only."""
 
     @classmethod
+    def planned_image_split(cls, config: Config, backbone: ClipBackbone) -> int | None:
+        assert isinstance(config, LoraAdapterConfig | PeftAdapterConfig)
+        return frozen_blocks(backbone, plan(config, backbone)[0], "image")
+
+    @classmethod
     def build(cls, config: Config, backbone: ClipBackbone, prompts: ClassPrompts) -> PeftAdapter:
         """Attach to ``backbone.model``; on any error the model is left as it was."""
         assert isinstance(config, LoraAdapterConfig | PeftAdapterConfig)
         targets, peft_config = plan(config, backbone)
         # All that is read off the plain model comes first: attaching replaces its layers.
-        splits = {tower: frozen_blocks(backbone, targets, tower) for tower in ("image", "text")}
+        image_split = cls.planned_image_split(config, backbone)
+        text_split = frozen_blocks(backbone, targets, "text")
         peft_json = to_json(peft_config, backbone)
         before = {name: module for name, module in backbone.model.named_modules() if name}
         try:
@@ -63,7 +69,7 @@ class PeftAdapter(Adapter):
         except BaseException:
             _restore(backbone.model, before)
             raise
-        adapter.image_split, adapter.text_split = splits["image"], splits["text"]
+        adapter.image_split, adapter.text_split = image_split, text_split
         return adapter
 
     def trainable(self) -> dict[str, nn.Parameter]:

@@ -26,13 +26,27 @@ def build_adapter(config: AdapterConfig, backbone: ClipBackbone, prompts: ClassP
             have, a prompt cannot be used, or nothing would be trained.
     """
     fill_templates(prompts)
-    if {name for name, _ in backbone.model.named_parameters()} != backbone.base_parameters().keys():
-        raise UserError(
-            f"backbone {backbone.config.name} already carries an adapter; call its detach(backbone) first, or load "
-            "the backbone again"
-        )
+    _require_plain(backbone)
     adapter = ADAPTERS[config.kind].build(config, backbone, prompts)
     if not adapter.trainable():
         adapter.detach(backbone)
         raise UserError(f"adapter '{config.kind}' has no trainable parameter with {config!r}; change its config")
     return adapter
+
+
+def planned_image_split(config: AdapterConfig, backbone: ClipBackbone) -> int | None:
+    """The ``image_split`` of the adapter that ``build_adapter`` would build; builds nothing.
+
+    Raises:
+        UserError: the backbone already carries an adapter, or the config asks for modules that it does not have.
+    """
+    _require_plain(backbone)
+    return ADAPTERS[config.kind].planned_image_split(config, backbone)
+
+
+def _require_plain(backbone: ClipBackbone) -> None:
+    if {name for name, _ in backbone.model.named_parameters()} != backbone.base_parameters().keys():
+        raise UserError(
+            f"backbone {backbone.config.name} already carries an adapter; call its detach(backbone) first, or load "
+            "the backbone again"
+        )

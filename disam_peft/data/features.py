@@ -11,13 +11,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from disam_peft.data.check import cache_folder
@@ -26,12 +28,12 @@ from disam_peft.data.loader import make_train_loader
 from disam_peft.errors import UserError
 from disam_peft.progress import track
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-FORMAT = 1
+FORMAT = 2  # 1: numbers of before the last block's products were reordered, other in their last digits
 CHUNK = 64  # images: what is encoded at once, and what a kill can cost
 SPARE_DISK = 0.05
+BLANK = 64
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class FeatureStore:
 def open_or_build(
     key: FeatureKey,
     dataset: DomainDataset,
-    transform: Callable[[Image, int, int], Tensor],
+    transform: Callable[[Image.Image, int, int], Tensor],
     encode: Callable[[Tensor], Tensor],
     *,
     folder: Path | None = None,
@@ -118,7 +120,8 @@ def open_or_build(
     """
     place = (folder or cache_folder() / "features") / key.digest
     if _read_header(place, key) is None:
-        sample = encode(transform(dataset.image(0), 0, 0)[None])[0].cpu()
+        # Of a blank image: only its shape, dtype and device matter, and no file is decoded for them.
+        sample = encode(transform(Image.new("RGB", (BLANK, BLANK)), 0, 0)[None])[0]
         if rank == 0:
             _prepare(place, key, len(dataset), sample)
         wait()
@@ -158,7 +161,7 @@ def _fill(
     place: Path,
     key: FeatureKey,
     dataset: DomainDataset,
-    transform: Callable[[Image, int, int], Tensor],
+    transform: Callable[[Image.Image, int, int], Tensor],
     encode: Callable[[Tensor], Tensor],
     sample: Tensor,
     workers: Any,
@@ -171,14 +174,36 @@ def _fill(
     mine = [chunk for chunk in range(rank, len(done), world_size) if not done[chunk]]
     spans = [range(chunk * CHUNK, min(total, (chunk + 1) * CHUNK)) for chunk in mine]
     batches: Any = [[(place_ % count, place_ // count) for place_ in span] for span in spans]
-    loader = make_train_loader(dataset, batches, transform, workers=workers)
-    todo = zip(mine, spans, loader, strict=True)
-    for chunk, span, batch in track(todo, "storing features", total=len(mine)):
-        encoded = encode(batch["pixels"]).to("cpu", sample.dtype).contiguous()
-        rows[span.start : span.stop] = encoded.reshape(len(span), -1).view(torch.uint8).numpy()
+    on_gpu = sample.device.type == "cuda"
+    loader = make_train_loader(dataset, batches, transform, workers=workers, pin_memory=on_gpu)
+    copies = (_start_copy(encode(batch["pixels"]).to(sample.dtype)) for batch in loader)
+    todo = zip(mine, spans, _one_behind(copies) if on_gpu else copies, strict=True)
+    for chunk, span, copy in track(todo, "storing features", total=len(mine)):
+        rows[span.start : span.stop] = copy().reshape(len(span), -1).contiguous().view(torch.uint8).numpy()
         rows.flush()  # the features reach the disk before the tick that says so
         done[chunk] = 1
         done.flush()
+
+
+def _start_copy(encoded: Tensor) -> Callable[[], Tensor]:
+    """Starts to bring it to the CPU; what is returned waits for it to be there."""
+    if encoded.device.type != "cuda":
+        return encoded.cpu
+    copy = torch.empty(encoded.shape, dtype=encoded.dtype, pin_memory=True)
+    copy.copy_(encoded, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(encoded.device))
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return copy
+
+    return wait
+
+
+def _one_behind(items: Iterator[Item]) -> Iterator[Item]:
+    """Each item once the next one has been taken: a device has work queued while what it did before is written."""
+    return (item for item, _ in pairwise(chain(items, [None])))  # type: ignore[misc]
 
 
 def _finish(place: Path, key: FeatureKey, count: int, sample: Tensor) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapter_cells import FAMILIES, PROMPTS, tiny_backbone
+from adapter_cells import CELLS, FAMILIES, PROMPTS, tiny_backbone
+from tiny import tiny_openclip
 
-from disam_peft.adapters import LastBlocks, LoraAdapterConfig, build_adapter
+from disam_peft.adapters import AdapterConfig, LastBlocks, LoraAdapterConfig, build_adapter, planned_image_split
 from disam_peft.adapters.lora import PeftAdapter
 from disam_peft.adapters.targets import frozen_blocks, select_targets
+from disam_peft.backbones import BackboneConfig, load_backbone
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.errors import UserError
 
@@ -57,6 +60,41 @@ def test_a_norm_outside_the_blocks_moves_the_split(backbone: ClipBackbone) -> No
     assert frozen_blocks(backbone, [last], "text") is None
     chosen = select(backbone, projections=[last.projection, "norm1"], blocks=[1], kind="norm", method="ln_tuning")
     assert chosen == [("image", 1, "norm1"), ("image", None, last.projection)]
+
+
+PLANNED: dict[str, tuple[AdapterConfig, int | None]] = {
+    "all": (LoraAdapterConfig(blocks="all"), 0),
+    "last two": (LoraAdapterConfig(blocks=LastBlocks(last=2)), 1),
+    "a list": (LoraAdapterConfig(blocks=[2, 1]), 1),
+    "the last": (LoraAdapterConfig(blocks=[2], towers=["text", "image"]), 2),
+    "text alone": (LoraAdapterConfig(towers=["text"]), None),
+}
+
+
+@pytest.mark.parametrize("config", [*CELLS.values(), *(config for config, _ in PLANNED.values())], ids=repr)
+def test_the_planned_split_is_that_of_the_adapter(backbone: ClipBackbone, config: AdapterConfig) -> None:
+    plain = dict(backbone.model.named_modules())
+    planned = planned_image_split(config, backbone)
+    assert dict(backbone.model.named_modules()) == plain
+    assert build_adapter(config, backbone, PROMPTS).image_split == planned
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_the_planned_split_is_the_first_chosen_block(backbone: ClipBackbone, name: str) -> None:
+    config, split = PLANNED[name]
+    assert planned_image_split(config, backbone) == split
+    build_adapter(config, backbone, PROMPTS)
+    with pytest.raises(UserError, match="already carries an adapter"):
+        planned_image_split(config, backbone)
+
+
+def test_a_tower_that_cannot_be_split_has_no_plan_or_the_error_of_building(tmp_path: Path) -> None:
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8, "patch_size": None}
+    backbone = load_backbone(BackboneConfig(name=tiny_openclip(tmp_path, vision_cfg=vision)))
+    assert planned_image_split(LoraAdapterConfig(towers=["text"]), backbone) is None
+    for act in (planned_image_split, lambda config, backbone: build_adapter(config, backbone, PROMPTS)):
+        with pytest.raises(UserError, match="projection 'q' matches nothing in the image tower"):
+            act(LoraAdapterConfig(), backbone)
 
 
 @pytest.mark.parametrize(
