@@ -16,7 +16,7 @@ GRAPHS = 64
 """Blocks share their code: frozen and adapted ones, with a graph and without, in both models, are a graph each."""
 
 
-def compile_blocks(model: nn.Module, backend: str = "inductor") -> Callable[[], AbstractContextManager[None]]:
+def compile_blocks(model: nn.Module, backend: Any = "inductor") -> Callable[[], AbstractContextManager[None]]:
     """Block by block, which compiles each kind of block once; returns the switch, off outside of its ``with``.
 
     A block that a tower clones for one call runs eagerly: a copy of a module leaves its compiled call behind.
