@@ -48,7 +48,9 @@ def main(
     compiled: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="Of gpu: compiled blocks too. Unset: on cuda.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Of gpu: a file for all raw numbers.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Of gpu: a file for all raw numbers; the tables beside it, as .md.")
+    ] = None,
 ) -> None:
     """What a training step costs against a naive one, as a Markdown table of ratios measured side by side."""
     if threads is not None:

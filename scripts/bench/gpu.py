@@ -75,6 +75,10 @@ class Run:
     def keep(self) -> None:
         if self.json is not None:
             save(self.json, self.facts, list(self.sections.values()))
+            self.json.with_suffix(".md").write_text(self.markdown() + "\n", encoding="utf-8")
+
+    def markdown(self) -> str:
+        return "\n\n".join([_facts_line(self.facts), *(section.markdown() for section in self.sections.values())])
 
 
 def measure_all(
@@ -93,7 +97,7 @@ def measure_all(
     Args:
         minutes: after which no new case is started.
         with_compiled: the same steps with compiled blocks as well, after all else.
-        json: where all raw numbers are kept, case by case.
+        json: where all raw numbers are kept, case by case; the tables beside it, in a file of that name with .md.
         backend: of torch.compile.
     """
     facts = {"device": machine(device), "batch": batch, "rounds": rounds, "copy_rates": copy_rates(device)}
@@ -103,17 +107,25 @@ def measure_all(
     run.say(_facts_line(facts))
     with ExitStack() as stack:
         for model, case in _in_order(models, with_compiled):
-            section = run.section(model)
-            if run.budget.spent:
-                section.left_out.append(case.name)
-                run.say(f"left out: {model.name}, {case.name}")
-                continue
-            if model.name not in run.folders:
-                run.folders[model.name] = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                write_clip(run.folders[model.name], model.config)
-            _measure_case(run, section, case, run.folders[model.name])
+            try:
+                _measure_or_leave_out(run, model, case, stack)
+            except Exception as error:  # around a case: a full disk, a device that is gone
+                run.say(f"{model.name}, {case.name}: {type(error).__name__}: {error}")
         run.keep()
-    return "\n\n".join([_facts_line(facts), *(section.markdown() for section in run.sections.values())])
+    return run.markdown()
+
+
+def _measure_or_leave_out(run: Run, model: Model, case: Case, stack: ExitStack) -> None:
+    section = run.section(model)
+    if run.budget.spent:
+        section.left_out.append(case.name)
+        run.say(f"left out: {model.name}, {case.name}")
+        return
+    if model.name not in run.folders:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        write_clip(folder, model.config)
+        run.folders[model.name] = folder
+    _measure_case(run, section, case, run.folders[model.name])
 
 
 def _in_order(models: Sequence[Model], with_compiled: bool) -> Iterator[tuple[Model, Case]]:
