@@ -18,7 +18,7 @@ pytest.importorskip("pytorch_optimizer", reason='the peers need the extra: pip i
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 CPU = torch.device("cpu")
 BF16 = partial(torch.autocast, "cpu", torch.bfloat16)
-IMAGES, CLASSES, WIDTH = 6, 9, 16
+IMAGES, CLASSES, WIDTH = 6, 5, 16
 
 
 @pytest.fixture(autouse=True)
@@ -258,6 +258,28 @@ def test_a_case_that_cannot_be_built_takes_no_other_with_it(
     assert "OSError: no space left" in capsys.readouterr().err
     assert text.count("| gone | all | 6 |") == text.count("**failed: OSError: no such file**") == 1
     assert f"| {probe.name} | ours: ERM, stored | 6 |" in text
+
+
+def test_what_cannot_be_counted_is_timed_all_the_same(
+    quick: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from bench import gpu, gpu_case
+    from bench.gpu_models import Case
+
+    def forbidden(*_: Any) -> Any:
+        raise RuntimeError("not permitted")
+
+    monkeypatch.setattr(gpu_case, "kernels_of", forbidden)
+    monkeypatch.setattr(gpu_case, "count_flops", forbidden)
+    monkeypatch.setattr(gpu_case, "SMALL_BATCH", 1)
+    fits = Case("fake", lambda folder, device: _FakePair(ValueError(), limit=IMAGES), "peer", ("sam", "erm"))
+    monkeypatch.setattr(gpu, "cases", lambda model: [fits])
+    monkeypatch.setattr(gpu, "write_clip", lambda folder, config: None)
+    text = quick(json=tmp_path / "raw.json")
+    for one in json.loads((tmp_path / "raw.json").read_text())["sections"][0]["results"]:
+        assert one["problem"] is None and len(one["seconds"]) == 2
+        assert one["missing"] == ["failed: RuntimeError: not permitted"] * 2
+    assert text.count("| not measured |") == 2
 
 
 # -- compiled blocks -----------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -51,6 +51,7 @@ class Result:
         over_sam, over_erm, over_eager: ratios of the times, round by round.
         first_seconds: of a compiled variant's first step, which compiles.
         eager_difference: of its gradients from those of the eager one.
+        missing: why operations or kernels are not known of a variant that runs.
     """
 
     case: str
@@ -68,13 +69,11 @@ class Result:
     over_eager: list[float] = field(default_factory=list)
     first_seconds: float | None = None
     eager_difference: float | None = None
+    missing: list[str] = field(default_factory=list)
 
     @property
     def median(self) -> float | None:
         return statistics.median(self.seconds) if self.seconds and self.problem is None else None
-
-    def raw(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ def _alone_measures(found: dict[str, Result], name: str, steps: dict[str, Step],
     gradients = step.gradients()  # a first step computes what later ones keep, class features for one
     finish(device)
     if eager == name:
-        result.flops = count_flops(step.run)
+        result.flops = _unless_it_fails(result, partial(count_flops, step.run), device)
     else:
         result.first_seconds = time.perf_counter() - start
         result.flops = found[eager].flops
@@ -204,7 +203,7 @@ def _alone_measures(found: dict[str, Result], name: str, steps: dict[str, Step],
         step.run()
         finish(device)
         result.peak_bytes = torch.cuda.max_memory_allocated(device)
-    kernels = kernels_of(step.run, device)
+    kernels = _unless_it_fails(result, partial(kernels_of, step.run, device), device) or []
     result.kernels, result.kernel_seconds = len(kernels), by_category(kernels)
     return kernels
 
@@ -255,6 +254,15 @@ def attempt(results: Sequence[Result], action: Callable[[], T], device: torch.de
         result.problem = problem
     release(device)
     return None
+
+
+def _unless_it_fails(result: Result, action: Callable[[], T], device: torch.device) -> T | None:
+    """What a variant can be timed without: machines may forbid a profiler, and counting follows torch's inner names."""
+    entry = Result(result.case, result.variant, result.batch)
+    found = attempt([entry], action, device)
+    if entry.problem is not None:
+        result.missing.append(entry.problem)
+    return found
 
 
 def _problem(error: Exception) -> str:
