@@ -49,7 +49,7 @@ class Result:
         kernels: number in a step.
         kernel_seconds: by category.
         over_sam, over_erm, over_eager: ratios of the times, round by round.
-        first_seconds: of a compiled variant's first step, which compiles.
+        first_seconds: of a compiled variant's first step, which compiles what no variant before it had in common.
         eager_difference: of its gradients from those of the eager one.
         missing: why operations or kernels are not known of a variant that runs.
     """
