@@ -3,6 +3,7 @@
     python scripts/benchmark.py                       # everything: about ten minutes on two cores
     python scripts/benchmark.py lora --rounds 11
     python scripts/benchmark.py run --data FOLDER     # whole runs on FOLDER/<domain>/<class>/*: half an hour
+    python scripts/benchmark.py gpu --device cuda     # ViT-B/16 and ViT-L/14 in bf16 on a GPU, alone: minutes
 
 Variants run interleaved (A B A B ...), and the median of the per-round ratios is printed with its range: machines are
 noisy, ratios are not. Beside each stands by how much the gradients differ. Weights are random at the sizes of ViT-B/32,
@@ -19,12 +20,14 @@ from typing import Annotated, Literal
 import torch
 import transformers
 import typer
-from bench import accumulation, attention, bookkeeping, coop, growth, lora, memory, probe, whole_run
+from bench import accumulation, attention, bookkeeping, coop, gpu, growth, lora, memory, probe, whole_run
+from bench.gpu_models import Model
+from bench.gpu_models import models as gpu_models
 from bench.measure import Row, machine, table
 from bench.models import vit_b_32, write_clip
 
 Section = Literal["bookkeeping", "lora", "coop", "memory", "probe", "growth", "accumulation", "run"]
-What = Literal["all", Section]
+What = Literal["all", "gpu", Section]
 BLOCKS = 12
 
 
@@ -34,12 +37,20 @@ def main(
         int | None, typer.Option(min=1, help="Rounds that count, after a cold one. Unset: 2 to 5, as they last.")
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=3, help="Images of a step. Unset: 8, and 32 for the bookkeeping.")
+        int | None, typer.Option(min=3, help="Images of a step. Unset: 8, 32 for the bookkeeping, 256 on a GPU.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Unset: torch's choice.")] = None,
     data: Annotated[Path | None, typer.Option(help="A folder of domains, for whole runs.")] = None,
     held_out: Annotated[str, typer.Option(help="The domain that whole runs leave out.")] = "sketch",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    models: Annotated[str, typer.Option(help="Of gpu, by commas: b16, l14, tiny.")] = "b16,l14",
+    minutes: Annotated[float | None, typer.Option(help="Of gpu: starts no new case after so many.")] = None,
+    compiled: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Of gpu: compiled blocks too. Unset: on cuda.")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Of gpu: a file for all raw numbers; the tables beside it, as .md.")
+    ] = None,
 ) -> None:
     """What a training step costs against a naive one, as a Markdown table of ratios measured side by side."""
     if threads is not None:
@@ -47,6 +58,19 @@ def main(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     where = torch.device(device)
+    if what == "gpu":
+        typer.echo(
+            gpu.measure_all(
+                _named(models),
+                batch=batch or 256,
+                rounds=rounds or 5,
+                device=where,
+                minutes=minutes,
+                with_compiled=where.type == "cuda" if compiled is None else compiled,
+                json=json,
+            )
+        )
+        return
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -62,6 +86,14 @@ def main(
             raise typer.BadParameter("whole runs need --data FOLDER")
     typer.echo(f"{machine(where)}; ViT-B/32, float32, batch {8 if batch is None else batch}\n")
     typer.echo(table(rows))
+
+
+def _named(names: str) -> list[Model]:
+    known = gpu_models()
+    unknown = [name for name in names.split(",") if name not in known]
+    if unknown:
+        raise typer.BadParameter(f"--models has {', '.join(unknown)}; there are {', '.join(known)}")
+    return [known[name] for name in names.split(",")]
 
 
 def _sections(

@@ -14,7 +14,8 @@ from disam_peft.classifier import ClipClassifier
 
 from .measure import Row, interleaved, ratios
 from .models import class_prompts, our_backbone, peer_model
-from .steps import Batch, Step, Stored, difference, ours, peer_erm, peer_sam
+from .pair import Pair
+from .steps import Step, difference
 
 CONTEXT = 16
 
@@ -47,15 +48,10 @@ def coop_classifier(backbone: ClipBackbone, classes: int, **options: Any) -> Cli
     return ClipClassifier(backbone, adapter, prompts).to(backbone.device).train()
 
 
-def coop_steps(
-    folder: Path, classes: int, batch_size: int, device: torch.device, dtype: torch.dtype = torch.float32
-) -> dict[str, Step]:
-    """Every variant at the same weights; ``sam`` and ``erm`` are the peers', written as CoOp's trainer is."""
+def coop_pair(folder: Path, classes: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Pair:
+    """CoOp; the peer is written as CoOp's trainer is."""
     backbone = our_backbone(folder, device, dtype)
     classifier = coop_classifier(backbone, classes)
-    batch = Batch.draw(batch_size, backbone, classes)
-    stored = Stored(classifier.encode_frozen(batch.pixels_BCHW))
-
     peer = peer_model(folder).to(device, dtype)
     filler = " ".join(["X"] * CONTEXT)
     tokens_CL = backbone.tokenize([f"{filler} {name}." for name in classifier.class_names])
@@ -63,22 +59,20 @@ def coop_steps(
     learner = PromptLearner(embedding(tokens_CL), classifier.trainable()["context"].detach())
     peer.text_model.embeddings.token_embedding = learner
 
-    def logits() -> Tensor:
-        image_BE = peer.get_image_features(pixel_values=batch.pixels_BCHW).pooler_output
+    def logits(pixels_BCHW: Tensor) -> Tensor:
+        image_BE = peer.get_image_features(pixel_values=pixels_BCHW).pooler_output
         text_CE = peer.get_text_features(input_ids=tokens_CL).pooler_output
         cosine_BC = nn.functional.normalize(image_BE, dim=-1) @ nn.functional.normalize(text_CE, dim=-1).T
         return peer.logit_scale.exp() * cosine_BC
 
-    params = {"context": learner.context}
-    return {
-        "sam": peer_sam(params, logits, batch.labels_B),
-        "erm": peer_erm(params, logits, batch.labels_B),
-        "our disam": ours(classifier, batch),
-        "our disam, stored": ours(classifier, batch, stored=stored),
-        "our sam": ours(classifier, batch, variance_weight=0.0),
-        "our sam, stored": ours(classifier, batch, variance_weight=0.0, stored=stored),
-        "our erm, stored": ours(classifier, batch, rho=0.0, stored=stored),
-    }
+    return Pair(classifier, peer, {"context": learner.context}, logits)
+
+
+def coop_steps(
+    folder: Path, classes: int, batch_size: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> dict[str, Step]:
+    """Every variant of ``coop_pair`` at the same weights."""
+    return coop_pair(folder, classes, device, dtype).steps(batch_size)
 
 
 def few_classes(folder: Path, classes: int, batch_size: int, rounds: int, device: torch.device) -> list[Row]:

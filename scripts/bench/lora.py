@@ -15,21 +15,16 @@ from disam_peft.classifier import ClipClassifier
 
 from .measure import Row, interleaved, ratios
 from .models import class_prompts, our_backbone, peer_model
-from .steps import Batch, Step, Stored, difference, ours, peer_erm, peer_sam
+from .pair import Pair
+from .steps import Step, difference
 
 CLASSES = 7
 RANK, ALPHA = 4, 8
 
 
-def lora_steps(
-    folder: Path, last: int, batch_size: int, device: torch.device, dtype: torch.dtype = torch.float32
-) -> dict[str, Step]:
-    """LoRA on q and v of the last blocks of the CLIP in ``folder``, every variant at the same weights.
-
-    ``sam`` and ``erm`` are the peers'; the names of ours say whether the frozen part comes from a store.
-    """
+def lora_pair(folder: Path, last: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Pair:
+    """LoRA on q and v of the last blocks of the CLIP in ``folder``."""
     backbone, prompts = our_backbone(folder, device, dtype), class_prompts(CLASSES)
-    batch = Batch.draw(batch_size, backbone, CLASSES)
     config = LoraAdapterConfig(blocks=LastBlocks(last=last), rank=RANK, alpha=ALPHA)
     classifier = ClipClassifier(backbone, build_adapter(config, backbone, prompts), prompts).to(device)
     tokens_CL = backbone.tokenize([prompts.templates[0].replace("{}", name) for name in prompts.class_names])
@@ -38,22 +33,14 @@ def lora_steps(
     assert classifier.adapter is not None
     classifier.adapter.load_state(get_peft_model_state_dict(peer, save_embedding_layers=False))
     classifier.train()
-    stored = Stored(classifier.encode_frozen(batch.pixels_BCHW))
-    of_images, params = peer_logits(peer, tokens_CL), _by_checkpoint_name(peer)
+    return Pair(classifier, peer, _by_checkpoint_name(peer), peer_logits(peer, tokens_CL))
 
-    def logits() -> Tensor:
-        return of_images(batch.pixels_BCHW)
 
-    return {
-        "sam": peer_sam(params, logits, batch.labels_B),
-        "erm": peer_erm(params, logits, batch.labels_B),
-        "our disam": ours(classifier, batch),
-        "our disam, stored": ours(classifier, batch, stored=stored),
-        "our sam": ours(classifier, batch, variance_weight=0.0),
-        "our sam, stored": ours(classifier, batch, variance_weight=0.0, stored=stored),
-        "our erm": ours(classifier, batch, rho=0.0),
-        "our erm, stored": ours(classifier, batch, rho=0.0, stored=stored),
-    }
+def lora_steps(
+    folder: Path, last: int, batch_size: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> dict[str, Step]:
+    """Every variant of ``lora_pair`` at the same weights."""
+    return lora_pair(folder, last, device, dtype).steps(batch_size)
 
 
 def rows(folder: Path, blocks: int, batch_size: int, rounds: int, device: torch.device) -> list[Row]:

@@ -5,20 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from disam_peft import DISAM
-from disam_peft.adapters import LinearProbeConfig
+from disam_peft.adapters import LinearProbeConfig, build_adapter
 from disam_peft.adapters.linear_probe import LinearProbeAdapter
+from disam_peft.classifier import ClipClassifier
 from disam_peft.objectives import cross_entropy
 from disam_peft.training import TrainConfig
 from disam_peft.training.probes import ProbeSetting, ProbeStack, fit_probes, probe_features
 
 from .measure import Row, interleaved, ratios
-from .models import peer_model
+from .models import class_prompts, our_backbone, peer_model
+from .pair import Pair
 from .steps import DOMAINS, RHO, VARIANCE_WEIGHT, Step, difference, peer_sam, sam_optimizer
 
 CLASSES = 65
@@ -100,20 +103,38 @@ def wrapper_epoch(stored: Features) -> Callable[[], object]:
     return run
 
 
+class EncoderWithHead(nn.Module):
+    """A frozen image tower under a linear layer, as one first writes a linear probe. Images to logits (B, C)."""
+
+    def __init__(self, encoder: Any, linear: nn.Linear) -> None:
+        super().__init__()
+        self.encoder, self.linear = encoder, linear
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        with torch.no_grad():  # nobody would backpropagate through what is frozen
+            image_BE = self.encoder.get_image_features(pixel_values=pixels_BCHW).pooler_output
+        return self.linear(nn.functional.normalize(image_BE, dim=-1))
+
+
+def probe_pair(folder: Path, classes: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Pair:
+    """A linear probe that encodes its images, in both passes; ours once, or never."""
+    backbone, prompts = our_backbone(folder, device, dtype), class_prompts(classes)
+    adapter = build_adapter(LinearProbeConfig(), backbone, prompts)
+    classifier = ClipClassifier(backbone, adapter, prompts).to(device).train()
+    linear = nn.Linear(backbone.embed_dim, classes)
+    linear.load_state_dict(adapter.state())
+    peer = EncoderWithHead(peer_model(folder), linear).to(device, dtype)
+    return Pair(classifier, peer, dict(linear.named_parameters()), peer)
+
+
 def encoding_step(folder: Path, device: torch.device) -> Step:
     """One batch of an epoch that encodes its images, in both passes, as SAM around the whole model does."""
-    peer = peer_model(folder).to(device)
-    size = peer.config.vision_config.image_size
+    clip = peer_model(folder)
+    size = clip.config.vision_config.image_size
     pixels_BCHW = torch.randn(BATCH, 3, size, size, device=device)
     labels_B = torch.randint(CLASSES, (BATCH,), device=device)
-    linear = nn.Linear(peer.config.projection_dim, CLASSES, device=device)
-
-    def logits() -> Tensor:
-        with torch.no_grad():  # nobody would backpropagate through what is frozen
-            image_BE = peer.get_image_features(pixel_values=pixels_BCHW).pooler_output
-        return linear(nn.functional.normalize(image_BE, dim=-1))
-
-    return peer_sam(dict(linear.named_parameters()), logits, labels_B)
+    model = EncoderWithHead(clip, nn.Linear(clip.config.projection_dim, CLASSES)).to(device)
+    return peer_sam(dict(model.linear.named_parameters()), lambda: model(pixels_BCHW), labels_B)
 
 
 def gradient_difference(stored: Features) -> float:

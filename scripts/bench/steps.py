@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from disam_peft import DISAM
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.classifier import ClipClassifier
+from disam_peft.frozen import Autocast
 from disam_peft.objectives import cross_entropy
 
 RHO = 0.05
@@ -70,6 +72,12 @@ def difference(ours: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> f
     return float((a.double() - b).norm() / b.norm())
 
 
+class Rows(Protocol):
+    """Where a step reads the frozen part's output from."""
+
+    def read(self) -> Tensor: ...
+
+
 class Stored:
     """The frozen part's output as a feature store serves it: rows of a memory-mapped file, copied out by each read."""
 
@@ -85,42 +93,76 @@ class Stored:
         return torch.from_numpy(self._rows[self._indices]).to(self._device)
 
 
+class Pinned:
+    """The frozen part's output as a step on a GPU gets it: rows that were gathered in pinned memory while the step
+    before ran. What is left of reading them is the copy to the device."""
+
+    def __init__(self, frozen: Tensor) -> None:
+        self._device = frozen.device
+        rows = frozen.cpu()
+        self._rows = rows.pin_memory() if self._device.type == "cuda" else rows
+
+    def read(self) -> Tensor:
+        return self._rows.to(self._device, non_blocking=True)
+
+
 def ours(
     classifier: ClipClassifier,
     batch: Batch,
     *,
     rho: float = RHO,
     variance_weight: float = VARIANCE_WEIGHT,
-    stored: Stored | None = None,
+    stored: Rows | None = None,
+    autocast: Autocast = nullcontext,
 ) -> Step:
-    """A step of this package's training loop; rho 0 is plain training, in one pass."""
+    """A step of this package's training loop; rho 0 is plain training, in one pass.
+
+    Args:
+        stored: the frozen part's output; None: computed in the step.
+        autocast: entered anew for each forward pass, as its cache of casts must not outlive the weights.
+    """
     trainable = classifier.trainable()
     params = list(trainable.values())
     disam = DISAM(params, rho, variance_weight, num_domains=DOMAINS)
     optimizer = torch.optim.AdamW(params, lr=0.0, fused=True)
 
     def run() -> None:
-        frozen = classifier.encode_frozen(batch.pixels_BCHW) if stored is None else stored.read()
-        logits = classifier.repeated_logits(frozen)
-        disam.backward(lambda: cross_entropy(logits(), batch.labels_B), batch.domains_B)
+        logits = classifier.repeated_logits(encoded() if stored is None else stored.read())
+
+        def per_sample_loss() -> Tensor:
+            with autocast():
+                logits_BC = logits()
+            return cross_entropy(logits_BC, batch.labels_B)
+
+        disam.backward(per_sample_loss, batch.domains_B)
         optimizer.step()
+
+    def encoded() -> Tensor:
+        with autocast():
+            return classifier.encode_frozen(batch.pixels_BCHW)
 
     return Step(run, trainable)
 
 
-def peer_erm(params: Mapping[str, Tensor], logits: Callable[[], Tensor], labels_B: Tensor) -> Step:
+def peer_erm(
+    params: Mapping[str, Tensor], logits: Callable[[], Tensor], labels_B: Tensor, *, autocast: Autocast = nullcontext
+) -> Step:
     """Plain training as it is usually written."""
     optimizer = torch.optim.AdamW(params.values(), lr=0.0)
 
     def run() -> None:
         optimizer.zero_grad()
-        nn.functional.cross_entropy(logits(), labels_B).backward()
+        with autocast():
+            loss = nn.functional.cross_entropy(logits(), labels_B)
+        loss.backward()
         optimizer.step()
 
     return Step(run, params)
 
 
-def peer_sam(params: Mapping[str, Tensor], logits: Callable[[], Tensor], labels_B: Tensor) -> Step:
+def peer_sam(
+    params: Mapping[str, Tensor], logits: Callable[[], Tensor], labels_B: Tensor, *, autocast: Autocast = nullcontext
+) -> Step:
     """Two full passes, with the optimizer of pytorch_optimizer driven as its documentation shows."""
     optimizer = sam_optimizer(params.values())
 
@@ -129,7 +171,8 @@ def peer_sam(params: Mapping[str, Tensor], logits: Callable[[], Tensor], labels_
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(logits(), labels_B)
+            with autocast():
+                loss = nn.functional.cross_entropy(logits(), labels_B)
             loss.backward()
             return loss
 
