@@ -102,7 +102,7 @@ class _Answer:
     def __init__(self, flag: Tensor) -> None:
         self._flag, self._arrived = flag, None
         if flag.is_cuda:
-            self._flag = torch.empty_like(flag, device="cpu", pin_memory=True)
+            self._flag = torch.empty((), dtype=flag.dtype, pin_memory=True)  # or the copy would wait for the device
             self._flag.copy_(flag, non_blocking=True)
             self._arrived = torch.cuda.current_stream(flag.device).record_event()
 
