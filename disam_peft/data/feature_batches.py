@@ -34,7 +34,8 @@ def feature_batches(
         return _picked(_resident(store, device), store, dataset, batches, device)
     pinned = ({name: tensor.pin_memory() for name, tensor in batch.items()} for batch in _read(store, dataset, batches))
     # a thread begins on the first device, whichever its process works on
-    return sent_ahead(ahead(pinned, in_thread=partial(torch.cuda.set_device, device)), device, ("frozen", "labels"))
+    number = torch.cuda.current_device() if device.index is None else device.index
+    return sent_ahead(ahead(pinned, in_thread=partial(torch.cuda.set_device, number)), device, ("frozen", "labels"))
 
 
 def _read(store: FeatureStore, dataset: DomainDataset, batches: DomainBatches) -> Iterator[dict[str, Tensor]]:

@@ -197,7 +197,6 @@ class TestOnAGpu:
         chosen = []
         monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
         dataset, store, batches = stored
-        device = torch.device("cuda", 0)
-        for _ in zip(range(2), feature_batches(store, dataset, batches(), device), strict=False):
-            pass
-        assert chosen == [device]
+        for name in ("cuda", "cuda:0"):
+            assert len(list(feature_batches(store, dataset, batches(), torch.device(name)))) == 58
+        assert chosen == [0, 0]
