@@ -12,6 +12,7 @@ from disam_peft.data import colors
 from disam_peft.data.augment import AugmentConfig
 from disam_peft.data.draws import Draws, draw, middle_boxes
 from disam_peft.data.resample import Interpolation, crop_resize
+from disam_peft.data.transfer import constant, sent
 
 _CHANGES = (colors.brightness, colors.contrast, colors.saturation, colors.hue)
 
@@ -39,7 +40,7 @@ class BatchAugment:
         seed: int,
     ) -> None:
         self.size, self.interpolation = size, interpolation
-        self._mean, self._std = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
+        self._mean, self._std = tuple(mean), tuple(std)
         self._config, self._seed = config, seed
 
     def __call__(
@@ -72,7 +73,7 @@ class BatchAugment:
         pixels = crop_resize(images[part], boxes, flip_B, self.size, self.interpolation).div_(255)
         if draws is not None:
             pixels = self._recolored(pixels, draws.order_B4[part], draws.strength_B4[part], draws.grey_B[part])
-        mean, std = (values.to(pixels.device) for values in (self._mean, self._std))
+        mean, std = (constant(v, pixels.dtype, pixels.device).view(1, 3, 1, 1) for v in (self._mean, self._std))
         return pixels.sub_(mean).div_(std)
 
     def _recolored(self, pixels: Tensor, order_B4: np.ndarray, strength_B4: np.ndarray, grey_B: np.ndarray) -> Tensor:
@@ -90,8 +91,8 @@ def _changed(
     chosen = np.flatnonzero(who_B)
     if len(chosen) == 0:
         return pixels
-    strength = torch.from_numpy(strength_B[chosen]).to(pixels)
+    strength = sent(torch.from_numpy(strength_B[chosen]).to(pixels.dtype), pixels.device)
     if len(chosen) == len(pixels):
         return change(pixels, strength)
-    places = torch.from_numpy(chosen).to(pixels.device)
+    places = sent(torch.from_numpy(chosen), pixels.device)
     return pixels.index_copy_(0, places, change(pixels[places], strength))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from disam_peft.data.transfer import constant
+
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow weighs them
 # Where red, green and blue are full on the circle of hues, as turns to add before folding.
 _PHASES = (0.0, 4 / 6, 2 / 6)
@@ -21,7 +23,7 @@ def brightness(images: Tensor, factor_B: Tensor) -> Tensor:
 def contrast(images: Tensor, factor_B: Tensor) -> Tensor:
     """Spread about the mean grey of the image: 0 is plain grey, 1 the image itself."""
     mean_B3 = images.mean((2, 3))
-    grey_B = mean_B3 @ torch.tensor(_LUMA, dtype=images.dtype, device=images.device)
+    grey_B = mean_B3 @ constant(_LUMA, images.dtype, images.device)
     return images.mul(_wide(factor_B)).add_(_wide(grey_B * (1 - factor_B))).clamp_(0, 1)
 
 
@@ -42,7 +44,7 @@ def hue(images: Tensor, turn_B: Tensor) -> Tensor:
     sixths = torch.lerp(if_green, if_blue, (top - green).sign_())
     sixths = torch.lerp(green - blue, sixths, (top - red).sign_())
     turns = sixths.div_(chroma.clamp(min=1e-12)).mul_(1 / 6).add_(turn_B.view(-1, 1, 1))
-    phase = turns[:, None] + torch.tensor(_PHASES, dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
+    phase = turns[:, None] + constant(_PHASES, images.dtype, images.device).view(1, 3, 1, 1)
     share = phase.sub_(phase.floor()).mul_(6).sub_(3).abs_().sub_(1).clamp_(0, 1)
     return share.mul_(chroma[:, None]).add_(low[:, None])
 

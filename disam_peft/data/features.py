@@ -89,8 +89,12 @@ class FeatureStore:
 
     def rows(self, indices: Sequence[int] | np.ndarray, views: Sequence[int] | np.ndarray | int = 0) -> Tensor:
         """The stored tensors (B, ...) of these images; view numbers wrap round, so an epoch may be given."""
-        places = np.asarray(indices, dtype=np.int64) + self.count * (np.asarray(views, dtype=np.int64) % self.views)
-        return torch.from_numpy(self._bytes[places]).view(self._dtype).reshape(-1, *self._shape)
+        stored = self._bytes[self.places(indices, views)]
+        return torch.from_numpy(stored).view(self._dtype).reshape(-1, *self._shape)
+
+    def places(self, indices: Sequence[int] | np.ndarray, views: Sequence[int] | np.ndarray | int = 0) -> np.ndarray:
+        """Where these rows stand among all, (B,): the first view of every image, then the second."""
+        return np.asarray(indices, dtype=np.int64) + self.count * (np.asarray(views, dtype=np.int64) % self.views)
 
 
 def open_or_build(

@@ -22,6 +22,7 @@ from disam_peft.data.batches import DomainBatches
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.decode import BadImage
 from disam_peft.data.pixels import PixelStore, auto_side, open_or_build
+from disam_peft.data.transfer import sent_ahead
 from disam_peft.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,11 +54,11 @@ class StoredLoader(DataLoader):
         self._augment, self._device = augment, device
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
-        for batch in super().__iter__():
+        for batch in sent_ahead(super().__iter__(), self._device, ("pixels", "labels")):
             sizes_B2, epochs_B = batch.pop("sizes"), batch.pop("epochs")
             if self._device.type != "cpu":
-                images = batch["pixels"].to(self._device, non_blocking=True)
-                batch["pixels"] = self._augment(images, batch["indices"].tolist(), epochs_B.tolist(), sizes_B2.numpy())
+                of_images = batch["indices"].tolist(), epochs_B.tolist(), sizes_B2.numpy()
+                batch["pixels"] = self._augment(batch["pixels"], *of_images)
             yield batch
 
 
@@ -95,7 +96,7 @@ def make_stored_loader(
     start_method: StartMethod | None = None,
 ) -> StoredLoader:
     """``make_train_loader`` for a dataset with a ``pixel_plan``: the same batches from the pixel store, built here if
-    it is not there; ``pixels`` come on ``device``.
+    it is not there; ``pixels`` and ``labels`` come on ``device``.
 
     Args:
         augment: what is done to the stored images: in the workers on a CPU, else on the device, where only a quarter

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from disam_peft.data.transfer import sent
+
 Interpolation = Literal["bicubic", "bilinear"]
 
 
@@ -44,8 +46,8 @@ def _by_kernel(
 def _by_product(
     images: Tensor, boxes_B4: np.ndarray, flip_B: np.ndarray, size: tuple[int, int], interpolation: Interpolation
 ) -> Tensor:
-    boxes = torch.from_numpy(boxes_B4).to(images.device, torch.float32)
-    flip = torch.from_numpy(flip_B).to(images.device)
+    boxes = sent(torch.from_numpy(boxes_B4).float(), images.device)
+    flip = sent(torch.from_numpy(flip_B), images.device)
     rows = _weights(boxes[:, 0], boxes[:, 2], images.shape[2], size[0], interpolation)
     columns = _weights(boxes[:, 1], boxes[:, 3], images.shape[3], size[1], interpolation)
     columns = torch.where(flip[:, None, None], columns.flip(1), columns)

@@ -18,6 +18,7 @@ from disam_peft.config import Config
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.features import FeatureStore
 from disam_peft.data.loader import make_eval_loader
+from disam_peft.data.transfer import sent
 from disam_peft.errors import UserError
 from disam_peft.evaluation.sharpness_config import SharpnessConfig
 from disam_peft.progress import track
@@ -85,7 +86,7 @@ def predict(
         own = np.arange(rank, len(dataset), world_size)
         pieces = [own[start : start + config.batch_size] for start in range(0, len(own), config.batch_size)]
         total = len(pieces)
-        batches = ((torch.from_numpy(piece), store.rows(piece)) for piece in pieces)
+        batches = ((torch.from_numpy(piece), sent(store.rows(piece), like.device)) for piece in pieces)
     else:
         loader = make_eval_loader(
             dataset,
@@ -97,18 +98,19 @@ def predict(
             world_size=world_size,
         )
         total = len(loader)
-        batches = ((batch["indices"], batch["pixels"].to(like.dtype)) for batch in loader)
+        batches = ((batch["indices"], sent(batch["pixels"], like.device).to(like.dtype)) for batch in loader)
     was_training = classifier.training
     classifier.eval()
     try:
         parts: list[tuple[Tensor, Tensor]] = []
         for indices, inputs in track(batches, description, total=total):
             with autocast():
-                inputs = inputs.to(like.device, non_blocking=True)
                 logits_BC = classifier(inputs) if store is None else classifier.logits(inputs)
-            parts.append((indices, logits_BC.to(torch.promote_types(logits_BC.dtype, torch.float32)).cpu()))
+            parts.append((indices, logits_BC.to(torch.promote_types(logits_BC.dtype, torch.float32))))
     finally:
         classifier.train(was_training)
+    # not batch by batch: the device would have nothing to do while the host fetches the next one
+    parts = [(indices, logits_BC.cpu()) for indices, logits_BC in parts]
     logits_NC = torch.empty(
         len(dataset), len(classifier.class_names), dtype=torch.promote_types(like.dtype, torch.float32)
     )

@@ -16,6 +16,7 @@ from disam_peft.sharpness.ranks import Ranks
 from disam_peft.sharpness.rng import RandomState
 
 PerSampleLoss = Callable[[], Tensor]
+SEVERAL = -1
 
 _LEFT_WAITING = (
     "this rank has no samples and its losses have no graph, but the model is wrapped and the other ranks wait for this "
@@ -103,10 +104,12 @@ class EffectiveBatch:
     Attributes:
         micro_batches: at least one, which may be empty.
         ids_D: the domain ids in play, ascending, the same on every rank.
+        index_on_host_MB: ``index_B`` of each micro-batch, where the host knows it without asking the device.
     """
 
     micro_batches: list[MicroBatch]
     ids_D: Tensor
+    index_on_host_MB: Sequence[Tensor] | None = None
 
     @classmethod
     def of(
@@ -124,6 +127,7 @@ class EffectiveBatch:
         Raises:
             ValueError: they do not fit together, or hold no sample on the only rank.
         """
+        all_count = masks is None
         masks = [None] * len(domains) if masks is None else masks
         if not len(per_sample_losses) == len(domains) == len(masks):
             raise ValueError(
@@ -132,26 +136,29 @@ class EffectiveBatch:
             )
         device = params[0].device
         awaited = ranks.size > 1 and not ranks.reduces_here
-        domains_MB = [_checked_domains(d, num_domains).to(device) for d in domains]
-        masks_MB = [_checked_mask(mask, d) for mask, d in zip(masks, domains_MB, strict=True)]
+        domains_MB = [_checked_domains(d, num_domains) for d in domains]
+        masks_MB = [_checked_mask(mask, d, device) for mask, d in zip(masks, domains_MB, strict=True)]
+        on_host = all(d.device.type == "cpu" for d in domains_MB)
         if not domains_MB:  # this rank has nothing to do
             if awaited:
                 raise ValueError(_LEFT_WAITING)
             per_sample_losses = [lambda: torch.zeros(0, device=device)]
             domains_MB, masks_MB = [torch.zeros(0, dtype=torch.int64, device=device)], [None]
-        joined_B = torch.cat(domains_MB)
+        sizes = [len(d) for d in domains_MB]
+        joined_B = _sent(torch.cat(domains_MB), device) if on_host else torch.cat([d.to(device) for d in domains_MB])
         if len(joined_B) == 0 and ranks.size == 1:
             raise ValueError("the batch is empty")
         ids_D, index_B = domain_index(joined_B, num_domains)
         if ranks.size > 1 and num_domains is None:
             ids_D = union_of_ids(ids_D, ranks.group)
             index_B = torch.searchsorted(ids_D, joined_B)
-        index_MB = index_B.split([len(d) for d in domains_MB])
+        index_MB = index_B.split(sizes)
         micro_batches = [
             MicroBatch(loss, index, mask, ids_D, params, awaited)
             for loss, index, mask in zip(per_sample_losses, index_MB, masks_MB, strict=True)
         ]
-        return cls(micro_batches, ids_D)
+        known = on_host and all_count and num_domains is not None  # then an id is its own index
+        return cls(micro_batches, ids_D, domains_MB if known else None)
 
     def no_sums(self) -> DomainSums:
         """Sums over nothing, to add to."""
@@ -161,6 +168,18 @@ class EffectiveBatch:
     def counts(self) -> Tensor:
         """Samples per domain in each micro-batch, (M, D)."""
         return torch.stack([m.counts() for m in self.micro_batches])
+
+    def places(self) -> list[int]:
+        """The position of each micro-batch's one domain among the ids; ``SEVERAL`` where it has more.
+
+        Waits for the device, unless num_domains is given, the domains were handed over on the host, and all samples
+        count.
+        """
+        if self.index_on_host_MB is not None:
+            found = [set(index_B.tolist()) for index_B in self.index_on_host_MB]
+            return [SEVERAL if len(of) > 1 else min(of, default=0) for of in found]
+        count_MD = self.counts()
+        return torch.where(count_MD.count_nonzero(dim=1) > 1, SEVERAL, count_MD.argmax(dim=1)).tolist()
 
     @property
     def largest(self) -> int:
@@ -185,7 +204,7 @@ def _checked_domains(domains: Tensor, num_domains: int | None) -> Tensor:
     return domains_B
 
 
-def _checked_mask(mask: Tensor | None, domains_B: Tensor) -> Tensor | None:
+def _checked_mask(mask: Tensor | None, domains_B: Tensor, device: torch.device) -> Tensor | None:
     if mask is None:
         return None
     mask_B = torch.as_tensor(mask)
@@ -194,4 +213,9 @@ def _checked_mask(mask: Tensor | None, domains_B: Tensor) -> Tensor | None:
             f"a mask must be bool with the shape of the domains, {tuple(domains_B.shape)}, "
             f"not {mask_B.dtype} {tuple(mask_B.shape)}"
         )
-    return mask_B.to(domains_B.device)
+    return mask_B.to(device)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """From the host to ``device``, which a GPU is not waited for: the copy is from pinned memory."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

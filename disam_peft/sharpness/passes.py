@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from disam_peft.sharpness.domains import DomainSums, ascent_weights
-from disam_peft.sharpness.microbatches import EffectiveBatch, MicroBatch
+from disam_peft.sharpness.microbatches import SEVERAL, EffectiveBatch, MicroBatch
 from disam_peft.sharpness.ranks import Ranks
 from disam_peft.sharpness.report import AscentWay
 from disam_peft.sharpness.sharding import is_sharded
@@ -88,12 +88,15 @@ class Passes:
             sums = self.mean(total)
             plain = [p.grad for p in self._params] if with_plain_gradients else None
             return Ascent(sums, ascent_weights(sums.mean_D, sums.count_D, 0.0), "mean", plain)
-        obstacle = self._obstacle_to_gradients_per_domain(int(num_mixed))
+        places = self._batch.places()
+        # of several ranks each must decide on what is reduced, and wait for it
+        mixed = places.count(SEVERAL) if self._ranks.size == 1 else int(num_mixed)
+        obstacle = self._obstacle_to_gradients_per_domain(mixed)
         if way == "per_domain" and obstacle is not None:
             raise ValueError(f"way='per_domain' is not possible: {obstacle}; use way='two_phase', or 'auto'")
         stored_bytes = len(count_D) * sum(p.numel() * p.element_size() for p in self._params)
         if obstacle is None and (way == "per_domain" or stored_bytes <= MAX_STORED_GRADIENT_BYTES):
-            return self._per_domain(variance_weight, total, with_plain_gradients)
+            return self._per_domain(variance_weight, total, places, with_plain_gradients)
         return self._two_phase(variance_weight, with_plain_gradients)
 
     def _two_phase(self, variance_weight: float, with_plain_gradients: bool) -> Ascent:
@@ -125,15 +128,15 @@ class Passes:
             sums, weight_D, "two_phase", None if plain is None else self._ranks.added_up(self._params, plain.gradients)
         )
 
-    def _per_domain(self, variance_weight: float, total: Tensor, with_plain_gradients: bool) -> Ascent:
+    def _per_domain(
+        self, variance_weight: float, total: Tensor, places: Sequence[int], with_plain_gradients: bool
+    ) -> Ascent:
         """One forward for each micro-batch, all of whose samples are of one domain: G_d, the gradient of S_d, is kept
         for each domain (here over N, as in any other pass, so that a loss scale suits both) and weighted at the end."""
         gradients: dict[int, list[Tensor | None]] = {}
         sums = self._batch.no_sums()
         with self._ranks.no_sync():
-            for micro_batch, place in zip(
-                self._batch.micro_batches, self._batch.counts().argmax(1).tolist(), strict=True
-            ):
+            for micro_batch, place in zip(self._batch.micro_batches, places, strict=True):
                 # the backward adds to what is there: to this domain's
                 self._set_gradients(gradients.get(place, [None] * len(self._params)))
                 loss_B = micro_batch.losses()

@@ -168,7 +168,8 @@ class DISAM:
         Args:
             per_sample_losses: one per micro-batch, as in ``backward``; ``two_phase`` calls them up to three times. Each
                 micro-batch sees the same random numbers every time.
-            domains: one tensor per micro-batch.
+            domains: one tensor per micro-batch. On the host (with ``num_domains``) they let ``per_domain`` see, without
+                asking the device, which domain a micro-batch is of.
             masks: one per micro-batch, or None for all.
             way: see above.
             no_sync: of a wrapper that reduces gradients, such as ``DistributedDataParallel.no_sync``: all micro-batches

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from disam_peft.classifier import ClipClassifier
 from disam_peft.data.dataset import DomainDataset
+from disam_peft.data.transfer import sent
 from disam_peft.errors import UserError
 from disam_peft.objectives import cross_entropy
 from disam_peft.sharpness import DISAM, StepReport
@@ -130,13 +131,14 @@ class StepGradient:
 
     def __call__(self, batch: dict[str, Tensor]) -> StepReport:
         """The batch, this process's part of it, as a loader gives it."""
-        device, way = self._accelerator.device, self._pieces.way
-        labels_B, domains_B = (batch[key].to(device, non_blocking=True) for key in ("labels", "domains"))
+        way = self._pieces.way
+        # domains stay on the host: the step would have to ask the device which pieces hold one domain only
+        labels_B, domains_B = sent(batch["labels"], self._accelerator.device), batch["domains"]
         if way == "whole":
             frozen = self._encoded(batch, slice(None)) if "frozen" in batch else self._encoded_in_pieces(batch)
             return self._disam.backward(self._per_sample_loss(frozen, labels_B), domains_B)
-        places = self._pieces.cut(batch["domains"])
-        losses = [self._per_sample_loss(self._encoded(batch, place), labels_B[place]) for place in places]
+        places = self._pieces.cut(domains_B)
+        losses = [self._per_sample_loss(self._encoded(batch, place), _part(labels_B, place)) for place in places]
         # "auto" is one pass here; of the others it would ask the device, every step, which one is possible
         return self._disam.backward_accumulated(
             losses, [domains_B[place] for place in places], way="auto" if way == "mean" else way
@@ -150,9 +152,9 @@ class StepGradient:
         """The frozen part's output for these samples."""
         device = self._accelerator.device
         if "frozen" in batch:
-            return batch["frozen"][place].to(device, non_blocking=True)
+            return sent(_part(batch["frozen"], place), device)
         with self._accelerator.autocast():
-            pixels_BCHW = batch["pixels"][place].to(device, self._dtype, non_blocking=True)
+            pixels_BCHW = sent(_part(batch["pixels"], place), device).to(self._dtype)
             return self._classifier.encode_frozen(pixels_BCHW)
 
     def _per_sample_loss(self, frozen: Tensor, labels_B: Tensor) -> Callable[[], Tensor]:
@@ -162,3 +164,8 @@ class StepGradient:
             return cross_entropy(logits_BC, labels_B)
 
         return per_sample_loss
+
+
+def _part(tensor: Tensor, place: Place) -> Tensor:
+    """``tensor[place]``; where one is on the device and the other is not, torch would wait for it."""
+    return tensor[place if isinstance(place, slice) else sent(place, tensor.device)]

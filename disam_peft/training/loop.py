@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -15,21 +14,19 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from disam_peft.classifier import ClipClassifier
-from disam_peft.data.augment import AugmentConfig, TrainTransform
-from disam_peft.data.batch_augment import BatchAugment
-from disam_peft.data.batches import DomainBatches
+from disam_peft.data.augment import AugmentConfig
 from disam_peft.data.dataset import DomainDataset
-from disam_peft.data.features import FeatureStore
-from disam_peft.data.loader import make_stored_loader, make_train_loader
 from disam_peft.errors import UserError
-from disam_peft.frozen import FeatureConfig, training_store
+from disam_peft.frozen import FeatureConfig
 from disam_peft.progress import track
 from disam_peft.sharpness import DISAM
 from disam_peft.training.best import BestState
 from disam_peft.training.config import MethodConfig, TrainConfig
 from disam_peft.training.counters import StepCounters
 from disam_peft.training.devices import start_accelerator
+from disam_peft.training.feed import feed
 from disam_peft.training.gradient import StepGradient, choose_pieces
+from disam_peft.training.outcome import Taken, Updates
 from disam_peft.training.saver import Checkpoints, Saver
 from disam_peft.training.schedule import learning_rate_factor
 from disam_peft.training.state import TrainingState
@@ -117,45 +114,50 @@ def fit(
     saver.resume()
     resumed_after = state.step
 
-    batches = _batches(
+    def is_logged(step: int) -> bool:
+        return step % config.log_every == 0 or step in (1, config.steps)
+
+    def settled(taken: Taken, skipped: bool) -> None:
+        """What follows from a step: for the schedule, the state and the records."""
+        if not skipped:
+            scheduler.step()
+        state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
+        if state.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise UserError(_diverged(dataset, taken.indices_B, config))
+        state.losses = (state.losses[0] if state.losses else taken.report.loss, taken.report.loss)
+        counters.count(taken.report, skipped)
+        if is_logged(taken.step) or skipped:
+            values = counters.numbers(taken.report, taken.gradient_norm)
+            emit("step", step=taken.step, learning_rate=taken.learning_rate, skipped=skipped, **values)
+            _track(accelerator, taken.step, {"learning_rate": taken.learning_rate, **values})
+        state.step = taken.step
+
+    updates = Updates(stepper, settled)
+    batches = feed(
         classifier, dataset, config, augment or AugmentConfig(), features, seed, accelerator, first_step=state.step
     )
     classifier.train()
     if pieces.count > 1 and state.step == 0:
         emit("accumulation", pieces=pieces.count, images_at_once=pieces.size, way=pieces.way)
     with saver.watching():
-        for batch in track(batches, "training", total=config.steps - state.step):
-            step = state.step + 1
+        for step, batch in enumerate(track(batches, "training", total=config.steps - state.step), state.step + 1):
             try:
                 report = gradient(batch)
             except torch.OutOfMemoryError as error:  # the weights are w again; the notes hold what is known of a remedy
+                updates.settle()
                 hint = " ".join(getattr(error, "__notes__", []))
                 raise UserError(f"out of memory at step {step}: {error} {hint} {pieces.memory_remedy}") from error
+            updates.settle()  # of the step before: now that these passes are queued, waiting costs nothing
             gradient_norm = _clipped(params, config, accelerator)
-            learning_rate = scheduler.get_last_lr()[0]
-            if accelerator.scaler is None and not bool(report.is_finite & torch.isfinite(gradient_norm)):
-                skipped = True
-            else:
-                stepper.step()  # under a loss scaler it skips by itself, and halves the scale
-                skipped = bool(stepper.step_was_skipped)
-            if not skipped:
-                scheduler.step()
-            state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
-            if state.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                raise UserError(_diverged(dataset, batch, config))
-            state.losses = (state.losses[0] if state.losses else report.loss, report.loss)
-            counters.count(report, skipped)
-            if step % config.log_every == 0 or step in (1, config.steps) or skipped:
-                values = counters.numbers(report, gradient_norm)
-                emit("step", step=step, learning_rate=learning_rate, skipped=skipped, **values)
-                _track(accelerator, step, {"learning_rate": learning_rate, **values})
+            updates.take(Taken(step, batch["indices"], report, gradient_norm, float(scheduler.get_last_lr()[0])))
             validated = step % config.validation_interval == 0 or step == config.steps
+            if is_logged(step) or validated:
+                updates.settle()
             score = best.offer(step) if validated else None
             if score is not None:
                 emit("validation", step=step, **score._asdict())
                 _track(accelerator, step, {f"validation/{name}": value for name, value in score._asdict().items()})
-            state.step = step
-            saver.end_of_step(validated=validated)
+            saver.end_of_step(step, validated=validated, settle=updates.settle)
 
     counters.warn_at_the_end()
     best.restore(announce=resumed_after > 0)  # a power cut may have taken what was saved of it
@@ -212,58 +214,6 @@ def _disam(
     )
 
 
-def _batches(
-    classifier: ClipClassifier,
-    dataset: DomainDataset,
-    config: TrainConfig,
-    augment: AugmentConfig,
-    features: FeatureConfig | None,
-    seed: int,
-    accelerator: Accelerator,
-    *,
-    first_step: int,
-) -> Iterable[dict[str, Tensor]]:
-    """This rank's part of every batch, as images or, from a store, as what the frozen part makes of them."""
-    places = DomainBatches(
-        dataset.domain_ids,
-        config.batch_size,
-        seed,
-        config.steps,
-        sampling=config.sampling,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        first_step=first_step,
-    )
-    if features is not None and features.store:
-        autocast = accelerator.autocast
-        store = training_store(classifier, dataset, augment, seed, features, autocast=autocast, workers=config.workers)
-        return _stored_batches(store, dataset, places)
-    sees = classifier.backbone.preprocessing
-    look = (sees.size, sees.mean, sees.std, sees.interpolation, augment, seed)
-    pin = accelerator.device.type == "cuda"
-    if dataset.pixel_plan is not None:
-        return make_stored_loader(
-            dataset,
-            places,
-            BatchAugment(*look),
-            device=accelerator.device,
-            workers=config.workers,
-            pin_memory=pin,
-        )
-    return make_train_loader(dataset, places, TrainTransform(*look), workers=config.workers, pin_memory=pin)
-
-
-def _stored_batches(store: FeatureStore, dataset: DomainDataset, places: DomainBatches) -> Iterator[dict[str, Tensor]]:
-    for batch in places:
-        indices, epochs = (np.array(column, dtype=np.int64) for column in zip(*batch, strict=True))
-        yield {
-            "frozen": store.rows(indices, epochs),
-            "labels": torch.from_numpy(dataset.labels[indices]),
-            "domains": torch.from_numpy(dataset.domain_ids[indices]),
-            "indices": torch.from_numpy(indices),
-        }
-
-
 def _clipped(params: list[torch.nn.Parameter], config: TrainConfig, accelerator: Accelerator) -> Tensor:
     """The norm of the gradient before clipping, at loss scale 1."""
     limit = float("inf") if config.clip_norm is None else config.clip_norm
@@ -286,8 +236,8 @@ def _track(accelerator: Accelerator, step: int, values: dict[str, Any]) -> None:
     accelerator.log(flat, step=step)
 
 
-def _diverged(dataset: DomainDataset, batch: dict[str, Tensor], config: TrainConfig) -> str:
-    files = "\n".join(f"  {dataset.source(int(i))}" for i in batch["indices"][:10])
+def _diverged(dataset: DomainDataset, indices_B: Tensor, config: TrainConfig) -> str:
+    files = "\n".join(f"  {dataset.source(i)}" for i in indices_B[:10].tolist())
     hint = "mixed_precision=bf16" if config.mixed_precision == "fp16" else "a lower train.learning_rate or method.rho"
     return (
         f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a loss or gradient that is not finite and were skipped; "

@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,8 +94,11 @@ class Saver:
         finally:
             self._signals = None
 
-    def end_of_step(self, *, validated: bool) -> None:
+    def end_of_step(self, step: int, *, validated: bool, settle: Callable[[], None]) -> None:
         """Save if it is time, or if a signal came to any process.
+
+        Args:
+            settle: called first, to bring the state up to date with this step.
 
         Raises:
             Stopped: on every process, for that signal.
@@ -105,9 +108,10 @@ class Saver:
             return
         received = self._signals.received if self._signals is not None else None
         number = largest(self._accelerator, int(received or 0))
-        step, every = self._state.step, self._config.save_every
+        every = self._config.save_every
         due = validated if every is None else step % every == 0 or step == self._config.steps
         if due or number:
+            settle()
             self._save(self._checkpoints)
         if number:
             raise Stopped(f"stopped by a signal after step {step} of {self._config.steps}", number)

@@ -55,7 +55,7 @@ class TrainingState:
     functions of it.
 
     Attributes:
-        step: finished steps.
+        step: finished steps, as far as it is known what became of them (``outcome.Updates`` asks late).
         losses: of the first and the last step; None before.
         skipped_in_a_row: steps without effect, up to now.
     """

@@ -6,6 +6,8 @@ from torch import nn
 
 from disam_peft import DISAM
 from disam_peft.sharpness import passes
+from disam_peft.sharpness.microbatches import SEVERAL, EffectiveBatch
+from disam_peft.sharpness.ranks import Ranks
 
 BATCH, DOMAINS = 28, torch.tensor([0, 1, 2, 0, 0, 2, 1] * 4)
 
@@ -265,3 +267,24 @@ def test_arguments_that_do_not_fit_are_errors():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_the_host_knows_of_domains_what_the_device_would_say():
+    """Handed over on the host the domains are counted there; with masks, or ids of any value, on the device."""
+    pieces = [torch.tensor(ids) for ids in ([2, 2], [0, 2], [], [1], [0, 0, 1], [0])]
+    params = [torch.zeros(1, requires_grad=True)]
+
+    def batch(masks, num_domains):
+        calls = [lambda: None] * len(pieces)
+        return EffectiveBatch.of(
+            calls, pieces, masks, num_domains=num_domains, params=params, ranks=Ranks.of(None, False)
+        )
+
+    on_host = batch(None, 3)
+    assert on_host.index_on_host_MB is not None
+    assert on_host.places() == [2, SEVERAL, 0, 1, SEVERAL, 0]
+    for other in (batch(None, None), batch([None] * len(pieces), 3)):
+        assert other.index_on_host_MB is None
+        assert other.places() == on_host.places()
+    one_counts = [None, torch.tensor([False, True]), None, None, torch.tensor([True, True, False]), None]
+    assert batch(one_counts, 3).places() == [2, 2, 0, 1, 0, 0]
