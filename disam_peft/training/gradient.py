@@ -136,7 +136,9 @@ class StepGradient:
         labels_B, domains_B = sent(batch["labels"], self._accelerator.device), batch["domains"]
         if way == "whole":
             frozen = self._encoded(batch, slice(None)) if "frozen" in batch else self._encoded_in_pieces(batch)
-            return self._disam.backward(self._per_sample_loss(frozen, labels_B), domains_B)
+            # in pieces there is no memory for what the first trained block would keep between the passes
+            logits = self._classifier.repeated_logits(frozen) if self._pieces.count == 1 else None
+            return self._disam.backward(self._per_sample_loss(frozen, labels_B, logits), domains_B)
         places = self._pieces.cut(domains_B)
         losses = [self._per_sample_loss(self._encoded(batch, place), _part(labels_B, place)) for place in places]
         # "auto" is one pass here; of the others it would ask the device, every step, which one is possible
@@ -157,10 +159,12 @@ class StepGradient:
             pixels_BCHW = sent(_part(batch["pixels"], place), device).to(self._dtype)
             return self._classifier.encode_frozen(pixels_BCHW)
 
-    def _per_sample_loss(self, frozen: Tensor, labels_B: Tensor) -> Callable[[], Tensor]:
+    def _per_sample_loss(
+        self, frozen: Tensor, labels_B: Tensor, logits: Callable[[], Tensor] | None = None
+    ) -> Callable[[], Tensor]:
         def per_sample_loss() -> Tensor:
             with self._accelerator.autocast():  # per pass: its cache of casts must not outlive the weights
-                logits_BC = self._classifier.logits(frozen)
+                logits_BC = self._classifier.logits(frozen) if logits is None else logits()
             return cross_entropy(logits_BC, labels_B)
 
         return per_sample_loss
