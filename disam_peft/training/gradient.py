@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -136,11 +137,12 @@ class StepGradient:
         labels_B, domains_B = sent(batch["labels"], self._accelerator.device), batch["domains"]
         if way == "whole":
             frozen = self._encoded(batch, slice(None)) if "frozen" in batch else self._encoded_in_pieces(batch)
-            # in pieces there is no memory for what the first trained block would keep between the passes
-            logits = self._classifier.repeated_logits(frozen) if self._pieces.count == 1 else None
-            return self._disam.backward(self._per_sample_loss(frozen, labels_B, logits), domains_B)
+            logits = self._classifier.repeated_logits(frozen)
+            return self._disam.backward(self._per_sample_loss(logits, labels_B), domains_B)
         places = self._pieces.cut(domains_B)
-        losses = [self._per_sample_loss(self._encoded(batch, place), _part(labels_B, place)) for place in places]
+        # Pieces are there to save memory: nothing is kept from pass to pass but the frozen part's output.
+        logits = [partial(self._classifier.logits, self._encoded(batch, place)) for place in places]
+        losses = [self._per_sample_loss(of, _part(labels_B, at)) for of, at in zip(logits, places, strict=True)]
         # "auto" is one pass here; of the others it would ask the device, every step, which one is possible
         return self._disam.backward_accumulated(
             losses, [domains_B[place] for place in places], way="auto" if way == "mean" else way
@@ -159,12 +161,10 @@ class StepGradient:
             pixels_BCHW = sent(_part(batch["pixels"], place), device).to(self._dtype)
             return self._classifier.encode_frozen(pixels_BCHW)
 
-    def _per_sample_loss(
-        self, frozen: Tensor, labels_B: Tensor, logits: Callable[[], Tensor] | None = None
-    ) -> Callable[[], Tensor]:
+    def _per_sample_loss(self, logits: Callable[[], Tensor], labels_B: Tensor) -> Callable[[], Tensor]:
         def per_sample_loss() -> Tensor:
             with self._accelerator.autocast():  # per pass: its cache of casts must not outlive the weights
-                logits_BC = self._classifier.logits(frozen) if logits is None else logits()
+                logits_BC = logits()
             return cross_entropy(logits_BC, labels_B)
 
         return per_sample_loss
