@@ -26,7 +26,7 @@ from disam_peft.adapters.base import (
 from disam_peft.adapters.chunks import plan_chunks
 from disam_peft.adapters.config import CoOpConfig
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.backbones.blocks import PromptRows
+from disam_peft.backbones.prompt_rows import PromptRows
 from disam_peft.config import Config
 from disam_peft.errors import UserError
 

@@ -16,9 +16,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from disam_peft.backbones.blocks import BlockParts, PromptRows
+from disam_peft.backbones.blocks import BlockParts
 from disam_peft.backbones.config import BackboneConfig
 from disam_peft.backbones.hashing import weights_hash
+from disam_peft.backbones.prompt_rows import PromptRows
 from disam_peft.backbones.repeated import Memory
 
 TowerName = Literal["image", "text"]

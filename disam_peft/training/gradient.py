@@ -141,8 +141,8 @@ class StepGradient:
             return self._disam.backward(self._per_sample_loss(logits, labels_B), domains_B)
         places = self._pieces.cut(domains_B)
         # Pieces are there to save memory: nothing is kept from pass to pass but the frozen part's output.
-        logits = [partial(self._classifier.logits, self._encoded(batch, place)) for place in places]
-        losses = [self._per_sample_loss(of, _part(labels_B, at)) for of, at in zip(logits, places, strict=True)]
+        heads = [partial(self._classifier.logits, self._encoded(batch, place)) for place in places]
+        losses = [self._per_sample_loss(of, _part(labels_B, at)) for of, at in zip(heads, places, strict=True)]
         # "auto" is one pass here; of the others it would ask the device, every step, which one is possible
         return self._disam.backward_accumulated(
             losses, [domains_B[place] for place in places], way="auto" if way == "mean" else way

@@ -1,0 +1,139 @@
+"""Prompts that begin with the same tokens, which run through a causal tower once for all, and without padding.
+
+Shapes in this file: C prompts, W token width, H heads, D width of a head. A prompt's *suffix* is what follows the P
+tokens that all prompts share; N is the number of all suffix tokens, R = P + N. The rows of suffixes stand in the order
+of their lengths: the G suffixes of one length S are a block of G * S rows, which needs no padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from disam_peft.backbones.blocks import BlockParts
+
+
+class PromptRows(nn.Module):
+    """Where each prompt's tokens stand once the shared ones are kept once and nothing is padded.
+
+    A module, so that its indices move to the device together with whatever owns it.
+
+    Args:
+        lengths: tokens of each prompt's suffix, its end included; at least 1.
+        shared: P.
+    """
+
+    packed_N: Tensor
+    position_R: Tensor
+    last_C: Tensor
+    place_C: Tensor
+
+    def __init__(self, lengths: Sequence[int], shared: int) -> None:
+        super().__init__()
+        self.lengths, self.shared = tuple(lengths), shared
+        order_C = sorted(range(len(lengths)), key=lengths.__getitem__)
+        self.groups = [(length, len(list(of))) for length, of in groupby(lengths[c] for c in order_C)]
+        """(S, G), the shortest first."""
+        longest = max(lengths)
+        within_N = torch.cat([torch.arange(lengths[c]) for c in order_C])
+        owner_N = torch.tensor(order_C).repeat_interleave(torch.tensor([lengths[c] for c in order_C]))
+        indices = {
+            "packed_N": owner_N * longest + within_N,  # of (C * longest)
+            "position_R": torch.cat([torch.arange(shared), shared + within_N]),
+            "last_C": torch.tensor([lengths[c] for c in order_C]).cumsum(0) + shared - 1,  # rows, in their order
+            "place_C": torch.tensor(order_C).argsort(),  # of each prompt in that order
+        }
+        for name, index in indices.items():
+            self.register_buffer(name, index, persistent=False)
+
+    def pack(self, suffix_CLW: Tensor) -> Tensor:
+        """Padded suffixes (C, >= longest, W) to (N, W)."""
+        return suffix_CLW[:, : max(self.lengths)].flatten(0, 1).index_select(0, self.packed_N)
+
+    def positions(self) -> Tensor:
+        """The position (R,) of each row in its own prompt."""
+        return self.position_R
+
+    def forward(self, blocks: Sequence[BlockParts], hidden_RW: Tensor, recomputed: int = 0) -> Tensor:
+        """Causal blocks over the shared rows and, behind them, those of each prompt: (R, W) to (C, W), the output
+        at each prompt's last token.
+
+        Args:
+            recomputed: of so many leading blocks only the input is kept for backward, which runs them again (all but
+                their last product). Not the last ones: backward is through with those when it comes to these.
+        """
+        for number, parts in enumerate(blocks[:-1]):
+            if number < recomputed:
+                # In eval mode: there is no dropout whose random state would have to be kept.
+                hidden_RW = checkpoint(self._block, parts, hidden_RW, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden_RW = self._block(parts, hidden_RW)
+        return self._last_block(blocks[-1], hidden_RW)
+
+    def kept_widths(self) -> float:
+        """About what one block keeps for backward, in token widths, where its own weights are frozen."""
+        # The inputs of both norms and of the GELU (4 widths); queries, keys and values; attention weights.
+        return 9.4 * (self.shared + len(self.packed_N))
+
+    def _block(self, parts: BlockParts, hidden_RW: Tensor) -> Tensor:
+        normed_RW = parts.norm1(hidden_RW)
+        query, key, value = _projected(parts, normed_RW, normed_RW)
+        query_P, key_P, value_P = (self._of_prefix(rows) for rows in (query, key, value))
+        mixed = [F.scaled_dot_product_attention(query_P[None], key_P[None], value_P[None], is_causal=True)[0]]
+        start = self.shared
+        for length, count in self.groups:
+            rows = slice(start, start := start + length * count)
+            mixed.append(_mix(query[:, rows], key_P, value_P, key[:, rows], value[:, rows], count))
+        return parts.finish(hidden_RW, torch.cat(mixed, dim=1).transpose(0, 1).flatten(1))
+
+    def _last_block(self, parts: BlockParts, hidden_RW: Tensor) -> Tensor:
+        normed_RW = parts.norm1(hidden_RW)
+        query, key, value = _projected(parts, normed_RW.index_select(0, self.last_C), normed_RW)
+        key_P, value_P = self._of_prefix(key), self._of_prefix(value)
+        mixed, start, first = [], self.shared, 0
+        for length, count in self.groups:
+            rows, queries = slice(start, start := start + length * count), slice(first, first := first + count)
+            mixed.append(_mix(query[:, queries], key_P, value_P, key[:, rows], value[:, rows], count))
+        mixed_CW = torch.cat(mixed, dim=1).transpose(0, 1).flatten(1)
+        return parts.finish(hidden_RW.index_select(0, self.last_C), mixed_CW).index_select(0, self.place_C)
+
+    def _of_prefix(self, rows_HRD: Tensor) -> Tensor:
+        # A copy: kept for backward, a view would keep the rows of all prompts with it.
+        return rows_HRD[:, : self.shared].clone(memory_format=torch.contiguous_format)
+
+
+def _mix(
+    query_HQD: Tensor, key_HPD: Tensor, value_HPD: Tensor, key_HND: Tensor, value_HND: Tensor, count: int
+) -> Tensor:
+    """Attention of the rows of some suffixes of one length, or of the last row of each, to the shared rows and to their
+    own suffix, by one softmax over both: (H, Q, D).
+
+    Args:
+        count: G suffixes; Q is G * S or G, and N is G * S here.
+    """
+    query_HQD = query_HQD * query_HQD.shape[-1] ** -0.5  # in a row of its own each: both products keep the same one
+    query, key, value = (rows.contiguous().unflatten(1, (count, -1)) for rows in (query_HQD, key_HND, value_HND))
+    to_own_HGQS = query @ key.transpose(2, 3)
+    queries, length = to_own_HGQS.shape[2:]
+    if queries > 1:
+        later_SS = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
+        to_own_HGQS = to_own_HGQS.masked_fill(later_SS, float("-inf"))
+    scores = torch.cat([query.flatten(1, 2) @ key_HPD.transpose(1, 2), to_own_HGQS.flatten(1, 2)], dim=-1)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.softmax(dim=-1, dtype=wide).to(value.dtype)
+    shared = key_HPD.shape[1]
+    from_own = weights[..., shared:].unflatten(1, (count, queries)) @ value
+    return weights[..., :shared] @ value_HPD + from_own.flatten(1, 2)
+
+
+def _projected(parts: BlockParts, query_RW: Tensor, key_RW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values by head, (H, R, D) each."""
+    attention = parts.attention
+    rows = attention.q_proj(query_RW), attention.k_proj(key_RW), attention.v_proj(key_RW)
+    query, key, value = (one.unflatten(-1, (attention.num_heads, -1)).transpose(0, 1) for one in rows)
+    return query, key, value
