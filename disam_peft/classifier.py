@@ -6,12 +6,14 @@ Shapes in this file: B images, C classes, T templates, N = C * T prompts, L toke
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from disam_peft.adapters.base import (
     Adapter,
+    Autocast,
     ClassPrompts,
     FrozenText,
     cosine_logits,
@@ -116,6 +118,10 @@ class ClipClassifier(nn.Module):
             return self.adapter.class_features(self.backbone, text)
         assert text.features_CE is not None  # without an adapter the whole text tower is frozen
         return text.features_CE
+
+    def captured(self, autocast: Autocast = nullcontext) -> AbstractContextManager[object]:
+        """See ``Adapter.captured``; to be open around the steps of a training loop, on the device where they run."""
+        return nullcontext() if self.adapter is None else self.adapter.captured(self.backbone, autocast)
 
     def repeated_logits(self, frozen: Tensor) -> Callable[[], Tensor]:
         """``logits(frozen)``, to be called in each pass of one step: what frozen layers of the first trained block make

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -15,14 +15,13 @@ from PIL.Image import Image
 from pydantic import Field
 from torch import Tensor
 
+from disam_peft.adapters.base import Autocast
 from disam_peft.classifier import ClipClassifier
 from disam_peft.config import Config
 from disam_peft.data.augment import AugmentConfig, TrainTransform
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.features import FeatureKey, FeatureStore, data_identity, open_or_build
 from disam_peft.errors import UserError
-
-Autocast = Callable[[], AbstractContextManager[object]]
 
 
 class FeatureConfig(Config):

@@ -6,6 +6,8 @@ Shapes in this file: B images, C classes, T templates, N = C * T prompts, L toke
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +17,9 @@ from torch import Tensor, nn
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.config import Config
 from disam_peft.errors import UserError
+
+Autocast = Callable[[], AbstractContextManager[object]]
+"""Makes the context of a forward pass, as ``Accelerator.autocast`` does."""
 
 _PROMPTS_AT_ONCE = 256  # bounds the memory of an ensemble of 80 templates over many classes
 
@@ -191,6 +196,12 @@ class Adapter(nn.Module, ABC):
             return text.features_CE
         assert text.hidden is not None and self.text_split is not None  # FrozenText holds one or the other
         return ensemble(backbone.text_head(text.hidden, text.tokens_NL, self.text_split), text.templates)
+
+    def captured(self, backbone: ClipBackbone, autocast: Autocast) -> AbstractContextManager[object]:
+        """Records this adapter's text side on a GPU, where that pays. While what is returned is open, passes with a
+        gradient replay it: the same kernels, which the host need not launch one by one. It can be opened again, until
+        the model or the adapter is moved. ``autocast`` is that of the passes."""
+        return nullcontext()
 
     def logits(self, features_BE: Tensor, class_features_CE: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         """Image features (not normalised) against class features: logits (B, C)."""

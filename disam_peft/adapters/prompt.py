@@ -8,6 +8,8 @@ token width, E embedding width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from disam_peft.adapters.base import (
     Adapter,
+    Autocast,
     ClassPrompts,
     FrozenText,
     ensemble,
@@ -50,6 +53,7 @@ class CoOpAdapter(Adapter):
         self.config = config
         self.context = nn.Parameter(context)
         self._chunks = nn.ModuleList(chunks)
+        self._replay: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def build(cls, config: Config, backbone: ClipBackbone, prompts: ClassPrompts) -> CoOpAdapter:
@@ -97,6 +101,9 @@ class CoOpAdapter(Adapter):
 
     def class_features(self, backbone: ClipBackbone, text: FrozenText) -> Tensor:
         """Normalised class features (C, E) of the learned prompts; the templates play no part."""
+        if self._replay is not None and torch.is_grad_enabled():
+            # Times one: backward then hands out a tensor of its own, and not the one that the next replay fills.
+            return ensemble(self._replay(1.0 * self.context), templates=1)
         features = []
         for chunk, context in zip(self._chunks, self._contexts(), strict=True):
             run = partial(chunk, backbone)
@@ -106,6 +113,14 @@ class CoOpAdapter(Adapter):
             else:
                 features.append(run(context))
         return ensemble(torch.cat(features), templates=1)
+
+    def captured(self, backbone: ClipBackbone, autocast: Autocast) -> AbstractContextManager[object]:
+        """On a GPU, where all classes go through the tower at once and nothing is computed again: the prompts are many
+        small kernels, of always the same shapes, that take a host longer to launch than a device to run."""
+        first, *more = (chunk for chunk in self._chunks if isinstance(chunk, _Chunk))
+        if not self.context.is_cuda or first.rows is None or more or first.recomputed_blocks:
+            return nullcontext()
+        return _Replaying(self, _recorded(partial(first, backbone), self.context, autocast))
 
     def _contexts(self) -> tuple[Tensor, ...]:
         """The context of each chunk."""
@@ -155,6 +170,21 @@ class _Chunk(nn.Module):
         else:
             prefix_PW = torch.cat([prefix_PW, context])
         return backbone.encode_prompt_rows(prefix_PW, self.rows.pack(suffix_CLW), self.rows, self.recomputed_blocks)
+
+
+def _recorded(function: Callable[[Tensor], Tensor], context: Tensor, autocast: Autocast) -> Callable[[Tensor], Tensor]:
+    """``function`` and its derivative as CUDA graphs, for contexts like this one.
+
+    A backward belongs to the last forward: each output is used before the next one is made, as in the passes of a step.
+    """
+    kind = context.device.type
+    with autocast():
+        active, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    # Without autocast's cache: it would hold what belongs to the graph's own memory.
+    with torch.autocast(kind, dtype, enabled=active, cache_enabled=False):
+        sample = context.detach().clone().requires_grad_()
+        replay: Any = torch.cuda.make_graphed_callables(function, (sample,))
+    return replay
 
 
 def _draw(shape: torch.Size, seed: int | None) -> Tensor:

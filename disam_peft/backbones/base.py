@@ -135,6 +135,10 @@ class ClipBackbone(ABC):
                 frozen layers of the first block make of it is not computed again.
         """
 
+    @abstractmethod
+    def blocks(self, tower: TowerName) -> list[nn.Module]:
+        """The transformer blocks of a tower, in order; none where it cannot be split."""
+
     # -- text ------------------------------------------------------------------------------------------------
 
     @abstractmethod

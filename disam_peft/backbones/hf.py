@@ -20,7 +20,7 @@ from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLay
 
 from disam_peft.backbones import towers
 from disam_peft.backbones.activation import replace_quick_gelu
-from disam_peft.backbones.base import ClipBackbone, Preprocessing, Target, warn_random_weights
+from disam_peft.backbones.base import ClipBackbone, Preprocessing, Target, TowerName, warn_random_weights
 from disam_peft.backbones.blocks import BlockParts, at_one_position
 from disam_peft.backbones.config import RANDOM_WEIGHTS, BackboneConfig
 from disam_peft.backbones.hub import hub_folder
@@ -109,6 +109,10 @@ class HfBackbone(ClipBackbone):
         )
         # The embeddings stand in for the pixels, which this part has not got.
         return self._project("visual_projection", head(pixel_values=hidden).pooler_output)
+
+    def blocks(self, tower: TowerName) -> list[nn.Module]:
+        root: Any = self.model.vision_model if tower == "image" else self.model.text_model
+        return list(root.encoder.layers)
 
     # -- text ------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from disam_peft.backbones import towers
 from disam_peft.backbones.activation import replace_quick_gelu
 from disam_peft.backbones.attention import SplitAttention, fused_state, split_attention
-from disam_peft.backbones.base import ClipBackbone, Target, warn_random_weights
+from disam_peft.backbones.base import ClipBackbone, Target, TowerName, warn_random_weights
 from disam_peft.backbones.blocks import BlockParts, at_one_position
 from disam_peft.backbones.config import RANDOM_WEIGHTS, BackboneConfig
 from disam_peft.backbones.openclip_weights import create, is_custom_text, preprocessing, resolve
@@ -105,6 +105,11 @@ class OpenClipBackbone(ClipBackbone):
         class_token = visual.attn_pool is None and visual.pool_type == "tok"
         last = _at_one_position(visual.transformer, None, causal=False) if class_token else None
         return _with_blocks(visual.transformer, which, last, memory)
+
+    def blocks(self, tower: TowerName) -> list[nn.Module]:
+        splits = self._visual_splits if tower == "image" else self._text_splits
+        root: Any = self.model.visual if tower == "image" else self.model.text
+        return list(root.transformer.resblocks) if splits else []
 
     # -- text ------------------------------------------------------------------------------------------------
 

@@ -52,6 +52,9 @@ class TrainConfig(Config):
     """Largest norm of the gradient; unset: not clipped."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of the forward passes; what is trained stays float32."""
+    compile: bool = False
+    """Run transformer blocks through torch.compile in training steps: the same up to rounding, and on a GPU about 1.5
+    times faster and with less memory, after some ten seconds that compiling takes."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Pieces in which each process takes its images of a step through the model: less memory, the same result up to
     rounding. ``batch_size`` stays the images of a step, and the variance over domains that of the whole batch.

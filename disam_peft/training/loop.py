@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from disam_peft.frozen import FeatureConfig
 from disam_peft.progress import track
 from disam_peft.sharpness import DISAM
 from disam_peft.training.best import BestState
+from disam_peft.training.compiled import CompiledBlocks
 from disam_peft.training.config import MethodConfig, TrainConfig
 from disam_peft.training.counters import StepCounters
 from disam_peft.training.devices import start_accelerator
@@ -139,10 +141,12 @@ def fit(
     classifier.train()
     if pieces.count > 1 and state.step == 0:
         emit("accumulation", pieces=pieces.count, images_at_once=pieces.size, way=pieces.way)
-    with saver.watching():
+    compiled = CompiledBlocks.of(classifier) if config.compile else nullcontext()
+    with saver.watching(), classifier.captured(accelerator.autocast):
         for step, batch in enumerate(track(batches, "training", total=config.steps - state.step), state.step + 1):
             try:
-                report = gradient(batch)
+                with compiled:
+                    report = gradient(batch)
             except torch.OutOfMemoryError as error:  # the weights are w again; the notes hold what is known of a remedy
                 updates.settle()
                 hint = " ".join(getattr(error, "__notes__", []))

@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from disam_peft.frozen import Autocast
+from disam_peft.adapters.base import Autocast
 
 from .compiled import compile_blocks, compiled
 from .flops import Flops, count_flops
@@ -192,7 +192,7 @@ def _alone_measures(found: dict[str, Result], name: str, steps: dict[str, Step],
     gradients = step.gradients()  # a first step computes what later ones keep, class features for one
     finish(device)
     if eager == name:
-        result.flops = _unless_it_fails(result, partial(count_flops, step.run), device)
+        result.flops = _unless_it_fails(result, partial(count_flops, step.launched or step.run), device)
     else:
         result.first_seconds = time.perf_counter() - start
         result.flops = found[eager].flops

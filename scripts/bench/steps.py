@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from disam_peft import DISAM
+from disam_peft.adapters.base import Autocast
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.classifier import ClipClassifier
-from disam_peft.frozen import Autocast
 from disam_peft.objectives import cross_entropy
 
 RHO = 0.05
@@ -49,10 +50,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Step:
-    """``run`` does everything from the batch to the optimizer's step and leaves the gradients in ``params``."""
+    """``run`` does everything from the batch to the optimizer's step and leaves the gradients in ``params``.
+
+    Attributes:
+        launched: the same with every kernel launched one by one, so that its operations can be counted; None where
+            ``run`` does so.
+    """
 
     run: Callable[[], object]
     params: Mapping[str, Tensor]
+    launched: Callable[[], object] | None = None
 
     def gradients(self) -> dict[str, Tensor]:
         self.run()
@@ -126,7 +133,15 @@ def ours(
     disam = DISAM(params, rho, variance_weight, num_domains=DOMAINS)
     optimizer = torch.optim.AdamW(params, lr=0.0, fused=True)
 
-    def run() -> None:
+    @cache
+    def captured() -> AbstractContextManager[object]:  # not before the first step: models may be moved until then
+        return classifier.captured(autocast)
+
+    def encoded() -> Tensor:
+        with autocast():
+            return classifier.encode_frozen(batch.pixels_BCHW)
+
+    def launched() -> None:
         logits = classifier.repeated_logits(encoded() if stored is None else stored.read())
 
         def per_sample_loss() -> Tensor:
@@ -137,11 +152,11 @@ def ours(
         disam.backward(per_sample_loss, batch.domains_B)
         optimizer.step()
 
-    def encoded() -> Tensor:
-        with autocast():
-            return classifier.encode_frozen(batch.pixels_BCHW)
+    def run() -> None:
+        with captured():
+            launched()
 
-    return Step(run, trainable)
+    return Step(run, trainable, launched)
 
 
 def peer_erm(

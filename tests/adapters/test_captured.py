@@ -1,0 +1,87 @@
+"""CoOp's prompts as CUDA graphs: the same bits in every pass, and nothing left behind."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from adapter_cells import FAMILIES, LABELS, pixels, tiny_backbone, tiny_classifier
+from torch import Tensor
+
+from disam_peft import DISAM
+from disam_peft.adapters import CoOpConfig
+from disam_peft.classifier import ClipClassifier
+from disam_peft.objectives import cross_entropy
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DOMAINS = torch.tensor([0, 1, 2, 0, 1, 2])
+BF16 = partial(torch.autocast, "cuda", torch.bfloat16)
+
+
+def steps(classifier: ClipClassifier, autocast: Any, count: int = 3) -> list[Tensor]:
+    """Weights after each step, and the cosines."""
+    (context,) = classifier.trainable().values()
+    with torch.no_grad():
+        context.copy_(torch.linspace(-0.1, 0.1, context.numel()).view_as(context).sin())
+    device = context.device
+    images, labels = pixels(dtype=classifier.backbone.dtype).to(device), LABELS.to(device)
+    disam = DISAM([context], rho=0.3, variance_weight=0.6, num_domains=3, ascent_cosine=True)
+    optimizer, found = torch.optim.SGD([context], lr=0.5), []
+
+    def losses() -> Tensor:
+        with autocast():
+            logits = classifier.logits(frozen)
+        return cross_entropy(logits, labels)
+
+    for _ in range(count):
+        with autocast():
+            frozen = classifier.encode_frozen(images)
+        report = disam.backward(losses, DOMAINS.to(device))
+        optimizer.step()
+        assert report.ascent_cosine is not None and report.ascent_cosine < 1 - 1e-9
+        found += [context.detach().clone(), report.ascent_cosine]
+    return found
+
+
+@pytest.mark.gpu
+@cuda
+@pytest.mark.parametrize("autocast", [nullcontext, BF16], ids=["float32", "bf16"])
+@pytest.mark.parametrize("cell", ["coop-shared", "coop-class"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replayed_steps_have_the_bits_of_launched_ones(
+    twins: tuple[str, str], family: str, cell: str, autocast: Any
+) -> None:
+    backbone = tiny_backbone(twins, family, torch.float32).to("cuda")
+    classifier: Any = tiny_classifier(backbone, cell).to("cuda").train()
+    expected = steps(classifier, autocast)
+    with classifier.captured(autocast):
+        assert classifier.adapter._replay is not None
+        found = steps(classifier, autocast)
+        with torch.no_grad():
+            launched = classifier.class_features()
+        assert torch.equal(classifier.class_features(), launched) or autocast is BF16
+    assert classifier.adapter._replay is None
+    assert len(found) == 6 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not torch.equal(found[0], found[2])
+
+
+@pytest.mark.gpu
+@cuda
+def test_what_computes_again_is_not_captured(twins: tuple[str, str]) -> None:
+    backbone = tiny_backbone(twins, "open_clip", torch.float32).to("cuda")
+    config = CoOpConfig(context_tokens=4, memory_budget_gb=1e-6)
+    classifier: Any = tiny_classifier(backbone, config).to("cuda")
+    with classifier.captured():
+        assert classifier.adapter._replay is None
+
+
+@pytest.mark.parametrize("cell", ["coop-shared", "lora-image", "probe-zero_shot"])
+def test_on_a_cpu_there_is_nothing_to_capture(twins: tuple[str, str], cell: str) -> None:
+    classifier: Any = tiny_classifier(tiny_backbone(twins, "open_clip"), cell).train()
+    expected = classifier(pixels())
+    with classifier.captured():
+        assert getattr(classifier.adapter, "_replay", None) is None
+        assert torch.equal(classifier(pixels()), expected)
