@@ -172,6 +172,19 @@ class _Chunk(nn.Module):
         return backbone.encode_prompt_rows(prefix_PW, self.rows.pack(suffix_CLW), self.rows, self.recomputed_blocks)
 
 
+class _Replaying(AbstractContextManager[None]):
+    """Inside of ``with`` the adapter replays instead of computing; again and again, as long as nothing is moved."""
+
+    def __init__(self, adapter: CoOpAdapter, replay: Callable[[Tensor], Tensor]) -> None:
+        self._adapter, self._replay = adapter, replay
+
+    def __enter__(self) -> None:
+        self._adapter._replay = self._replay
+
+    def __exit__(self, *_: object) -> None:
+        self._adapter._replay = None
+
+
 def _recorded(function: Callable[[Tensor], Tensor], context: Tensor, autocast: Autocast) -> Callable[[Tensor], Tensor]:
     """``function`` and its derivative as CUDA graphs, for contexts like this one.
 
