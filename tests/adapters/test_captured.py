@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -54,9 +55,9 @@ def steps(classifier: ClipClassifier, autocast: Any, count: int = 3) -> list[Ten
 def test_replayed_steps_have_the_bits_of_launched_ones(
     twins: tuple[str, str], family: str, cell: str, autocast: Any
 ) -> None:
-    backbone = tiny_backbone(twins, family, torch.float32).to("cuda")
-    classifier: Any = tiny_classifier(backbone, cell).to("cuda").train()
+    classifier: Any = tiny_classifier(tiny_backbone(twins, family, torch.float32), cell).to("cuda").train()
     expected = steps(classifier, autocast)
+    warnings.simplefilter("error")  # of streams that do not match, for one
     with classifier.captured(autocast):
         assert classifier.adapter._replay is not None
         found = steps(classifier, autocast)
@@ -71,9 +72,8 @@ def test_replayed_steps_have_the_bits_of_launched_ones(
 @pytest.mark.gpu
 @cuda
 def test_what_computes_again_is_not_captured(twins: tuple[str, str]) -> None:
-    backbone = tiny_backbone(twins, "open_clip", torch.float32).to("cuda")
     config = CoOpConfig(context_tokens=4, memory_budget_gb=1e-6)
-    classifier: Any = tiny_classifier(backbone, config).to("cuda")
+    classifier: Any = tiny_classifier(tiny_backbone(twins, "open_clip", torch.float32), config).to("cuda")
     with classifier.captured():
         assert classifier.adapter._replay is None
 
