@@ -200,7 +200,7 @@ class Adapter(nn.Module, ABC):
     def captured(self, backbone: ClipBackbone, autocast: Autocast) -> AbstractContextManager[object]:
         """Records this adapter's text side on a GPU, where that pays. While what is returned is open, passes with a
         gradient replay it: the same kernels, which the host need not launch one by one. It can be opened again, until
-        the model or the adapter is moved. ``autocast`` is that of the passes."""
+        the model or the adapter is moved; each forward has one backward then. ``autocast`` is that of the passes."""
         return nullcontext()
 
     def logits(self, features_BE: Tensor, class_features_CE: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

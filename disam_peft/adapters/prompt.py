@@ -102,8 +102,7 @@ class CoOpAdapter(Adapter):
     def class_features(self, backbone: ClipBackbone, text: FrozenText) -> Tensor:
         """Normalised class features (C, E) of the learned prompts; the templates play no part."""
         if self._replay is not None and torch.is_grad_enabled():
-            # Times one: backward then hands out a tensor of its own, and not the one that the next replay fills.
-            return ensemble(self._replay(1.0 * self.context), templates=1)
+            return ensemble(self._replay(self.context), templates=1)
         features = []
         for chunk, context in zip(self._chunks, self._contexts(), strict=True):
             run = partial(chunk, backbone)
@@ -188,7 +187,8 @@ class _Replaying(AbstractContextManager[None]):
 def _recorded(function: Callable[[Tensor], Tensor], context: Tensor, autocast: Autocast) -> Callable[[Tensor], Tensor]:
     """``function`` and its derivative as CUDA graphs, for contexts like this one.
 
-    A backward belongs to the last forward: each output is used before the next one is made, as in the passes of a step.
+    A forward has one backward, before the next forward, as in the passes of a step: backward works in the memory that
+    the forward filled.
     """
     kind = context.device.type
     with autocast():
@@ -196,7 +196,22 @@ def _recorded(function: Callable[[Tensor], Tensor], context: Tensor, autocast: A
     # Without autocast's cache: it would hold what belongs to the graph's own memory.
     with torch.autocast(kind, dtype, enabled=active, cache_enabled=False):
         sample = context.detach().clone().requires_grad_()
-        replay: Any = torch.cuda.make_graphed_callables(function, (sample,))
+        graphed: Any = torch.cuda.make_graphed_callables(function, (sample,))
+
+    def replay(context: Tensor) -> Tensor:
+        # Times one: backward then hands out a tensor of its own, and not the one that the next replay fills.
+        output = graphed(1.0 * context)
+        times: list[None] = []
+
+        def once(gradient: Tensor) -> Tensor:
+            if times:
+                raise RuntimeError("what was recorded has one backward for each forward; compute it without captured()")
+            times.append(None)
+            return gradient
+
+        output.register_hook(once)
+        return output
+
     return replay
 
 

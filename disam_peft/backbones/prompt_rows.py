@@ -82,33 +82,38 @@ class PromptRows(nn.Module):
 
     def _block(self, parts: BlockParts, hidden_RW: Tensor) -> Tensor:
         normed_RW = parts.norm1(hidden_RW)
-        query, key, value = _projected(parts, normed_RW, normed_RW)
-        query_P, key_P, value_P = (self._of_prefix(rows) for rows in (query, key, value))
+        query, key, value = (rows.split(self._sizes, dim=1) for rows in _projected(parts, normed_RW, normed_RW))
+        query_P, key_P, value_P = (_copy(rows[0]) for rows in (query, key, value))
         mixed = [F.scaled_dot_product_attention(query_P[None], key_P[None], value_P[None], is_causal=True)[0]]
-        start = self.shared
-        for length, count in self.groups:
-            rows = slice(start, start := start + length * count)
-            mixed.append(_mix(query[:, rows], key_P, value_P, key[:, rows], value[:, rows], count))
+        for (_, count), q, k, v in zip(self.groups, query[1:], key[1:], value[1:], strict=True):
+            mixed.append(_mix(key_P, value_P, q, k, v, count))
         return parts.finish(hidden_RW, torch.cat(mixed, dim=1).transpose(0, 1).flatten(1))
 
     def _last_block(self, parts: BlockParts, hidden_RW: Tensor) -> Tensor:
         normed_RW = parts.norm1(hidden_RW)
-        query, key, value = _projected(parts, normed_RW.index_select(0, self.last_C), normed_RW)
-        key_P, value_P = self._of_prefix(key), self._of_prefix(value)
-        mixed, start, first = [], self.shared, 0
-        for length, count in self.groups:
-            rows, queries = slice(start, start := start + length * count), slice(first, first := first + count)
-            mixed.append(_mix(query[:, queries], key_P, value_P, key[:, rows], value[:, rows], count))
+        query, *projected = _projected(parts, normed_RW.index_select(0, self.last_C), normed_RW)
+        key, value = (rows.split(self._sizes, dim=1) for rows in projected)
+        key_P, value_P, counts = _copy(key[0]), _copy(value[0]), [count for _, count in self.groups]
+        mixed = [
+            _mix(key_P, value_P, q, k, v, count)
+            for q, k, v, count in zip(query.split(counts, dim=1), key[1:], value[1:], counts, strict=True)
+        ]
         mixed_CW = torch.cat(mixed, dim=1).transpose(0, 1).flatten(1)
         return parts.finish(hidden_RW.index_select(0, self.last_C), mixed_CW).index_select(0, self.place_C)
 
-    def _of_prefix(self, rows_HRD: Tensor) -> Tensor:
-        # A copy: kept for backward, a view would keep the rows of all prompts with it.
-        return rows_HRD[:, : self.shared].clone(memory_format=torch.contiguous_format)
+    @property
+    def _sizes(self) -> list[int]:
+        """Rows of the shared part and of each group."""
+        return [self.shared, *(length * count for length, count in self.groups)]
+
+
+def _copy(rows_HXD: Tensor) -> Tensor:
+    # Kept for backward, a view would keep the rows of all prompts with it.
+    return rows_HXD.clone(memory_format=torch.contiguous_format)
 
 
 def _mix(
-    query_HQD: Tensor, key_HPD: Tensor, value_HPD: Tensor, key_HND: Tensor, value_HND: Tensor, count: int
+    key_HPD: Tensor, value_HPD: Tensor, query_HQD: Tensor, key_HND: Tensor, value_HND: Tensor, count: int
 ) -> Tensor:
     """Attention of the rows of some suffixes of one length, or of the last row of each, to the shared rows and to their
     own suffix, by one softmax over both: (H, Q, D).
@@ -116,7 +121,7 @@ def _mix(
     Args:
         count: G suffixes; Q is G * S or G, and N is G * S here.
     """
-    query_HQD = query_HQD * query_HQD.shape[-1] ** -0.5  # in a row of its own each: both products keep the same one
+    # In one piece each: both products keep the same one.
     query, key, value = (rows.contiguous().unflatten(1, (count, -1)) for rows in (query_HQD, key_HND, value_HND))
     to_own_HGQS = query @ key.transpose(2, 3)
     queries, length = to_own_HGQS.shape[2:]
@@ -125,10 +130,9 @@ def _mix(
         to_own_HGQS = to_own_HGQS.masked_fill(later_SS, float("-inf"))
     scores = torch.cat([query.flatten(1, 2) @ key_HPD.transpose(1, 2), to_own_HGQS.flatten(1, 2)], dim=-1)
     wide = torch.promote_types(scores.dtype, torch.float32)
-    weights = scores.softmax(dim=-1, dtype=wide).to(value.dtype)
-    shared = key_HPD.shape[1]
-    from_own = weights[..., shared:].unflatten(1, (count, queries)) @ value
-    return weights[..., :shared] @ value_HPD + from_own.flatten(1, 2)
+    weights = (scores * query.shape[-1] ** -0.5).softmax(dim=-1, dtype=wide).to(value.dtype)
+    to_shared, to_own = weights.split([key_HPD.shape[1], length], dim=-1)
+    return to_shared @ value_HPD + (to_own.unflatten(1, (count, queries)) @ value).flatten(1, 2)
 
 
 def _projected(parts: BlockParts, query_RW: Tensor, key_RW: Tensor) -> tuple[Tensor, Tensor, Tensor]:

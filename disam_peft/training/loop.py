@@ -142,7 +142,9 @@ def fit(
     if pieces.count > 1 and state.step == 0:
         emit("accumulation", pieces=pieces.count, images_at_once=pieces.size, way=pieces.way)
     compiled = CompiledBlocks.of(classifier) if config.compile else nullcontext()
-    with saver.watching(), classifier.captured(accelerator.autocast):
+    # the cosine takes a second backward through each forward, which what is recorded does not have
+    captured = nullcontext() if config.log_ascent_cosine else classifier.captured(accelerator.autocast)
+    with saver.watching(), captured:
         for step, batch in enumerate(track(batches, "training", total=config.steps - state.step), state.step + 1):
             try:
                 with compiled:
