@@ -195,7 +195,8 @@ def _recorded(function: Callable[[Tensor], Tensor], context: Tensor, autocast: A
         active, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     # Without autocast's cache: it would hold what belongs to the graph's own memory.
     with torch.autocast(kind, dtype, enabled=active, cache_enabled=False):
-        sample = context.detach().clone().requires_grad_()
+        # No leaf, whose gradient would be added up on a stream of its own, which torch warns of.
+        sample = 1.0 * context.detach().requires_grad_()
         graphed: Any = torch.cuda.make_graphed_callables(function, (sample,))
 
     def replay(context: Tensor) -> Tensor:
