@@ -40,7 +40,15 @@ def start_accelerator(
     check_precision(mixed_precision, processes.device)
     # by a plugin: a number would give way to that of ``accelerate launch``, and every loss be divided by it
     options["gradient_accumulation_plugin"] = GradientAccumulationPlugin(num_steps=1)
-    return Accelerator(mixed_precision=mixed_precision, **options)
+    try:
+        return Accelerator(mixed_precision=mixed_precision, **options)
+    except ValueError as error:
+        if "already been initialized" not in str(error):
+            raise
+        raise UserError(
+            f"train.mixed_precision={mixed_precision}: this process began with another one, and Accelerate keeps one for "
+            "all of a process; run it in a new process"
+        ) from error
 
 
 def _join(timeout_minutes: float) -> PartialState:

@@ -1,7 +1,7 @@
 """On a GPU, in mixed precision: images a second, memory and share of the device's matrix rate, ours and the peers'.
 
 What is finished is printed to stderr and saved at once, so that neither a failure nor the end of a lease takes it away.
-Batches are on the device already; stored features come from pinned memory within the step.
+Batches of images are on the device already; stored features come from pinned memory, as in the training loop.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from disam_peft import DISAM
 from disam_peft.adapters.base import Autocast
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.classifier import ClipClassifier
+from disam_peft.data.transfer import sent_ahead
 from disam_peft.objectives import cross_entropy
 
 RHO = 0.05
@@ -101,16 +103,16 @@ class Stored:
 
 
 class Pinned:
-    """The frozen part's output as a step on a GPU gets it: rows that were gathered in pinned memory while the step
-    before ran. What is left of reading them is the copy to the device."""
+    """The frozen part's output as the training loop gets it on a GPU: rows gathered in pinned memory, on their way to
+    the device while it is busy with the step before."""
 
     def __init__(self, frozen: Tensor) -> None:
-        self._device = frozen.device
         rows = frozen.cpu()
-        self._rows = rows.pin_memory() if self._device.type == "cuda" else rows
+        batch = {"rows": rows.pin_memory() if frozen.is_cuda else rows}
+        self._arriving = sent_ahead(repeat(batch), frozen.device, ("rows",))
 
     def read(self) -> Tensor:
-        return self._rows.to(self._device, non_blocking=True)
+        return next(self._arriving)["rows"]
 
 
 def ours(
