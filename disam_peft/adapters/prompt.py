@@ -8,6 +8,7 @@ token width, E embedding width.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -195,9 +196,11 @@ def _recorded(function: Callable[[Tensor], Tensor], context: Tensor, autocast: A
         active, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     # Without autocast's cache: it would hold what belongs to the graph's own memory.
     with torch.autocast(kind, dtype, enabled=active, cache_enabled=False):
-        # No leaf, whose gradient would be added up on a stream of its own, which torch warns of.
-        sample = 1.0 * context.detach().requires_grad_()
-        graphed: Any = torch.cuda.make_graphed_callables(function, (sample,))
+        sample = context.detach().clone().requires_grad_()
+        with warnings.catch_warnings():
+            # torch warms up on one stream and records on another, and then warns of it
+            warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
+            graphed: Any = torch.cuda.make_graphed_callables(function, (sample,))
 
     def replay(context: Tensor) -> Tensor:
         # Times one: backward then hands out a tensor of its own, and not the one that the next replay fills.

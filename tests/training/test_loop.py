@@ -1,6 +1,8 @@
 """The loop: every field of its config changes what happens; the held-out data never comes near it."""
 
 import math
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -263,6 +265,19 @@ def test_row_30_precisions_that_the_device_does_not_have():
     with pytest.raises(UserError, match="fp16 does not exist on a CPU; use bf16"):
         start_accelerator("fp16")
     check_precision("bf16", torch.device("cpu"))
+
+
+def test_another_precision_in_the_same_process_is_an_error_that_says_so():
+    script = (
+        "from disam_peft.training import start_accelerator\n"
+        "start_accelerator('no'), start_accelerator('no')\n"
+        "start_accelerator('bf16')"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert found.returncode == 1
+    assert found.stderr.splitlines()[-1].startswith(
+        "disam_peft.errors.UserError: train.mixed_precision=bf16: this process"
+    )
 
 
 def test_row_30_bf16_on_a_gpu_without_it(monkeypatch):
