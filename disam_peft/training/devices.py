@@ -46,8 +46,8 @@ def start_accelerator(
         if "already been initialized" not in str(error):
             raise
         raise UserError(
-            f"train.mixed_precision={mixed_precision}: this process began with another one, and Accelerate keeps one for "
-            "all of a process; run it in a new process"
+            f"train.mixed_precision={mixed_precision}: this process began with another one, and Accelerate keeps one "
+            "for all of a process; run it in a new process"
         ) from error
 
 
