@@ -129,17 +129,20 @@ class ClipClassifier(nn.Module):
         memory: Memory = {}
         return lambda: self.logits(frozen, memory)
 
-    def logits(self, frozen: Tensor, memory: Memory | None = None) -> Tensor:
+    def logits(self, frozen: Tensor, memory: Memory | None = None, class_features_CE: Tensor | None = None) -> Tensor:
         """Logits (B, C) from the output of ``encode_frozen``; the part of the model that a training pass repeats.
 
         Args:
             memory: see ``ClipBackbone.image_head``.
+            class_features_CE: what ``class_features`` gave, of several batches between which nothing is trained; unset:
+                they are computed.
         """
         features_BE = self.features(frozen, memory)
+        class_features_CE = self.class_features() if class_features_CE is None else class_features_CE
         scale, bias = self.backbone.logit_scale, self.backbone.logit_bias
         if self.adapter is None:
-            return cosine_logits(features_BE, self.class_features(), scale, bias)
-        return self.adapter.logits(features_BE, self.class_features(), scale, bias)
+            return cosine_logits(features_BE, class_features_CE, scale, bias)
+        return self.adapter.logits(features_BE, class_features_CE, scale, bias)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Images (B, 3, H, W) to logits (B, C)."""

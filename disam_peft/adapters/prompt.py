@@ -120,7 +120,15 @@ class CoOpAdapter(Adapter):
         first, *more = (chunk for chunk in self._chunks if isinstance(chunk, _Chunk))
         if not self.context.is_cuda or first.rows is None or more or first.recomputed_blocks:
             return nullcontext()
-        return _Replaying(self, _recorded(partial(first, backbone), self.context, autocast))
+        try:
+            return _Replaying(self, _recorded(partial(first, backbone), self.context, autocast))
+        except RuntimeError as error:  # no memory for it, or an operation that cannot be recorded
+            warnings.warn(
+                f"the prompts could not be recorded as CUDA graphs and are launched one by one, with the same result "
+                f"but slower: {str(error).splitlines()[0]}",
+                stacklevel=4,
+            )
+            return nullcontext()
 
     def _contexts(self) -> tuple[Tensor, ...]:
         """The context of each chunk."""

@@ -23,6 +23,8 @@ from disam_peft.errors import UserError
 from disam_peft.evaluation.sharpness_config import SharpnessConfig
 from disam_peft.progress import track
 
+HELD_BYTES = 2**28
+
 
 class EvaluationConfig(Config):
     """How predictions are computed, whose numbers do not depend on it but for rounding; and what else is recorded."""
@@ -103,14 +105,20 @@ def predict(
     classifier.eval()
     try:
         parts: list[tuple[Tensor, Tensor]] = []
+        held, held_bytes = [], 0  # on the device: to wait for each batch would leave it without work in between
+        with autocast():
+            class_features_CE = classifier.class_features()
         for indices, inputs in track(batches, description, total=total):
             with autocast():
-                logits_BC = classifier(inputs) if store is None else classifier.logits(inputs)
-            parts.append((indices, logits_BC.to(torch.promote_types(logits_BC.dtype, torch.float32))))
+                frozen = classifier.encode_frozen(inputs) if store is None else inputs
+                logits_BC = classifier.logits(frozen, class_features_CE=class_features_CE)
+            held.append((indices, logits_BC.to(torch.promote_types(logits_BC.dtype, torch.float32))))
+            held_bytes += held[-1][1].nbytes
+            if held_bytes > HELD_BYTES:
+                parts, held, held_bytes = [*parts, *_on_the_host(held)], [], 0
     finally:
         classifier.train(was_training)
-    # not batch by batch: the device would have nothing to do while the host fetches the next one
-    parts = [(indices, logits_BC.cpu()) for indices, logits_BC in parts]
+    parts += _on_the_host(held)
     logits_NC = torch.empty(
         len(dataset), len(classifier.class_names), dtype=torch.promote_types(like.dtype, torch.float32)
     )
@@ -119,6 +127,10 @@ def predict(
     return Predictions(
         logits_NC, torch.from_numpy(dataset.labels), torch.from_numpy(dataset.domain_ids), dataset.domains
     )
+
+
+def _on_the_host(parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    return [(indices, logits_BC.cpu()) for indices, logits_BC in parts]
 
 
 def _from_all_ranks(parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -46,6 +47,12 @@ class CompiledBlocks:
         blocks = classifier.backbone.blocks("image")
         if classifier.adapter is not None and classifier.adapter.text_split is not None:
             blocks = [*blocks, *classifier.backbone.blocks("text")]
+        if not blocks:
+            warnings.warn(
+                f"train.compile=true does nothing for {classifier.backbone.config.name}: its image tower has no "
+                "transformer blocks",
+                stacklevel=3,
+            )
         return cls(blocks)
 
     def __enter__(self) -> None:

@@ -1,8 +1,11 @@
 """Predictions do not wait for the device between batches."""
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
+from adapter_cells import tiny_backbone, tiny_classifier
 
 from disam_peft.adapters import ClassPrompts, LinearProbeConfig, build_adapter
 from disam_peft.backbones import BackboneConfig, load_backbone
@@ -10,6 +13,8 @@ from disam_peft.classifier import ClipClassifier
 from disam_peft.data import DataConfig, load
 from disam_peft.evaluation import EvaluationConfig, predict
 from disam_peft.frozen import FeatureConfig, evaluation_store
+
+predict_module = importlib.import_module("disam_peft.evaluation.predict")  # the package has a function of that name
 
 
 @pytest.fixture
@@ -33,6 +38,29 @@ def test_every_sample_stands_in_its_own_row(classifier, dataset):
     assert torch.allclose(part.logits_NC, whole.logits_NC[chosen], atol=1e-5)
 
 
+def test_what_is_held_on_the_device_is_bounded_and_changes_nothing(classifier, dataset, monkeypatch):
+    settings = EvaluationConfig(batch_size=7, workers=0)
+    whole, moved = predict(classifier, dataset, settings), []
+    real = predict_module._on_the_host
+    monkeypatch.setattr(predict_module, "HELD_BYTES", 3 * 7 * 4 * 4)  # three batches of float32
+    monkeypatch.setattr(predict_module, "_on_the_host", lambda parts: moved.append(len(parts)) or real(parts))
+    assert torch.equal(predict(classifier, dataset, settings).logits_NC, whole.logits_NC)
+    assert moved == [4, 4, 4, 2]
+
+
+def test_class_features_are_computed_once(twins, dataset, monkeypatch):
+    classifier = tiny_classifier(
+        tiny_backbone(twins, "open_clip"), "coop-shared", prompts=ClassPrompts(dataset.prompt_names, ("{}",))
+    )
+    settings, calls, compute = EvaluationConfig(batch_size=7, workers=0), [], ClipClassifier.class_features
+    monkeypatch.setattr(ClipClassifier, "class_features", lambda self: calls.append(1) or compute(self))
+    found = predict(classifier, dataset, settings)
+    assert len(calls) == 1
+    pixels = torch.stack([classifier.backbone.image_transform(dataset.image(i)) for i in range(7)]).double()
+    with torch.no_grad():
+        assert torch.equal(found.logits_NC[:7], classifier(pixels))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("source", ["images", "store"])
@@ -47,11 +75,11 @@ def test_no_batch_waits_for_the_device(classifier, dataset, source, tmp_path, mo
     predict(classifier, dataset, settings, store=store)
     real, calls = ClipClassifier.logits, []
 
-    def logits(self, frozen):
+    def logits(self, frozen, **more):
         calls.append(1)
         if len(calls) == 3:
             torch.cuda.set_sync_debug_mode("error")
-        found = real(self, frozen)
+        found = real(self, frozen, **more)
         if len(calls) == 14:
             torch.cuda.set_sync_debug_mode("default")
         return found

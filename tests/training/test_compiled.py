@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import accumulated_runs
 import pytest
 import torch
 from adapter_cells import FAMILIES, LABELS, pixels, tiny_backbone, tiny_classifier
+from tiny import tiny_openclip
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 from disam_peft import DISAM
+from disam_peft.backbones import BackboneConfig, load_backbone
 from disam_peft.classifier import ClipClassifier
 from disam_peft.errors import UserError
 from disam_peft.objectives import cross_entropy
@@ -80,6 +83,16 @@ def test_blocks_of_the_text_tower_only_where_it_is_trained(twins: tuple[str, str
     for cell, count in (("lora-image", 3), ("lora-both", 6), ("lora-text", 6), ("coop-shared", 3)):
         classifier = tiny_classifier(tiny_backbone(twins, "open_clip"), cell)
         assert len(CompiledBlocks.of(classifier)._blocks) == count
+
+
+def test_a_tower_without_blocks_says_that_nothing_is_compiled(tmp_path: Path) -> None:
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8, "patch_size": None}
+    name = tiny_openclip(tmp_path, vision_cfg=vision)
+    classifier = tiny_classifier(load_backbone(BackboneConfig(name=name)), "coop-shared")
+    with pytest.warns(UserWarning, match=r"train.compile=true does nothing.*no transformer blocks"):
+        compiled = CompiledBlocks.of(classifier)
+    with compiled:
+        assert classifier(pixels(2, torch.float32)).shape == (2, 3)
 
 
 @pytest.fixture

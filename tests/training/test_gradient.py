@@ -148,6 +148,24 @@ def test_a_text_side_that_is_trained_runs_once_a_pass(run, monkeypatch):
     assert (encoded, computed) == ([3, 3, 3, 3], [12, 12])
 
 
+@pytest.mark.parametrize(("pieces", "calls_a_step"), [(1, 1), (4, 3 + 4 + 4)])
+def test_frozen_layers_of_the_first_trained_block_run_once_a_step(run, monkeypatch, pieces, calls_a_step):
+    """In pieces there is no memory for that: a look at three of four, and both passes over all four."""
+    calls, build = [], gradient.StepGradient.__init__
+
+    def counted(self, classifier, *others):
+        build(self, classifier, *others)
+        split = classifier.adapter.image_split
+        norm = next(t.name for t in classifier.backbone.targets() if (t.block, t.projection) == (split, "norm1"))
+        layer = classifier.model.get_submodule(norm)
+        compute = layer.forward
+        layer.forward = lambda x: calls.append(len(x)) or compute(x)
+
+    monkeypatch.setattr(gradient.StepGradient, "__init__", counted)
+    run(pieces, steps=2, batch=13)
+    assert len(calls) == 2 * calls_a_step
+
+
 class Waits(TorchDispatchMode):
     """Counts reads of single numbers, for which an accelerator has to finish everything first."""
 
