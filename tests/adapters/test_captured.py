@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,6 +90,23 @@ def test_what_computes_again_is_not_captured(twins: tuple[str, str]) -> None:
     classifier: Any = tiny_classifier(tiny_backbone(twins, "open_clip", torch.float32), config).to("cuda")
     with classifier.captured():
         assert classifier.adapter._replay is None
+
+
+def test_what_cannot_be_recorded_is_launched_as_ever(
+    twins: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def impossible(*_: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    classifier: Any = tiny_classifier(tiny_backbone(twins, "open_clip"), "coop-shared").train()
+    expected = classifier(pixels())
+    monkeypatch.setattr("disam_peft.adapters.prompt._recorded", impossible)
+    with monkeypatch.context() as on_a_gpu:
+        on_a_gpu.setitem(vars(classifier.adapter), "context", SimpleNamespace(is_cuda=True))
+        with pytest.warns(UserWarning, match="launched one by one, with the same result.*stream is capturing$"):
+            captured = classifier.captured()
+    with captured:
+        assert torch.equal(classifier(pixels()), expected)
 
 
 @pytest.mark.parametrize("cell", ["coop-shared", "lora-image", "probe-zero_shot"])
