@@ -92,9 +92,7 @@ def test_what_computes_again_is_not_captured(twins: tuple[str, str]) -> None:
         assert classifier.adapter._replay is None
 
 
-def test_what_cannot_be_recorded_is_launched_as_ever(
-    twins: tuple[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_recorded_is_launched_as_ever(twins: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     def impossible(*_: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
