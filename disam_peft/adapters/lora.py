@@ -54,8 +54,7 @@ class PeftAdapter(Adapter):
         assert isinstance(config, LoraAdapterConfig | PeftAdapterConfig)
         targets, peft_config = plan(config, backbone)
         # All that is read off the plain model comes first: attaching replaces its layers.
-        image_split = cls.planned_image_split(config, backbone)
-        text_split = frozen_blocks(backbone, targets, "text")
+        image_split, text_split = (frozen_blocks(backbone, targets, tower) for tower in ("image", "text"))
         peft_json = to_json(peft_config, backbone)
         before = {name: module for name, module in backbone.model.named_modules() if name}
         try:

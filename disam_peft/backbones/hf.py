@@ -22,6 +22,7 @@ from disam_peft.backbones import towers
 from disam_peft.backbones.activation import replace_quick_gelu
 from disam_peft.backbones.base import ClipBackbone, Preprocessing, Target, TowerName, warn_random_weights
 from disam_peft.backbones.blocks import BlockParts, at_one_position
+from disam_peft.backbones.clones import shallow_clone
 from disam_peft.backbones.config import RANDOM_WEIGHTS, BackboneConfig
 from disam_peft.backbones.hub import hub_folder
 from disam_peft.backbones.repeated import Memory
@@ -91,7 +92,7 @@ class HfBackbone(ClipBackbone):
     def image_trunk(self, pixels_BCHW: Tensor, blocks: int) -> Tensor:
         towers.check_split(blocks, self.image_blocks, "image")
         vision: Any = self.model.vision_model
-        trunk = towers.shallow_clone(
+        trunk = shallow_clone(
             vision,
             encoder=_with_layers(vision.encoder, slice(None, blocks), _at_one_position(vision.encoder, None)),
             post_layernorm=nn.Identity(),  # it would see an unfinished class token, for nothing
@@ -101,7 +102,7 @@ class HfBackbone(ClipBackbone):
     def image_head(self, hidden: Tensor, blocks: int, memory: Memory | None = None) -> Tensor:
         towers.check_split(blocks, self.image_blocks, "image")
         vision: Any = self.model.vision_model
-        head = towers.shallow_clone(
+        head = shallow_clone(
             vision,
             embeddings=towers.Given(hidden),
             pre_layrnorm=nn.Identity(),
@@ -132,7 +133,7 @@ class HfBackbone(ClipBackbone):
         tokens_CL = self.cut_prompts(tokens_CL)
         text: Any = self.model.text_model
         given = towers.Given(embeddings_CLW[:, : tokens_CL.shape[1]])
-        hidden = towers.shallow_clone(text.embeddings, token_embedding=given)(input_ids=tokens_CL)
+        hidden = shallow_clone(text.embeddings, token_embedding=given)(input_ids=tokens_CL)
         return self.text_head(hidden, tokens_CL, 0)
 
     def text_trunk(self, tokens_CL: Tensor, blocks: int) -> Tensor:
@@ -153,7 +154,7 @@ class HfBackbone(ClipBackbone):
         """Some layers of the tower, the last one for the pooled position alone; then norm and pooling."""
         text: Any = self.model.text_model
         last = _at_one_position(text.encoder, self._pooled_positions(tokens_CL))
-        part = towers.shallow_clone(
+        part = shallow_clone(
             text,
             embeddings=towers.Given(hidden),
             encoder=_with_layers(text.encoder, which, last),
@@ -323,7 +324,7 @@ def _preprocessing(processor: Any) -> Preprocessing:
 
 
 def _with_layers(encoder: Any, which: slice, last: nn.Module | None, memory: Memory | None = None) -> Any:
-    return towers.shallow_clone(encoder, layers=towers.some_blocks(encoder.layers, which, last, memory))
+    return shallow_clone(encoder, layers=towers.some_blocks(encoder.layers, which, last, memory))
 
 
 def _at_one_position(encoder: Any, position_B: Tensor | None) -> Any:

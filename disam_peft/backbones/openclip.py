@@ -27,6 +27,7 @@ from disam_peft.backbones.activation import replace_quick_gelu
 from disam_peft.backbones.attention import SplitAttention, fused_state, split_attention
 from disam_peft.backbones.base import ClipBackbone, Target, TowerName, warn_random_weights
 from disam_peft.backbones.blocks import BlockParts, at_one_position
+from disam_peft.backbones.clones import shallow_clone
 from disam_peft.backbones.config import RANDOM_WEIGHTS, BackboneConfig
 from disam_peft.backbones.openclip_weights import create, is_custom_text, preprocessing, resolve
 from disam_peft.backbones.repeated import Memory
@@ -95,7 +96,7 @@ class OpenClipBackbone(ClipBackbone):
         visual: Any = self.model.visual
         if not self._visual_splits:
             return _pooled(visual(hidden.to(self.dtype)))
-        rest = towers.shallow_clone(visual, transformer=self._image_part(slice(blocks, None), memory))
+        rest = shallow_clone(visual, transformer=self._image_part(slice(blocks, None), memory))
         rest._embeds = lambda given: given
         return _pooled(rest(hidden))
 
@@ -130,7 +131,7 @@ class OpenClipBackbone(ClipBackbone):
     def encode_text_embeddings(self, embeddings_CLW: Tensor, tokens_CL: Tensor) -> Tensor:
         tokens_CL, text = self.cut_prompts(tokens_CL), self._text_tower()
         given = towers.Given(embeddings_CLW[:, : tokens_CL.shape[1]])
-        hidden, mask = towers.shallow_clone(text, token_embedding=given)._embeds(tokens_CL)
+        hidden, mask = shallow_clone(text, token_embedding=given)._embeds(tokens_CL)
         return self._text_rest(hidden, mask, tokens_CL, 0)
 
     def text_trunk(self, tokens_CL: Tensor, blocks: int) -> Tensor:
@@ -158,7 +159,7 @@ class OpenClipBackbone(ClipBackbone):
     def _text_rest(self, hidden: Tensor, mask: Tensor | None, tokens_CL: Tensor, blocks: int) -> Tensor:
         text = self._text_tower()
         last = self._last_text_block(tokens_CL)
-        rest = towers.shallow_clone(text, transformer=_with_blocks(text.transformer, slice(blocks, None), last))
+        rest = shallow_clone(text, transformer=_with_blocks(text.transformer, slice(blocks, None), last))
         rest._embeds = lambda _: (hidden, _cut(mask, hidden.shape[1]))
         if last is not None:
             tokens_CL = tokens_CL.new_zeros(len(tokens_CL), 1)  # one position is left, and any pooling takes it
@@ -252,7 +253,7 @@ def imagenet_templates() -> tuple[str, ...]:
 
 
 def _with_blocks(transformer: Any, which: slice, last: nn.Module | None, memory: Memory | None = None) -> Any:
-    return towers.shallow_clone(transformer, resblocks=towers.some_blocks(transformer.resblocks, which, last, memory))
+    return shallow_clone(transformer, resblocks=towers.some_blocks(transformer.resblocks, which, last, memory))
 
 
 def _at_one_position(transformer: Any, position_B: Tensor | None, *, causal: bool) -> Any:

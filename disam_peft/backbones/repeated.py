@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from disam_peft.backbones.clones import shallow_clone
+
 
 class Call:
     """What a layer was called with and what it returned, as long as nobody changes either in place.
@@ -58,9 +60,7 @@ def _clone(module: nn.Module, memory: Memory, path: str) -> nn.Module:
     if parameters and not any(p.requires_grad for p in parameters) and not _draws(module):
         return _remembered(module, memory, path)
     children = {name: _clone(child, memory, f"{path}.{name}") for name, child in module.named_children()}
-    clone = copy.copy(module)
-    clone._modules = {**module._modules, **children}
-    return clone
+    return shallow_clone(module, **children)
 
 
 def _remembered(module: nn.Module, memory: Memory, path: str) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,16 +10,6 @@ from torch import Tensor, nn
 from disam_peft.backbones.base import Target, TowerName
 from disam_peft.backbones.repeated import Memory, remembering
 from disam_peft.errors import UserError
-
-
-def shallow_clone(module: nn.Module, **children: nn.Module) -> Any:
-    """A module with the same parameters, hooks and flags, in which some children are exchanged.
-
-    It is built for one call: what an adapter or ``train()`` changes later would not reach a clone that is kept.
-    """
-    clone = copy.copy(module)
-    clone._modules = {**module._modules, **children}
-    return clone
 
 
 class Given(nn.Module):

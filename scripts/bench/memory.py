@@ -52,9 +52,8 @@ def rows(folder: Path, classes: int, batch_size: int, rounds: int, device: torch
         process, step_alone = peaks[limit]
         against = ratios(seconds[str(limit)], seconds[str(None)])
         found += [
-            Row(f"{what}, budget {limit:g} GB: peak of the process", [process], None, exact[limit], unit="GB"),
-            # a budget is for the step: what torch's libraries and the model take is no part of it
-            Row(f"{what}, budget {limit:g} GB: of it by the step", [step_alone], target, exact[limit], unit="GB"),
+            Row(f"{what}, budget {limit:g} GB: peak of the process", [process], target, exact[limit], unit="GB"),
+            Row(f"{what}, budget {limit:g} GB: of it by the step", [step_alone], None, exact[limit], unit="GB"),
             Row(f"{what}, time with budget {limit:g} GB / without", against, slower, exact[limit]),
         ]
     return found

@@ -15,7 +15,8 @@ from disam_peft.adapters import ClassPrompts, CoOpConfig, LoraAdapterConfig, bui
 from disam_peft.adapters.chunks import plan_chunks
 from disam_peft.backbones import BackboneConfig, load_backbone
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.backbones.towers import Given, shallow_clone
+from disam_peft.backbones.clones import shallow_clone
+from disam_peft.backbones.towers import Given
 from disam_peft.classifier import ClipClassifier
 from disam_peft.sharpness import DISAM
 
