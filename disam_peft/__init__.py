@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "DISAM": "disam_peft.sharpness",
-    "StepReport": "disam_peft.sharpness",
+    "DISAM": "disam_peft.disam",
+    "StepReport": "disam_peft.disam",
 }
 __all__ = ["DISAM", "StepReport", "__version__"]
 
 if TYPE_CHECKING:
-    from disam_peft.sharpness import DISAM, StepReport
+    from disam_peft.disam.disam import DISAM, StepReport
 
 
 def __getattr__(name: str) -> Any:

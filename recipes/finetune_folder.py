@@ -10,13 +10,23 @@ from pathlib import Path
 
 import typer
 
-from disam_peft.adapters import ClassPrompts, LastBlocks, LoraAdapterConfig, build_adapter
-from disam_peft.backbones import BackboneConfig, load_backbone
-from disam_peft.classifier import ClipClassifier
-from disam_peft.data import DataConfig, leave_out, load, split_train_validation
-from disam_peft.evaluation import metrics_by_domain, predict, validation_score
-from disam_peft.export import export_peft
-from disam_peft.training import MethodConfig, TrainConfig, fit, start_accelerator
+from disam_peft.adapters.prompts import ClassPrompts
+from disam_peft.adapters.registry import build_adapter
+from disam_peft.backbones.families import load_backbone
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.config.adapters import LastBlocks, LoraAdapterConfig
+from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.data import DataConfig
+from disam_peft.config.method import MethodConfig
+from disam_peft.config.training import TrainConfig
+from disam_peft.data.load import load
+from disam_peft.data.splits import leave_out, split_train_validation
+from disam_peft.evaluation.metrics import metrics_by_domain
+from disam_peft.evaluation.predict import predict
+from disam_peft.evaluation.protocols import validation_score
+from disam_peft.export.peft import export_peft
+from disam_peft.training.accelerator import start_accelerator
+from disam_peft.training.trainer import fit
 
 
 def main(

@@ -13,12 +13,21 @@ import typer
 from accelerate import Accelerator
 
 from disam_peft import DISAM
-from disam_peft.adapters import ClassPrompts, LoraAdapterConfig, build_adapter
-from disam_peft.backbones import BackboneConfig, load_backbone
-from disam_peft.classifier import ClipClassifier
-from disam_peft.data import AugmentConfig, DataConfig, DomainBatches, TrainTransform, leave_out, load, make_train_loader
-from disam_peft.evaluation import metrics_by_domain, predict
-from disam_peft.objectives import cross_entropy
+from disam_peft.adapters.prompts import ClassPrompts
+from disam_peft.adapters.registry import build_adapter
+from disam_peft.backbones.families import load_backbone
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.config.adapters import LoraAdapterConfig
+from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.data import AugmentConfig, DataConfig
+from disam_peft.data.load import load
+from disam_peft.data.loading.loader import make_train_loader
+from disam_peft.data.loading.sampler import DomainBatches
+from disam_peft.data.splits import leave_out
+from disam_peft.data.transforms.augment import TrainTransform
+from disam_peft.evaluation.metrics import metrics_by_domain
+from disam_peft.evaluation.predict import predict
+from disam_peft.objectives.losses import cross_entropy
 
 
 def main(folder: Path, held_out: str, backbone: str = "ViT-B-16", pretrained: str = "openai", steps: int = 200) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 
 from demo_checkpoint import CONTEXT_LENGTH
 
-from disam_peft.backbones import imagenet_templates
-from disam_peft.data.shapes import HUES, Draws, Scene
+from disam_peft.backbones.families import imagenet_templates
+from disam_peft.data.sources.shapes.raster import HUES, Draws
+from disam_peft.data.sources.shapes.scene import Scene
 
 START, END, PAD = "<start>", "<end>", "<pad>"
 VOCABULARY = 700

@@ -12,8 +12,9 @@ import torch
 from demo_checkpoint import MEAN, STD
 from torch import Tensor, nn
 
-from disam_peft.data.shapes import CLASSES, DOMAINS, Scene, draw_scene, paint
-from disam_peft.progress import track
+from disam_peft.common.progress import track
+from disam_peft.config.shapes import CLASSES, DOMAINS
+from disam_peft.data.sources.shapes.scene import Scene, draw_scene, paint
 
 PRETRAINING_SEED = 20_001
 

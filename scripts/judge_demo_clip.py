@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from demo_checkpoint import FINETUNING, PRETRAINING, write_readme
 
-from disam_peft import run
-from disam_peft.data.shapes import DOMAINS
-from disam_peft.demo import IMAGES_PER_CLASS, demo_recipe
-from disam_peft.records import ResultRow
+from disam_peft.common.records import ResultRow
+from disam_peft.config.shapes import DOMAINS
+from disam_peft.experiments import run
+from disam_peft.experiments.demo import IMAGES_PER_CLASS, demo_recipe
 
 RATES = (1.0, 0.5)
 """Learning rates, as multiples of the demo's."""

@@ -29,8 +29,8 @@ from demo_checkpoint import CONTEXT_LENGTH, at_full_size, create_model, write_ch
 from demo_pictures import PRETRAINING_SEED, evaluation_pictures, halved, moved, painted, scenes
 from torch import Tensor, nn
 
-from disam_peft.data.shapes import CLASSES
-from disam_peft.progress import track
+from disam_peft.common.progress import track
+from disam_peft.config.shapes import CLASSES
 
 IMAGES = {"blueprint": 350, "cartoon": 600, "painting": 350, "photo": 450, "silhouette": 500, "sketch": 450}
 """Pictures of each class."""

@@ -8,19 +8,20 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from disam_peft.adapters import (
+from disam_peft.adapters.prompts import ClassPrompts
+from disam_peft.adapters.registry import build_adapter
+from disam_peft.backbones.base import ClipBackbone
+from disam_peft.backbones.families import load_backbone
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.config.adapters import (
     AdapterConfig,
-    ClassPrompts,
     CoOpConfig,
     LastBlocks,
     LinearProbeConfig,
     LoraAdapterConfig,
     PeftAdapterConfig,
-    build_adapter,
 )
-from disam_peft.backbones import BackboneConfig, load_backbone
-from disam_peft.backbones.base import ClipBackbone
-from disam_peft.classifier import ClipClassifier
+from disam_peft.config.backbone import BackboneConfig
 
 FAMILIES = ("open_clip", "transformers")
 ALL_LINEAR = ["q", "k", "v", "out", "fc1", "fc2"]

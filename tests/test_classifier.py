@@ -10,10 +10,12 @@ import torch
 from adapter_cells import FAMILIES, PROMPTS, pixels, tiny_backbone, tiny_classifier
 from torch import nn
 
-from disam_peft.adapters import ADAPTERS, ClassPrompts, LinearProbeConfig, LoraAdapterConfig, build_adapter
 from disam_peft.adapters.linear_probe import LinearProbeAdapter
+from disam_peft.adapters.prompts import ClassPrompts, fill_templates
+from disam_peft.adapters.registry import ADAPTERS, build_adapter
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.classifier import ClipClassifier, fill_templates, zero_shot
+from disam_peft.classification.classifier import ClipClassifier, zero_shot
+from disam_peft.config.adapters import LinearProbeConfig, LoraAdapterConfig
 from disam_peft.errors import UserError
 
 
@@ -153,5 +155,5 @@ def test_training_mode_is_the_adapters_alone(backbone: ClipBackbone) -> None:
 
 
 def test_adapter_configs_need_no_torch() -> None:
-    check = "import sys; from disam_peft.adapters.config import AdapterConfig; sys.exit('torch' in sys.modules)"
+    check = "import sys; from disam_peft.config.adapters import AdapterConfig; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from disam_peft import run
-from disam_peft.cli import main
-from disam_peft.records import read_events, read_results
+from disam_peft.cli.app import main
+from disam_peft.common.records import read_events, read_results
+from disam_peft.experiments import run
 
 ROOT = Path(__file__).parents[1]
 PACS_MINI = ROOT.parent / "shared" / "data" / "pacs_mini"
@@ -231,15 +231,16 @@ def test_zero_shot_with_a_list_of_templates_and_the_imagenet_ensemble(cli, argum
 
 
 def test_help_needs_no_heavy_import():
-    code = "import sys, disam_peft.cli; print([n for n in ('torch', 'transformers', 'numpy') if n in sys.modules])"
+    code = "import sys, disam_peft.cli.app; print([n for n in ('torch', 'transformers', 'numpy') if n in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
 
 def test_base_weights_are_bit_identical_after_a_run(arguments, openclip_name, tmp_path):
-    from disam_peft.backbones import BackboneConfig, load_backbone
-    from disam_peft.export import load_adapter
-    from disam_peft.recipe import load_recipe
+    from disam_peft.backbones.families import load_backbone
+    from disam_peft.classification.saved_classifier import load_adapter
+    from disam_peft.config.backbone import BackboneConfig
+    from disam_peft.config.recipe import load_recipe
 
     recipe = load_recipe(ROOT / "recipes/pacs/lora_disam.yaml", [*arguments, SMALL_LORA, "protocol.held_out=art"])
     [outcome] = run.train(recipe)
@@ -258,7 +259,7 @@ def test_two_processes_give_the_results_of_one(arguments, tmp_path):
     for processes in (1, 2):
         # accelerate's own launcher starts several processes on a CPU through MPI alone
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        words = ["-m", "disam_peft.cli", "train", *recipe, *arguments, f"name=with-{processes}"]
+        words = ["-m", "disam_peft.cli.app", "train", *recipe, *arguments, f"name=with-{processes}"]
         subprocess.run([*launch, *words], env=environment, check=True, capture_output=True, timeout=120)
         rows = read_results(tmp_path / f"runs/with-{processes}/photo/results.json")
         assert {row.n for row in rows if (row.split, row.domain) == ("held_out", "photo")} == {32}, "each sample once"

@@ -7,9 +7,11 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
-from disam_peft import cli, run, shared
-from disam_peft.compare import compare
-from disam_peft.records import METRICS, read_events
+from disam_peft.cli import app as cli
+from disam_peft.common.records import METRICS, read_events
+from disam_peft.experiments import run
+from disam_peft.experiments import run_cache as shared
+from disam_peft.experiments.compare import compare
 from disam_peft.report.comparison import judge, read_comparison
 from disam_peft.report.comparison_page import write_comparison
 

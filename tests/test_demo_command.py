@@ -2,16 +2,16 @@
 
 import pytest
 
-from disam_peft.demo import demo
+from disam_peft.classification.saved_classifier import load_adapter
+from disam_peft.config.evaluation import SharpnessConfig
 from disam_peft.errors import UserError
-from disam_peft.evaluation import SharpnessConfig
-from disam_peft.export import load_adapter
-from disam_peft.report import read_runs
+from disam_peft.experiments.demo import demo
+from disam_peft.report.runs import read_runs
 
 
 def test_the_demo_leaves_a_report_a_sheet_and_an_adapter_that_loads(tmp_path, monkeypatch):
     quick = SharpnessConfig(samples=10, ascent_steps=1, hessian_iterations=3, gradient_group=5, slice_points=3)
-    monkeypatch.setattr("disam_peft.demo.SHARPNESS", quick)
+    monkeypatch.setattr("disam_peft.experiments.demo.SHARPNESS", quick)
     said = []
     rows = demo(tmp_path / "demo", "sketch", steps=2, images_per_class=5, say=said.append)
     assert {row.method for row in rows} == {"zero_shot", "erm", "sam", "disam"}

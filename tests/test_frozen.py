@@ -9,24 +9,24 @@ import numpy as np
 import pytest
 import torch
 
-from disam_peft.adapters import (
-    ClassPrompts,
-    CoOpConfig,
-    LastBlocks,
-    LinearProbeConfig,
-    LoraAdapterConfig,
-    build_adapter,
-)
-from disam_peft.backbones import BackboneConfig, load_backbone
-from disam_peft.classifier import ClipClassifier
-from disam_peft.data import AugmentConfig, DataConfig, TrainTransform, features, load
-from disam_peft.data.decode import BadImage
-from disam_peft.data.features import FeatureStore
-from disam_peft.data.shapes import ShapesConfig
+from disam_peft.adapters.prompts import ClassPrompts
+from disam_peft.adapters.registry import build_adapter
+from disam_peft.backbones.families import load_backbone
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.classification.frozen_features import evaluation_store, training_store
+from disam_peft.config.adapters import CoOpConfig, LastBlocks, LinearProbeConfig, LoraAdapterConfig
+from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.data import AugmentConfig, DataConfig, FeatureConfig
+from disam_peft.config.shapes import ShapesConfig
+from disam_peft.config.training import TrainConfig
+from disam_peft.data.load import load
+from disam_peft.data.stores import features
+from disam_peft.data.stores.features import FeatureStore
+from disam_peft.data.transforms.augment import TrainTransform
+from disam_peft.data.transforms.decode import BadImage
 from disam_peft.errors import UserError
-from disam_peft.evaluation import predict
-from disam_peft.frozen import FeatureConfig, evaluation_store, training_store
-from disam_peft.training import TrainConfig, fit
+from disam_peft.evaluation.predict import predict
+from disam_peft.training.trainer import fit
 
 LORA = LoraAdapterConfig(blocks=LastBlocks(last=1), seed=0)
 NO_AUGMENT = AugmentConfig(kind="none")

@@ -3,14 +3,16 @@
 import numpy as np
 import pytest
 
-from disam_peft import run
-from disam_peft.backbones import BackboneConfig, load_backbone
-from disam_peft.data import DataConfig, load
-from disam_peft.data.shapes import ShapesConfig
+from disam_peft.backbones.families import load_backbone
+from disam_peft.classification.domain_inference import clusters, infer_domains
+from disam_peft.common.records import METRICS, read_events
+from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.data import DataConfig, DomainsConfig
+from disam_peft.config.recipe import load_recipe
+from disam_peft.config.shapes import ShapesConfig
+from disam_peft.data.load import load
 from disam_peft.errors import UserError
-from disam_peft.inferred import DomainsConfig, clusters, infer_domains
-from disam_peft.recipe import load_recipe
-from disam_peft.records import METRICS, read_events
+from disam_peft.experiments import run
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from disam_peft.adapters.config import CoOpConfig, LoraAdapterConfig
-from disam_peft.backbones import BackboneConfig
-from disam_peft.data import DataConfig
+from disam_peft.config.adapters import CoOpConfig, LoraAdapterConfig
+from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.data import DataConfig
+from disam_peft.config.protocol import ProtocolConfig
+from disam_peft.config.recipe import Recipe, as_dict, differences, load_recipe, save_recipe
 from disam_peft.errors import UserError
-from disam_peft.evaluation import ProtocolConfig
-from disam_peft.recipe import Recipe, as_dict, differences, load_recipe, save_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 PATHS = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "studies")  # those have their own test

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from disam_peft.records import ResultRow, append_event, read_events, read_results, write_json, write_results
+from disam_peft.common.records import ResultRow, append_event, read_events, read_results, write_json, write_results
 
 ROW = ResultRow("ViT-B-16:openai", "lora", "disam", "sketch", 0, "held_out", "sketch", "top1", 0.5, 20)
 

@@ -6,12 +6,13 @@ import sys
 
 import pytest
 
-from disam_peft import run, run_folder
-from disam_peft.cli import main
-from disam_peft.data import DataConfig, load
+from disam_peft.cli.app import main
+from disam_peft.common.records import read_results
+from disam_peft.config.data import DataConfig
+from disam_peft.config.recipe import Recipe, as_dict
+from disam_peft.data.load import load
 from disam_peft.errors import Notice, UserError
-from disam_peft.recipe import Recipe, as_dict
-from disam_peft.records import read_results
+from disam_peft.experiments import run, run_folder
 
 
 class Cut(Exception):

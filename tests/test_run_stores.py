@@ -6,11 +6,11 @@ from collections import Counter
 
 import pytest
 
-from disam_peft import run
-from disam_peft.classifier import ClipClassifier
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.config.recipe import Recipe
 from disam_peft.data.dataset import DomainDataset
-from disam_peft.recipe import Recipe
-from disam_peft.shared import Shared
+from disam_peft.experiments import run
+from disam_peft.experiments.run_cache import Shared
 
 ADAPTERS = {
     "lora": {"kind": "lora", "blocks": {"last": 1}},

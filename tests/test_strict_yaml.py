@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from disam_peft import strict_yaml
+from disam_peft.config import yaml as strict_yaml
+from disam_peft.config.recipe import load_recipe
+from disam_peft.config.yaml import parse_yaml
 from disam_peft.errors import UserError
-from disam_peft.recipe import load_recipe
-from disam_peft.strict_yaml import parse_yaml
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "pacs" / "lora_disam.yaml"
 

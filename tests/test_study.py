@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from disam_peft.data.shapes import DOMAINS
+from disam_peft.config.shapes import DOMAINS
 from disam_peft.errors import UserError
-from disam_peft.study import load_plan
+from disam_peft.experiments.study import load_plan
 
 RECIPE = """
 recipe:

@@ -7,10 +7,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from disam_peft import cli, run
+from disam_peft.cli import app as cli
+from disam_peft.config.recipe import load_recipe
 from disam_peft.errors import UserError
-from disam_peft.recipe import load_recipe
-from disam_peft.sweep import SweepRow, best_command, sweep
+from disam_peft.experiments import run
+from disam_peft.experiments.sweep import SweepRow, best_command, sweep
 
 
 @pytest.fixture

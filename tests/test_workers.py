@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from disam_peft.workers import Died, Finished, spread
+from disam_peft.common.worker_pool import Died, Finished, spread
 
 
 def work(task):

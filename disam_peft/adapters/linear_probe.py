@@ -5,17 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from disam_peft.adapters.base import (
-    Adapter,
-    ClassPrompts,
-    fill_templates,
-    parameter_dtype,
-    require_matching_state,
-    zero_shot_features,
-)
-from disam_peft.adapters.config import LinearProbeConfig
+from disam_peft.adapters.base import Adapter, parameter_dtype, require_matching_state
+from disam_peft.adapters.prompts import ClassPrompts, fill_templates, zero_shot_features
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.config import Config
+from disam_peft.config.adapters import LinearProbeConfig
+from disam_peft.config.base import Config
 
 _INIT_STD = 0.01
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from disam_peft.backbones.blocks import BlockParts
-from disam_peft.backbones.config import BackboneConfig
-from disam_peft.backbones.hashing import weights_hash
-from disam_peft.backbones.prompt_rows import PromptRows
-from disam_peft.backbones.repeated import Memory
+from disam_peft.backbones.fingerprint import weights_hash
+from disam_peft.backbones.packed_prompts import PromptRows
+from disam_peft.backbones.pass_cache import Memory
+from disam_peft.common.preprocessing import Preprocessing
+from disam_peft.config.backbone import BackboneConfig
 
 TowerName = Literal["image", "text"]
 
@@ -38,17 +39,6 @@ class Target:
     """``q k v out fc1 fc2`` for the Linear layers and ``norm1 norm2`` for the norms of a standard block; elsewhere
     the module's own last name."""
     kind: Literal["linear", "norm"]
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What the checkpoint was trained to see; training augmentation ends in the same size and normalisation."""
-
-    size: tuple[int, int]
-    """Height and width in pixels."""
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: Literal["bicubic", "bilinear"]
 
 
 class ClipBackbone(ABC):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from disam_peft.backbones.base import Target, TowerName
-from disam_peft.backbones.repeated import Memory, remembering
+from disam_peft.backbones.pass_cache import Memory, remembering
 from disam_peft.errors import UserError
 
 

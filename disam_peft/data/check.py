@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from disam_peft.common.files import cache_folder
+from disam_peft.common.progress import track
 from disam_peft.data.dataset import DomainDataset, Skipped
-from disam_peft.data.decode import BadImage, decode_image
+from disam_peft.data.transforms.decode import BadImage, decode_image
 from disam_peft.errors import UserError
-from disam_peft.progress import track
 
 MAX_BAD_SHARE = 0.01
 _FORMAT = 2  # of the remembered findings; raise it where decoding changes its mind about a file
@@ -229,12 +230,6 @@ def _sizes(findings: list[Finding]) -> SizeSummary | None:
 
 
 # -- findings remembered between runs ------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """``$DISAM_PEFT_CACHE``, or ``~/.cache/disam_peft``."""
-    given = os.environ.get("DISAM_PEFT_CACHE")
-    return Path(given) if given else Path.home() / ".cache" / "disam_peft"
 
 
 def _memory(dataset: DomainDataset) -> Path:

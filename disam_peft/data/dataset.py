@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from disam_peft.data.decode import MAX_PIXELS, BadImage, decode_image
-from disam_peft.data.samples import MAX_FILE_BYTES
+from disam_peft.data.sources.samples import MAX_FILE_BYTES
+from disam_peft.data.transforms.decode import MAX_PIXELS, BadImage, decode_image
 from disam_peft.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:

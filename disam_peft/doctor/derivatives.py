@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from disam_peft.classifier import ClipClassifier
+from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.doctor.finding import Finding, judged, unavailable
 from disam_peft.doctor.subject import Subject, largest_relative
 from disam_peft.errors import UserError

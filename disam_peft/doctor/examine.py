@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from disam_peft.adapters.config import LoraAdapterConfig
-from disam_peft.backbones import BackboneConfig
-from disam_peft.data import DataConfig
-from disam_peft.data.shapes import ShapesConfig
+from disam_peft.common.progress import track
+from disam_peft.config.adapters import LoraAdapterConfig
+from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.data import DataConfig
+from disam_peft.config.protocol import ProtocolConfig
+from disam_peft.config.recipe import Recipe
+from disam_peft.config.shapes import ShapesConfig
 from disam_peft.doctor import derivatives, equalities, precision
 from disam_peft.doctor.environment import environment, this_device
 from disam_peft.doctor.finding import Finding, raised, unavailable
-from disam_peft.doctor.ranks import PROCESSES, TwoProcesses
 from disam_peft.doctor.subject import Subject, build_subject
-from disam_peft.evaluation import ProtocolConfig
-from disam_peft.progress import track
-from disam_peft.recipe import Recipe
+from disam_peft.doctor.two_processes import PROCESSES, TwoProcesses
 
 SECONDS = 40.0
 """Beside those of Python's imports: within a minute altogether."""

@@ -10,7 +10,7 @@ import torch
 from disam_peft.doctor.finding import Finding, judged, unavailable
 from disam_peft.doctor.subject import Subject, differing
 from disam_peft.errors import UserError
-from disam_peft.training.devices import check_precision
+from disam_peft.training.accelerator import check_precision
 
 RECAST = "autocast casts anew for pass 2"
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}

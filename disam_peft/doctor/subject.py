@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disam_peft.adapters import build_adapter
-from disam_peft.adapters.base import ClassPrompts
-from disam_peft.backbones import load_backbone
-from disam_peft.classifier import ClipClassifier
-from disam_peft.objectives import cross_entropy
-from disam_peft.recipe import Recipe
-from disam_peft.sharpness import DISAM
-from disam_peft.training import MethodConfig
+from disam_peft.adapters.prompts import ClassPrompts, prompt_templates
+from disam_peft.adapters.registry import build_adapter
+from disam_peft.backbones.families import load_backbone
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.config.method import MethodConfig
+from disam_peft.config.recipe import Recipe
+from disam_peft.disam.disam import DISAM
+from disam_peft.objectives.losses import cross_entropy
 
 CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
 TEMPLATES = 2
@@ -163,7 +163,7 @@ def build_subject(recipe: Recipe, device: torch.device) -> Subject:
         UserError: a backbone, adapter or prompt that cannot be used.
     """
     backbone = load_backbone(recipe.backbone)
-    prompts = ClassPrompts(CLASSES, recipe.prompts.resolved()[:TEMPLATES])
+    prompts = ClassPrompts(CLASSES, prompt_templates(recipe.prompts)[:TEMPLATES])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         classifier = ClipClassifier(backbone, build_adapter(recipe.adapter, backbone, prompts), prompts)

@@ -8,10 +8,10 @@ import io
 import torch
 from PIL import Image
 
+from disam_peft.common.records import Confusion, ExampleError
 from disam_peft.data.dataset import DomainDataset
-from disam_peft.data.decode import BadImage
+from disam_peft.data.transforms.decode import BadImage
 from disam_peft.evaluation.predict import Predictions
-from disam_peft.records import Confusion, ExampleError
 
 THUMBNAIL = 96
 """Pixels of the longer side, at most."""

@@ -5,38 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from torch import Tensor
 
-from disam_peft.classifier import ClipClassifier
-from disam_peft.config import Config
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.common.device import sent
+from disam_peft.common.progress import track
+from disam_peft.config.evaluation import EvaluationConfig
 from disam_peft.data.dataset import DomainDataset
-from disam_peft.data.features import FeatureStore
-from disam_peft.data.loader import make_eval_loader
-from disam_peft.data.transfer import sent
+from disam_peft.data.loading.loader import make_eval_loader
+from disam_peft.data.stores.features import FeatureStore
 from disam_peft.errors import UserError
-from disam_peft.evaluation.sharpness_config import SharpnessConfig
-from disam_peft.progress import track
 
 HELD_BYTES = 2**28
-
-
-class EvaluationConfig(Config):
-    """How predictions are computed, whose numbers do not depend on it but for rounding; and what else is recorded."""
-
-    batch_size: int = Field(default=64, ge=1)
-    """Per process."""
-    workers: int | Literal["auto"] = "auto"
-    """Processes that decode images."""
-    example_errors: int = Field(default=12, ge=0)
-    """The most confident errors on the held-out domain that are kept with a thumbnail, for the report."""
-    sharpness: SharpnessConfig | None = None
-    """Whether the sharpness of the trained weights is measured after training; unset: it is not."""
 
 
 @dataclass(frozen=True)

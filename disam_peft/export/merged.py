@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 
-from disam_peft.adapters.base import ClassPrompts
-from disam_peft.backbones import load_backbone
+from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.backbones.config import folder_config
-from disam_peft.classifier import ClipClassifier
+from disam_peft.backbones.families import folder_config, load_backbone
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.common.files import published
 from disam_peft.errors import UserError
-from disam_peft.export.publish import published
 
 TOLERANCE = 1e-5
 """Largest difference of logits, in units of the largest logit (of 1 where all are smaller)."""

@@ -64,7 +64,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
     tables = _tables(comparison)
     (folder / "comparison.md").write_text(_markdown(comparison, tables), encoding="utf-8")
     (folder / "comparison.tex").write_text("\n\n".join(t.latex() for t in tables) + "\n", encoding="utf-8")
-    loader = PackageLoader("disam_peft.report", ".")
+    loader = PackageLoader("disam_peft.report", "templates")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     page = environment.get_template("comparison.html.j2").render(
         comparison=comparison,

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from disam_peft.report.drawing import COLOURS, METHOD_COLOURS, edges, grid
+from disam_peft.report.result_tables import METHOD_TITLES, ComparisonTable
 from disam_peft.report.runs import RunRecord
-from disam_peft.report.tables import METHOD_TITLES, ComparisonTable
 
 _LINES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
 _SMOOTH_FROM = 15  # recorded steps; fewer are shown as they are

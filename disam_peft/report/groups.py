@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 
-from disam_peft.records import ExampleError
+from disam_peft.common.records import ExampleError
 from disam_peft.report.drawing import Drawing, draw
 from disam_peft.report.figures import cosine_curves, domain_curves, titles
 from disam_peft.report.maps import LARGEST_MATRIX, confusion_maps, loss_planes
+from disam_peft.report.result_tables import METHOD_TITLES, ComparisonTable
 from disam_peft.report.runs import RunRecord
-from disam_peft.report.sharpness import compare_sharpness
-from disam_peft.report.tables import METHOD_TITLES, ComparisonTable
+from disam_peft.report.sharpness_tables import compare_sharpness
 
 
 @dataclass(frozen=True)

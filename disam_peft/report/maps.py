@@ -10,7 +10,7 @@ from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
-from disam_peft.records import Confusion, LossSlice
+from disam_peft.common.records import Confusion, LossSlice
 from disam_peft.report.drawing import INK, edges, grid
 
 LARGEST_MATRIX = 40

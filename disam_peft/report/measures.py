@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from disam_peft.records import ResultRow
+from disam_peft.common.records import ResultRow
 from disam_peft.report.runs import RunRecord
 
 MEAN = "mean"

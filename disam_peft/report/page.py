@@ -13,8 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from disam_peft.report.drawing import draw
 from disam_peft.report.figures import accuracy_bars
 from disam_peft.report.groups import group_runs
+from disam_peft.report.result_tables import compare_held_out
 from disam_peft.report.runs import RunRecord
-from disam_peft.report.tables import compare_held_out
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def build_report(
             ``report_figures`` beside a page ``report.html``. The page does not need it.
     """
     # one loader for the one template that ships here; autoescape for all that comes from outside
-    loader = PackageLoader("disam_peft.report", ".")
+    loader = PackageLoader("disam_peft.report", "templates")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["number"] = lambda value: "n/a" if value is None else f"{value:.4f}"
     tables = compare_held_out(row for run in runs for row in run.rows)

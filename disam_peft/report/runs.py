@@ -8,8 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from disam_peft.errors import UserError
-from disam_peft.records import (
+from disam_peft.common.records import (
     CONFUSION,
     ERRORS,
     LOSS_SLICE,
@@ -24,6 +23,7 @@ from disam_peft.records import (
     read_list,
     read_results,
 )
+from disam_peft.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,17 @@ from collections.abc import Iterable
 from accelerate import Accelerator
 from torch import Tensor
 
-from disam_peft.classifier import ClipClassifier
-from disam_peft.data.augment import AugmentConfig, TrainTransform
-from disam_peft.data.batch_augment import BatchAugment
-from disam_peft.data.batches import DomainBatches
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.classification.frozen_features import training_store
+from disam_peft.common.device import sent_ahead
+from disam_peft.config.data import AugmentConfig, FeatureConfig
+from disam_peft.config.training import TrainConfig
 from disam_peft.data.dataset import DomainDataset
-from disam_peft.data.feature_batches import feature_batches
-from disam_peft.data.loader import make_stored_loader, make_train_loader
-from disam_peft.data.transfer import sent_ahead
-from disam_peft.frozen import FeatureConfig, training_store
-from disam_peft.training.config import TrainConfig
+from disam_peft.data.loading.feature_batches import feature_batches
+from disam_peft.data.loading.loader import make_stored_loader, make_train_loader
+from disam_peft.data.loading.sampler import DomainBatches
+from disam_peft.data.transforms.augment import TrainTransform
+from disam_peft.data.transforms.batch_augment import BatchAugment
 
 
 def feed(

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from disam_peft import DISAM
-from disam_peft.adapters import LoraAdapterConfig, build_adapter
-from disam_peft.classifier import ClipClassifier
-from disam_peft.objectives import cross_entropy
-from disam_peft.sharpness.passes import Way
+from disam_peft.adapters.registry import build_adapter
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.config.adapters import LoraAdapterConfig
+from disam_peft.disam.passes import Way
+from disam_peft.objectives.losses import cross_entropy
 
 from .measure import Row, interleaved, ratios
 from .models import class_prompts, our_backbone

@@ -14,10 +14,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import CLIPConfig
 
-from disam_peft.adapters import LoraAdapterConfig, build_adapter
-from disam_peft.backbones import BackboneConfig, load_backbone
-from disam_peft.backbones.attention import fused_state
+from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
+from disam_peft.backbones.families import load_backbone
+from disam_peft.backbones.open_clip.attention import fused_state
+from disam_peft.config.adapters import LoraAdapterConfig
+from disam_peft.config.backbone import BackboneConfig
 
 from .lora import ALPHA, CLASSES, RANK
 from .measure import Row, interleaved, ratios

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from disam_peft.training.compiled import CompiledBlocks
+from disam_peft.training.compiled_blocks import CompiledBlocks
 
 from .steps import Step
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from disam_peft.adapters import CoOpConfig, build_adapter
+from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.classifier import ClipClassifier
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.config.adapters import CoOpConfig
 
 from .measure import Row, interleaved, ratios
 from .models import class_prompts, our_backbone, peer_model

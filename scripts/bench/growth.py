@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from disam_peft import DISAM
-from disam_peft.adapters import LastBlocks, LoraAdapterConfig, build_adapter
-from disam_peft.classifier import ClipClassifier
-from disam_peft.objectives import cross_entropy
+from disam_peft.adapters.registry import build_adapter
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.config.adapters import LastBlocks, LoraAdapterConfig
+from disam_peft.objectives.losses import cross_entropy
 
 from .measure import Row, interleaved, ratios
 from .models import class_prompts, our_backbone

@@ -10,8 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from disam_peft.adapters import LastBlocks, LoraAdapterConfig, build_adapter
-from disam_peft.classifier import ClipClassifier
+from disam_peft.adapters.registry import build_adapter
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.config.adapters import LastBlocks, LoraAdapterConfig
 
 from .measure import Row, interleaved, ratios
 from .models import class_prompts, our_backbone, peer_model

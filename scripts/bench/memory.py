@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from disam_peft.backbones import BackboneConfig, load_backbone
+from disam_peft.backbones.families import load_backbone
+from disam_peft.config.backbone import BackboneConfig
 
 from .coop import coop_classifier
 from .measure import Row, interleaved, ratios

@@ -14,9 +14,10 @@ from open_clip.tokenizer import bytes_to_unicode, default_bpe
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from disam_peft.adapters import ClassPrompts
-from disam_peft.backbones import BackboneConfig, load_backbone
+from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.backbones.base import ClipBackbone
+from disam_peft.backbones.families import load_backbone
+from disam_peft.config.backbone import BackboneConfig
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 SHORT_NAME = 2

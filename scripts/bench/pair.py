@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from disam_peft.adapters.base import Autocast
-from disam_peft.classifier import ClipClassifier
+from disam_peft.classification.classifier import ClipClassifier
 
 from .steps import Batch, Rows, Step, Stored, ours, peer_erm, peer_sam
 

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from disam_peft import DISAM
-from disam_peft.adapters import LinearProbeConfig, build_adapter
 from disam_peft.adapters.linear_probe import LinearProbeAdapter
-from disam_peft.classifier import ClipClassifier
-from disam_peft.objectives import cross_entropy
-from disam_peft.training import TrainConfig
-from disam_peft.training.probes import ProbeSetting, ProbeStack, fit_probes, probe_features
+from disam_peft.adapters.registry import build_adapter
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.config.adapters import LinearProbeConfig
+from disam_peft.config.training import TrainConfig
+from disam_peft.objectives.losses import cross_entropy
+from disam_peft.training.stacked_probes import ProbeSetting, ProbeStack, fit_probes, probe_features
 
 from .measure import Row, interleaved, ratios
 from .models import class_prompts, our_backbone, peer_model

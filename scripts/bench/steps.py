@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from disam_peft import DISAM
 from disam_peft.adapters.base import Autocast
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.classifier import ClipClassifier
-from disam_peft.data.transfer import sent_ahead
-from disam_peft.objectives import cross_entropy
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.common.device import sent_ahead
+from disam_peft.objectives.losses import cross_entropy
 
 RHO = 0.05
 VARIANCE_WEIGHT = 0.1

@@ -20,14 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from disam_peft import run
-from disam_peft.adapters import AdapterConfig, CoOpConfig, LastBlocks, LoraAdapterConfig
-from disam_peft.backbones import BackboneConfig
-from disam_peft.data import AugmentConfig, DataConfig, DomainDataset, leave_out, load, split_train_validation
-from disam_peft.evaluation import ProtocolConfig
-from disam_peft.frozen import FeatureConfig
-from disam_peft.recipe import Recipe
-from disam_peft.training import MethodConfig, TrainConfig
+from disam_peft.config.adapters import AdapterConfig, CoOpConfig, LastBlocks, LoraAdapterConfig
+from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.data import AugmentConfig, DataConfig, FeatureConfig
+from disam_peft.config.method import MethodConfig
+from disam_peft.config.protocol import ProtocolConfig
+from disam_peft.config.recipe import Recipe
+from disam_peft.config.training import TrainConfig
+from disam_peft.data.dataset import DomainDataset
+from disam_peft.data.load import load
+from disam_peft.data.splits import leave_out, split_train_validation
+from disam_peft.experiments import run
 
 from .coop import CONTEXT, PromptLearner
 from .lora import ALPHA, RANK, peer_logits, peer_lora

@@ -9,7 +9,7 @@ import torch
 from adapter_cells import CELLS, FAMILIES, LABELS, OTHER_CELLS, PEFT_CELLS, pixels, tiny_backbone, tiny_classifier
 from torch import Tensor, nn
 
-from disam_peft.classifier import ClipClassifier
+from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.errors import UserError
 
 matrix = pytest.mark.parametrize("family", FAMILIES)

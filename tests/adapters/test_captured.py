@@ -14,9 +14,9 @@ from adapter_cells import FAMILIES, LABELS, pixels, tiny_backbone, tiny_classifi
 from torch import Tensor
 
 from disam_peft import DISAM
-from disam_peft.adapters import CoOpConfig
-from disam_peft.classifier import ClipClassifier
-from disam_peft.objectives import cross_entropy
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.config.adapters import CoOpConfig
+from disam_peft.objectives.losses import cross_entropy
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DOMAINS = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -98,7 +98,7 @@ def test_what_cannot_be_recorded_is_launched_as_ever(twins: tuple[str, str], mon
 
     classifier: Any = tiny_classifier(tiny_backbone(twins, "open_clip"), "coop-shared").train()
     expected = classifier(pixels())
-    monkeypatch.setattr("disam_peft.adapters.prompt._recorded", impossible)
+    monkeypatch.setattr("disam_peft.adapters.coop.adapter._recorded", impossible)
     with monkeypatch.context() as on_a_gpu:
         on_a_gpu.setitem(vars(classifier.adapter), "context", SimpleNamespace(is_cuda=True))
         with pytest.warns(UserWarning, match="launched one by one, with the same result.*stream is capturing$"):

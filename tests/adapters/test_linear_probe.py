@@ -6,9 +6,10 @@ import pytest
 import torch
 from adapter_cells import FAMILIES, PROMPTS, pixels, tiny_backbone
 
-from disam_peft.adapters import LinearProbeConfig, build_adapter
+from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.classifier import ClipClassifier
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.config.adapters import LinearProbeConfig
 
 
 @pytest.fixture(params=FAMILIES)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from adapter_cells import FAMILIES, PROMPTS, pixels, tiny_backbone, tiny_classifier
 
-from disam_peft.adapters import ClassPrompts, CoOpConfig, build_adapter
+from disam_peft.adapters.prompts import ClassPrompts
+from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.classifier import ClipClassifier, zero_shot
+from disam_peft.classification.classifier import ClipClassifier, zero_shot
+from disam_peft.config.adapters import CoOpConfig
 from disam_peft.errors import UserError
 
 NAMES = ("cat", "polar bear", "fire truck", "{}", "Žluťoučký kůň")

@@ -11,14 +11,17 @@ from adapter_cells import FAMILIES, LABELS, PROMPTS, pixels, tiny_backbone, tiny
 from tiny import tiny_openclip
 from torch import Tensor, nn
 
-from disam_peft.adapters import ClassPrompts, CoOpConfig, LoraAdapterConfig, build_adapter
-from disam_peft.adapters.chunks import plan_chunks
-from disam_peft.backbones import BackboneConfig, load_backbone
+from disam_peft.adapters.coop.chunks import plan_chunks
+from disam_peft.adapters.prompts import ClassPrompts
+from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.clones import shallow_clone
+from disam_peft.backbones.families import load_backbone
 from disam_peft.backbones.towers import Given
-from disam_peft.classifier import ClipClassifier
-from disam_peft.sharpness import DISAM
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.config.adapters import CoOpConfig, LoraAdapterConfig
+from disam_peft.config.backbone import BackboneConfig
+from disam_peft.disam.disam import DISAM
 
 NAMES = ("cat", "a very long name of many words", "fire truck", "{}", "Žluťoučký kůň")
 TOLERANCE = {torch.float32: 7e-6, torch.float64: 1e-12}

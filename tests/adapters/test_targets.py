@@ -11,11 +11,13 @@ import torch
 from adapter_cells import CELLS, FAMILIES, PROMPTS, tiny_backbone
 from tiny import tiny_openclip
 
-from disam_peft.adapters import AdapterConfig, LastBlocks, LoraAdapterConfig, build_adapter, planned_image_split
-from disam_peft.adapters.lora import PeftAdapter
-from disam_peft.adapters.targets import frozen_blocks, select_targets
-from disam_peft.backbones import BackboneConfig, load_backbone
+from disam_peft.adapters.peft.adapter import PeftAdapter
+from disam_peft.adapters.peft.targets import frozen_blocks, select_targets
+from disam_peft.adapters.registry import build_adapter, planned_image_split
 from disam_peft.backbones.base import ClipBackbone
+from disam_peft.backbones.families import load_backbone
+from disam_peft.config.adapters import AdapterConfig, LastBlocks, LoraAdapterConfig
+from disam_peft.config.backbone import BackboneConfig
 from disam_peft.errors import UserError
 
 

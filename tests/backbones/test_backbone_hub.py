@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi
 
-from disam_peft.backbones import BackboneConfig, hub, load_backbone
+from disam_peft.backbones import hub
+from disam_peft.backbones.families import load_backbone
+from disam_peft.config.backbone import BackboneConfig
 from disam_peft.errors import UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

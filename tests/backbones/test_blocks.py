@@ -13,15 +13,16 @@ from peft import IA3Config, LoraConfig, PeftConfig, inject_adapter_in_model
 from tiny import tiny_openclip
 from torch import Tensor, nn
 
-from disam_peft.backbones import BackboneConfig, load_backbone
 from disam_peft.backbones.activation import replace_quick_gelu
-from disam_peft.backbones.attention import split_attention
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.blocks import BlockParts
 from disam_peft.backbones.clones import shallow_clone
-from disam_peft.backbones.openclip import _parts
-from disam_peft.backbones.prompt_rows import PromptRows
+from disam_peft.backbones.families import load_backbone
+from disam_peft.backbones.open_clip.attention import split_attention
+from disam_peft.backbones.open_clip.backbone import _parts
+from disam_peft.backbones.packed_prompts import PromptRows
 from disam_peft.backbones.towers import Given
+from disam_peft.config.backbone import BackboneConfig
 
 TEXTS = ["a dog", "a sketch of an elephant, isn't it?", "the interior of a very small guitar shop", "x"]
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-12}

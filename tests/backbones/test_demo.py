@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 import disam_peft.backbones
-from disam_peft.backbones import BackboneConfig, imagenet_templates, load_backbone
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.data.shapes import CLASSES, DOMAINS, draw_scene, paint
+from disam_peft.backbones.families import imagenet_templates, load_backbone
+from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.shapes import CLASSES, DOMAINS
+from disam_peft.data.sources.shapes.scene import draw_scene, paint
 
 FOLDER = Path(disam_peft.backbones.__file__).parent / "demo"
 RECORD = json.loads((FOLDER / "pretraining.json").read_text(encoding="utf-8"))

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_transformers, twin_checkpoints
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-from disam_peft.backbones import BackboneConfig, load_backbone
 from disam_peft.backbones.base import ClipBackbone
+from disam_peft.backbones.families import load_backbone
+from disam_peft.config.backbone import BackboneConfig
 from disam_peft.errors import UserError
 
 TEXTS = ["a photo of a dog", "a sketch of an elephant", "a guitar", "an oil painting of a house at night"]

@@ -10,9 +10,10 @@ from adapter_cells import FAMILIES, PROMPTS, tiny_backbone
 from test_blocks import assert_same, pixels, whole_image, whole_text
 from torch import Tensor, nn
 
-from disam_peft.adapters import LoraAdapterConfig, PeftAdapterConfig, build_adapter
+from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.blocks import AFFINE
+from disam_peft.config.adapters import LoraAdapterConfig, PeftAdapterConfig
 
 CONFIGS = {
     "k and v plain": LoraAdapterConfig(towers=["image", "text"], blocks=[1], projections=["q", "fc1"], rank=2, seed=1),

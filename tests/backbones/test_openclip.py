@@ -18,8 +18,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import tiny_openclip, tiny_openclip_config, write_clip_tokenizer
 
-from disam_peft.backbones import BackboneConfig, imagenet_templates, load_backbone
 from disam_peft.backbones.base import ClipBackbone
+from disam_peft.backbones.families import imagenet_templates, load_backbone
+from disam_peft.config.backbone import BackboneConfig
 from disam_peft.errors import UserError
 
 TEXTS = ["a dog", "a sketch of an elephant", "a guitar"]

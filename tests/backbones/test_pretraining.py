@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from disam_peft.data.shapes import CLASSES, DOMAINS
+from disam_peft.config.shapes import CLASSES, DOMAINS
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 TINY = ["--share", "0", "--plain-epochs", "1", "--varied-epochs", "1", "--batch-size", "24"]

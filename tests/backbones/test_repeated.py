@@ -10,10 +10,11 @@ import torch
 from adapter_cells import CELLS, FAMILIES, PEFT_CELLS, PROMPTS, tiny_backbone
 from torch import Tensor, nn
 
-from disam_peft.adapters import LoraAdapterConfig, build_adapter
+from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.backbones.repeated import Memory, remembering
-from disam_peft.classifier import ClipClassifier
+from disam_peft.backbones.pass_cache import Memory, remembering
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.config.adapters import LoraAdapterConfig
 
 QV = LoraAdapterConfig(rank=2, seed=1, blocks=[1, 2])
 

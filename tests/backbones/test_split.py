@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from disam_peft.backbones import BackboneConfig, load_backbone
-from disam_peft.backbones.attention import SplitAttention, fused_state, split_attention
 from disam_peft.backbones.base import ClipBackbone
+from disam_peft.backbones.families import load_backbone
+from disam_peft.backbones.open_clip.attention import SplitAttention, fused_state, split_attention
+from disam_peft.config.backbone import BackboneConfig
 
 TEXTS = ["a dog", "a sketch of an elephant, isn't it?", "the interior of a very small guitar shop"]
 

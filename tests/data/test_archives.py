@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 from hostile_archives import KINDS, Maker
 
-from disam_peft.data import DataConfig, archives, load, members
+from disam_peft.config.data import DataConfig
+from disam_peft.data.load import load
+from disam_peft.data.sources import archive as archives
+from disam_peft.data.sources import archive_members as members
 from disam_peft.errors import UserError
 
 # Where a later Python refuses by itself, the archive is "damaged".
@@ -235,7 +238,7 @@ def test_names_that_are_no_archive_of_ours(tmp_path):
 
 
 def test_check_data_reads_an_archive(root, tmp_path, capsys):
-    from disam_peft.cli import check_data
+    from disam_peft.cli.app import check_data
 
     check_data(pack(root, tmp_path / "x.tar.xz", "top"), json_file=tmp_path / "found.json")
     assert "12 images" in capsys.readouterr().out

@@ -9,7 +9,8 @@ from PIL import Image
 from pydantic import ValidationError
 from torchvision import transforms as v1
 
-from disam_peft.data import AugmentConfig, TrainTransform
+from disam_peft.config.data import AugmentConfig
+from disam_peft.data.transforms.augment import TrainTransform
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))

@@ -9,10 +9,12 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from disam_peft.data import AugmentConfig, colors, resample
-from disam_peft.data.batch_augment import BatchAugment
-from disam_peft.data.draws import draw, middle_boxes
-from disam_peft.data.keyed import keyed_uniforms
+from disam_peft.common.random import keyed_uniforms
+from disam_peft.config.data import AugmentConfig
+from disam_peft.data.transforms import color as colors
+from disam_peft.data.transforms import resize as resample
+from disam_peft.data.transforms.augment_params import draw, middle_boxes
+from disam_peft.data.transforms.batch_augment import BatchAugment
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 IMAGES = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 3, 40, 50), dtype=np.uint8))

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from disam_peft.data import DomainBatches
+from disam_peft.data.loading.sampler import DomainBatches
 from disam_peft.errors import UserError
 
 # Domains 2, 5 and 9 with 4, 10 and 30 samples, mixed.

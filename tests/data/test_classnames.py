@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from disam_peft.data.classnames import clean_class_name, prompt_names, read_overrides
+from disam_peft.data.class_names import clean_class_name, prompt_names, read_overrides
 from disam_peft.errors import UserError
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 from tiny_images import write_image
 
-from disam_peft.data import DataConfig, check, inspect, load, verified
+from disam_peft.config.data import DataConfig
+from disam_peft.data import check
+from disam_peft.data.check import inspect, verified
+from disam_peft.data.load import load
 from disam_peft.errors import UserError
 
 

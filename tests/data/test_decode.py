@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from disam_peft.data import BadImage, decode_image
+from disam_peft.data.transforms.decode import BadImage, decode_image
 from disam_peft.errors import UserError
 
 

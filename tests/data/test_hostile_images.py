@@ -13,8 +13,10 @@ import pytest
 from mutated_images import encode, giants, many_scans, mutated, noise, originals
 from PIL import Image, features
 
-from disam_peft.data import BadImage, DataConfig, decode_image, inspect, load
-from disam_peft.data.decode import FORMATS
+from disam_peft.config.data import DataConfig
+from disam_peft.data.check import inspect
+from disam_peft.data.load import load
+from disam_peft.data.transforms.decode import FORMATS, BadImage, decode_image
 from disam_peft.errors import UserError
 
 COUNT = 500
@@ -61,7 +63,7 @@ def test_row_13_giant_claims_cost_no_memory():
     code = """
 import resource
 from mutated_images import giants, originals
-from disam_peft.data.decode import BadImage, decode_image
+from disam_peft.data.transforms.decode import BadImage, decode_image
 files = giants()
 for data in originals().values():
     decode_image(data, "x")  # Pillow loads its readers

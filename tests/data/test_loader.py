@@ -8,18 +8,13 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
-from disam_peft.data import (
-    AugmentConfig,
-    BadImage,
-    DataConfig,
-    DomainBatches,
-    TrainTransform,
-    load,
-    make_eval_loader,
-    make_train_loader,
-)
-from disam_peft.data import loader as loader_module
-from disam_peft.data.loader import resolve_workers
+from disam_peft.config.data import AugmentConfig, DataConfig
+from disam_peft.data.load import load
+from disam_peft.data.loading import loader as loader_module
+from disam_peft.data.loading.loader import make_eval_loader, make_train_loader, resolve_workers
+from disam_peft.data.loading.sampler import DomainBatches
+from disam_peft.data.transforms.augment import TrainTransform
+from disam_peft.data.transforms.decode import BadImage
 from disam_peft.errors import UserError
 
 TRANSFORM = TrainTransform((8, 8), (0.5,) * 3, (0.5,) * 3, "bicubic", AugmentConfig(), seed=1)

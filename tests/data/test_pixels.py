@@ -18,21 +18,17 @@ from PIL import Image
 from pydantic import ValidationError
 from tiny_images import write_image
 
-from disam_peft.data import (
-    AugmentConfig,
-    BadImage,
-    DataConfig,
-    DomainBatches,
-    DomainDataset,
-    TrainTransform,
-    leave_out,
-    load,
-    make_train_loader,
-    pixels,
-)
-from disam_peft.data.batch_augment import BatchAugment
-from disam_peft.data.loader import make_stored_loader
-from disam_peft.data.pixels import PixelStore, auto_side, open_or_build, squeezed
+from disam_peft.config.data import AugmentConfig, DataConfig
+from disam_peft.data.dataset import DomainDataset
+from disam_peft.data.load import load
+from disam_peft.data.loading.loader import make_stored_loader, make_train_loader
+from disam_peft.data.loading.sampler import DomainBatches
+from disam_peft.data.splits import leave_out
+from disam_peft.data.stores import pixels
+from disam_peft.data.stores.pixels import PixelStore, auto_side, open_or_build, squeezed
+from disam_peft.data.transforms.augment import TrainTransform
+from disam_peft.data.transforms.batch_augment import BatchAugment
+from disam_peft.data.transforms.decode import BadImage
 from disam_peft.errors import UserError
 
 ARGUMENTS = ((8, 8), (0.5,) * 3, (0.5,) * 3, "bicubic", AugmentConfig(), 1)

@@ -9,12 +9,13 @@ import time
 import pytest
 import torch
 
-from disam_peft.data import DataConfig, load
-from disam_peft.data.batches import DomainBatches
-from disam_peft.data.feature_batches import feature_batches
-from disam_peft.data.features import FeatureKey, open_or_build
-from disam_peft.data.prefetch import ahead
-from disam_peft.data.transfer import constant, sent, sent_ahead
+from disam_peft.common.device import constant, sent, sent_ahead
+from disam_peft.config.data import DataConfig
+from disam_peft.data.load import load
+from disam_peft.data.loading.feature_batches import feature_batches
+from disam_peft.data.loading.prefetch import ahead
+from disam_peft.data.loading.sampler import DomainBatches
+from disam_peft.data.stores.features import FeatureKey, open_or_build
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -84,7 +85,7 @@ def test_the_thread_ends_with_a_consumer_that_stops_early(how):
 
 def test_an_interpreter_that_exits_in_the_middle_does_not_hang():
     code = (
-        "from disam_peft.data.prefetch import ahead\n"
+        "from disam_peft.data.loading.prefetch import ahead\n"
         "import itertools\n"
         "items = ahead(itertools.count())\n"
         "print(next(items), next(items))\n"
@@ -153,7 +154,7 @@ class TestOnAGpu:
 
     @pytest.mark.parametrize("share", [0.0, 0.05], ids=["read ahead", "resident"])
     def test_the_same_batches_of_features(self, stored, monkeypatch, share):
-        from disam_peft.data import feature_batches as module
+        from disam_peft.data.loading import feature_batches as module
 
         monkeypatch.setattr(module, "RESIDENT_SHARE", share)
         monkeypatch.setattr(module, "LOADED_AT_ONCE", 10)
@@ -172,7 +173,7 @@ class TestOnAGpu:
         assert not threads()
 
     def test_a_store_of_which_little_is_read_stays_on_the_disk(self, stored):
-        from disam_peft.data import feature_batches as module
+        from disam_peft.data.loading import feature_batches as module
 
         _, store, batches = stored
         assert module._fits(store, batches(steps=60), torch.device("cuda"))
@@ -191,7 +192,7 @@ class TestOnAGpu:
         assert torch.stack(sums).tolist() == [float(k * size) for k in range(20)]
 
     def test_the_thread_works_on_the_device_of_its_process(self, stored, monkeypatch):
-        from disam_peft.data import feature_batches as module
+        from disam_peft.data.loading import feature_batches as module
 
         monkeypatch.setattr(module, "RESIDENT_SHARE", 0.0)
         chosen = []

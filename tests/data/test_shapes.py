@@ -11,9 +11,11 @@ import time
 import numpy as np
 import pytest
 
-from disam_peft.data.shapes import CLASSES, DOMAINS, HUES, STYLES, Draws, blended, draw_scene, paint
-from disam_peft.data.shapes.outlines import OUTLINES
-from disam_peft.data.shapes.raster import SIZE, UNIT, clouds, coverage, grown, hsv, place, shrunk
+from disam_peft.config.shapes import CLASSES, DOMAINS
+from disam_peft.data.sources.shapes.outlines import OUTLINES
+from disam_peft.data.sources.shapes.raster import HUES, SIZE, UNIT, Draws, clouds, coverage, grown, hsv, place, shrunk
+from disam_peft.data.sources.shapes.scene import draw_scene, paint
+from disam_peft.data.sources.shapes.styles import STYLES, blended
 
 GOLDEN = {
     (0, "test", "blueprint", "arrow", 0): "ef71a938329c7a07380664b4111302f1",

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from disam_peft.data import DataConfig, ShapesConfig, leave_out, load
-from disam_peft.data.shapes import CLASSES, DOMAINS, HUES, OverlapConfig, list_shapes, paint_shape, write_shapes
-from disam_peft.data.shapes.source import object_hue
+from disam_peft.config.data import DataConfig
+from disam_peft.config.shapes import CLASSES, DOMAINS, OverlapConfig, ShapesConfig
+from disam_peft.data.load import load
+from disam_peft.data.sources.shapes.raster import HUES
+from disam_peft.data.sources.shapes.source import list_shapes, object_hue, paint_shape, write_shapes
+from disam_peft.data.splits import leave_out
 from disam_peft.errors import UserError
 
 

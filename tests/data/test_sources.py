@@ -12,8 +12,8 @@ import pytest
 from pydantic import ValidationError
 from tiny_images import write_image
 
-from disam_peft.data import DataConfig, load
-from disam_peft.data.sources import agree
+from disam_peft.config.data import DataConfig
+from disam_peft.data.load import agree, load
 from disam_peft.errors import UserError
 
 

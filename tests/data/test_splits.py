@@ -7,7 +7,9 @@ import warnings
 
 import pytest
 
-from disam_peft.data import DataConfig, check_no_leak, leave_out, load, split_train_validation
+from disam_peft.config.data import DataConfig
+from disam_peft.data.load import load
+from disam_peft.data.splits import check_no_leak, leave_out, split_train_validation
 from disam_peft.errors import UserError
 
 

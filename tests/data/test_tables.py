@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from tiny_images import write_image
 
-from disam_peft.data import DataConfig, load
+from disam_peft.config.data import DataConfig
+from disam_peft.data.load import load
 from disam_peft.errors import UserError
 
 

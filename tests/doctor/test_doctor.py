@@ -12,31 +12,25 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from disam_peft.adapters import CoOpConfig, LinearProbeConfig, LoraAdapterConfig, PeftAdapterConfig
-from disam_peft.adapters.lora import PeftAdapter
-from disam_peft.backbones import BackboneConfig
-from disam_peft.classifier import ClipClassifier
-from disam_peft.cli import app
-from disam_peft.doctor import (
-    Examination,
-    Finding,
-    build_subject,
-    demo_recipe,
-    derivatives,
-    equalities,
-    precision,
-    ranks,
-)
-from disam_peft.doctor import examine as examine_all
-from disam_peft.doctor.examine import checks
-from disam_peft.doctor.finding import judged
-from disam_peft.doctor.ranks import PROCESSES, TwoProcesses
-from disam_peft.doctor.table import print_examination
-from disam_peft.recipe import save_recipe
-from disam_peft.sharpness import DISAM, passes
-from disam_peft.sharpness.perturbation import AscentDirection, restored
-from disam_peft.sharpness.ranks import Ranks
-from disam_peft.training import MethodConfig
+from disam_peft.adapters.peft.adapter import PeftAdapter
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.cli.app import app
+from disam_peft.cli.examination import print_examination
+from disam_peft.config.adapters import CoOpConfig, LinearProbeConfig, LoraAdapterConfig, PeftAdapterConfig
+from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.method import MethodConfig
+from disam_peft.config.recipe import save_recipe
+from disam_peft.disam import passes
+from disam_peft.disam.disam import DISAM
+from disam_peft.disam.perturbation import AscentDirection, restored
+from disam_peft.disam.ranks import Ranks
+from disam_peft.doctor import derivatives, equalities, precision
+from disam_peft.doctor import two_processes as ranks
+from disam_peft.doctor.examine import Examination, checks, demo_recipe
+from disam_peft.doctor.examine import examine as examine_all
+from disam_peft.doctor.finding import Finding, judged
+from disam_peft.doctor.subject import build_subject
+from disam_peft.doctor.two_processes import PROCESSES, TwoProcesses
 
 ADAPTERS = {
     "lora": LoraAdapterConfig(rank=2),

@@ -14,8 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
 
-from disam_peft.data import DataConfig, load
-from disam_peft.evaluation import EvaluationConfig, metrics_by_domain, predict
+from disam_peft.config.data import DataConfig
+from disam_peft.config.evaluation import EvaluationConfig
+from disam_peft.data.load import load
+from disam_peft.evaluation.metrics import metrics_by_domain
+from disam_peft.evaluation.predict import predict
 
 WORLDS = (1, 2, 3)
 SIZES = (1, 2, 7, 25)

@@ -4,9 +4,11 @@ import pytest
 import torch
 from PIL import Image
 
-from disam_peft.data import DataConfig, leave_out, load
-from disam_peft.evaluation import Predictions, metrics_by_domain
-from disam_peft.evaluation.metrics import class_accuracies
+from disam_peft.config.data import DataConfig
+from disam_peft.data.load import load
+from disam_peft.data.splits import leave_out
+from disam_peft.evaluation.metrics import class_accuracies, metrics_by_domain
+from disam_peft.evaluation.predict import Predictions
 
 
 def test_row_10_an_absent_class_is_not_available_and_in_no_average():

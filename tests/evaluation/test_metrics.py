@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from disam_peft.errors import UserError
-from disam_peft.evaluation import Predictions, held_out_domains, metrics, metrics_by_domain, validation_score
+from disam_peft.evaluation.metrics import metrics, metrics_by_domain
+from disam_peft.evaluation.predict import Predictions
+from disam_peft.evaluation.protocols import held_out_domains, validation_score
 
 
 def logits(rows):

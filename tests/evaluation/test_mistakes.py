@@ -7,8 +7,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from disam_peft.data import DataConfig, load
-from disam_peft.evaluation import Predictions, confident_errors, confusion
+from disam_peft.config.data import DataConfig
+from disam_peft.data.load import load
+from disam_peft.evaluation.mistakes import confident_errors, confusion
+from disam_peft.evaluation.predict import Predictions
 
 CLASSES = ("blue", "green", "grey tone", "red")
 

@@ -7,12 +7,17 @@ import pytest
 import torch
 from adapter_cells import tiny_backbone, tiny_classifier
 
-from disam_peft.adapters import ClassPrompts, LinearProbeConfig, build_adapter
-from disam_peft.backbones import BackboneConfig, load_backbone
-from disam_peft.classifier import ClipClassifier
-from disam_peft.data import DataConfig, load
-from disam_peft.evaluation import EvaluationConfig, predict
-from disam_peft.frozen import FeatureConfig, evaluation_store
+from disam_peft.adapters.prompts import ClassPrompts
+from disam_peft.adapters.registry import build_adapter
+from disam_peft.backbones.families import load_backbone
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.classification.frozen_features import evaluation_store
+from disam_peft.config.adapters import LinearProbeConfig
+from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.data import DataConfig, FeatureConfig
+from disam_peft.config.evaluation import EvaluationConfig
+from disam_peft.data.load import load
+from disam_peft.evaluation.predict import predict
 
 predict_module = importlib.import_module("disam_peft.evaluation.predict")  # the package has a function of that name
 

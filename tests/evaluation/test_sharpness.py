@@ -6,8 +6,8 @@ from adapter_cells import LABELS, pixels, tiny_backbone, tiny_classifier
 from scipy.optimize import brentq
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from disam_peft.adapters import CoOpConfig, LastBlocks, LinearProbeConfig, LoraAdapterConfig
-from disam_peft.evaluation.sharpness import (
+from disam_peft.config.adapters import CoOpConfig, LastBlocks, LinearProbeConfig, LoraAdapterConfig
+from disam_peft.evaluation.sharpness.measures import (
     extreme_eigenvalue,
     fixed_direction,
     gradient_variance,
@@ -15,8 +15,8 @@ from disam_peft.evaluation.sharpness import (
     plane_losses,
     worst_loss,
 )
-from disam_peft.evaluation.surface import LossSurface
-from disam_peft.objectives import cross_entropy
+from disam_peft.evaluation.sharpness.surface import LossSurface
+from disam_peft.objectives.losses import cross_entropy
 
 
 def quadratic(hessian, slope, start, samples=5, chunk=2):

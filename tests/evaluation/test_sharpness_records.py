@@ -8,14 +8,18 @@ import pytest
 import torch
 from adapter_cells import tiny_backbone, tiny_classifier
 
-from disam_peft import cli, run
-from disam_peft.adapters import ClassPrompts
-from disam_peft.data import DataConfig, leave_out, load
+from disam_peft.adapters.prompts import ClassPrompts
+from disam_peft.cli import app as cli
+from disam_peft.common.records import Confusion, ExampleError, LossSlice, ResultRow, read_list, read_results
+from disam_peft.config.data import DataConfig
+from disam_peft.config.evaluation import SharpnessConfig
+from disam_peft.config.recipe import load_recipe
+from disam_peft.data.load import load
+from disam_peft.data.splits import leave_out
 from disam_peft.errors import UserError
-from disam_peft.evaluation import SharpnessConfig, sharpness_rows
-from disam_peft.evaluation.sharpness_rows import balanced_sample
-from disam_peft.recipe import load_recipe
-from disam_peft.records import Confusion, ExampleError, LossSlice, ResultRow, read_list, read_results
+from disam_peft.evaluation.sharpness import rows as sharpness_rows
+from disam_peft.evaluation.sharpness.rows import balanced_sample
+from disam_peft.experiments import run
 
 METRICS = [
     *("sample_loss", "gradient_norm", "worst_loss_rho_0.05", "sharpness_rho_0.05", "worst_loss_rho_0.2"),

@@ -16,13 +16,16 @@ from adapter_cells import CELLS, FAMILIES, PEFT_CELLS, PROMPTS, pixels, tiny_bac
 from safetensors.torch import load_file, save_file
 from tiny import tiny_transformers
 
-from disam_peft.adapters import ClassPrompts
-from disam_peft.backbones import BackboneConfig, load_backbone
+from disam_peft.adapters import manifest as record_module
+from disam_peft.adapters.manifest import read_record
+from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.classifier import ClipClassifier, zero_shot
+from disam_peft.backbones.families import load_backbone
+from disam_peft.classification.classifier import ClipClassifier, zero_shot
+from disam_peft.classification.saved_classifier import load_adapter, save_adapter
+from disam_peft.config.backbone import BackboneConfig
 from disam_peft.errors import UserError
-from disam_peft.export import export_peft, load_adapter, read_record, save_adapter
-from disam_peft.export import record as record_module
+from disam_peft.export.peft import export_peft
 
 TENSORS, RECORD, PEFT_CONFIG = "adapter_model.safetensors", "disam_peft.json", "adapter_config.json"
 

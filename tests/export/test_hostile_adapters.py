@@ -18,10 +18,10 @@ import torch
 from adapter_cells import tiny_backbone, tiny_classifier
 from safetensors.torch import load_file, save_file
 
+from disam_peft.adapters import manifest as record_module
 from disam_peft.backbones.base import ClipBackbone
+from disam_peft.classification.saved_classifier import load_adapter, save_adapter
 from disam_peft.errors import UserError
-from disam_peft.export import load_adapter, save_adapter
-from disam_peft.export import record as record_module
 
 TENSORS, RECORD, PEFT_CONFIG = "adapter_model.safetensors", "disam_peft.json", "adapter_config.json"
 CELLS = ("lora-image", "dora", "oft", "coop-shared", "coop-class", "probe-zero_shot")

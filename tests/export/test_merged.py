@@ -10,12 +10,11 @@ from adapter_cells import FAMILIES, PROMPTS, pixels, tiny_backbone, tiny_classif
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from disam_peft.adapters import ClassPrompts
+from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.classifier import zero_shot
+from disam_peft.classification.classifier import zero_shot
 from disam_peft.errors import UserError
-from disam_peft.export import export_merged
-from disam_peft.export.merged import TOLERANCE
+from disam_peft.export.merged import TOLERANCE, export_merged
 
 ONE_TEMPLATE = ClassPrompts(PROMPTS.class_names, ("a photo of a {}.",))
 SENTENCES = [f"a photo of a {name}." for name in PROMPTS.class_names]

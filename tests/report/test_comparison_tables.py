@@ -4,9 +4,9 @@ import io
 
 from rich.console import Console
 
+from disam_peft.cli.output import print_comparison
 from disam_peft.report.comparison import Comparison, MeasureRow, TextTable, judge
 from disam_peft.report.measures import training_measures
-from disam_peft.tables import print_comparison
 
 TABLE = TextTable("a_b", ("held out", "SAM"), (("art|x", "50.0 ± 1.0"), ("mean", "50.0 ± 1.0")))
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from test_report import Reader, rows
 
-from disam_peft import cli
-from disam_peft.records import (
+from disam_peft.cli import app as cli
+from disam_peft.common.records import (
     Confusion,
     ExampleError,
     LossSlice,
@@ -21,10 +21,11 @@ from disam_peft.records import (
     write_list,
     write_results,
 )
-from disam_peft.report import build_report, read_runs
 from disam_peft.report.figures import _smoothed, titles
 from disam_peft.report.groups import group_runs
-from disam_peft.report.sharpness import compare_sharpness
+from disam_peft.report.page import build_report
+from disam_peft.report.runs import read_runs
+from disam_peft.report.sharpness_tables import compare_sharpness
 
 NASTY = "<b>$x$ & \\ _y"
 PLANE = LossSlice(

@@ -5,8 +5,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from disam_peft.records import ResultRow, append_event, write_results
-from disam_peft.report import Picture, build_report, compare_held_out, read_runs
+from disam_peft.common.records import ResultRow, append_event, write_results
+from disam_peft.report.page import Picture, build_report
+from disam_peft.report.result_tables import compare_held_out
+from disam_peft.report.runs import read_runs
 
 EVIL = [
     "<script>alert(1)</script>",

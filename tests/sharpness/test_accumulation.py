@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from disam_peft import DISAM
-from disam_peft.sharpness import passes
-from disam_peft.sharpness.microbatches import SEVERAL, EffectiveBatch
-from disam_peft.sharpness.ranks import Ranks
+from disam_peft.disam import passes
+from disam_peft.disam.micro_batches import SEVERAL, EffectiveBatch
+from disam_peft.disam.ranks import Ranks
 
 BATCH, DOMAINS = 28, torch.tensor([0, 1, 2, 0, 0, 2, 1] * 4)
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from disam_peft.sharpness import ascent_weights, domain_sums
-from disam_peft.sharpness.domains import domain_index
+from disam_peft.disam.ascent import ascent_weights
+from disam_peft.disam.domain_sums import domain_index, domain_sums
 
 
 def test_weights_equal_autograd_through_the_variance():

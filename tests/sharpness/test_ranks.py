@@ -151,8 +151,8 @@ def test_gradients_per_domain_are_not_left_to_a_wrapper(ranks):
 
 def test_row_04_an_empty_rank_may_not_leave_a_wrapper_waiting(monkeypatch):
     """What a rank of several says before it would leave the others waiting."""
-    monkeypatch.setattr("disam_peft.sharpness.ranks.dist.is_initialized", lambda: True)
-    monkeypatch.setattr("disam_peft.sharpness.ranks.dist.get_world_size", lambda group: 2)
+    monkeypatch.setattr("disam_peft.disam.ranks.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("disam_peft.disam.ranks.dist.get_world_size", lambda group: 2)
     w = torch.ones(2, requires_grad=True)
     with pytest.raises(ValueError, match=r"one sample with mask=\[False\]"):
         DISAM([w], num_domains=2).backward(lambda: torch.zeros(0), torch.tensor([]))

@@ -13,10 +13,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from adapter_cells import CELLS, LAST_TWO, tiny_backbone, tiny_classifier
 
-from disam_peft.adapters import ClassPrompts, LoraAdapterConfig
-from disam_peft.data import AugmentConfig, DataConfig, load
-from disam_peft.frozen import FeatureConfig
-from disam_peft.training import MethodConfig, TrainConfig, fit, start_accelerator
+from disam_peft.adapters.prompts import ClassPrompts
+from disam_peft.config.adapters import LoraAdapterConfig
+from disam_peft.config.data import AugmentConfig, DataConfig, FeatureConfig
+from disam_peft.config.method import MethodConfig
+from disam_peft.config.training import TrainConfig
+from disam_peft.data.load import load
+from disam_peft.training.accelerator import start_accelerator
+from disam_peft.training.trainer import fit
 
 METHODS = {
     "erm": MethodConfig(name="erm"),

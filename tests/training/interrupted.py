@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 
-from disam_peft import run
-from disam_peft.backbones import load_backbone
+from disam_peft.backbones.families import load_backbone
+from disam_peft.config.recipe import Recipe
 from disam_peft.errors import Stopped, UserError
-from disam_peft.recipe import Recipe
+from disam_peft.experiments import run
 
 _children: set[int] = set()
 

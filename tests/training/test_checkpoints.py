@@ -11,8 +11,8 @@ import pytest
 from interrupted import ended, forked
 
 from disam_peft.errors import UserError
-from disam_peft.training import checkpoints
-from disam_peft.training.checkpoints import MANIFEST, complete_checkpoints, read_checkpoint, write_checkpoint
+from disam_peft.training.checkpoint import storage as checkpoints
+from disam_peft.training.checkpoint.storage import MANIFEST, complete_checkpoints, read_checkpoint, write_checkpoint
 
 FILES = {"tensors.safetensors": bytes(range(256)) * 4, "state.json": b'{"step": 4}'}
 LATER = {"tensors.safetensors": bytes(range(255, -1, -1)) * 4, "state.json": b'{"step": 6}'}

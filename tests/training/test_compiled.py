@@ -16,12 +16,14 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 from disam_peft import DISAM
-from disam_peft.backbones import BackboneConfig, load_backbone
-from disam_peft.classifier import ClipClassifier
+from disam_peft.backbones.families import load_backbone
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.training import TrainConfig
 from disam_peft.errors import UserError
-from disam_peft.objectives import cross_entropy
-from disam_peft.training import TrainConfig, loop
-from disam_peft.training.compiled import CompiledBlocks
+from disam_peft.objectives.losses import cross_entropy
+from disam_peft.training import trainer as loop
+from disam_peft.training.compiled_blocks import CompiledBlocks
 
 DOMAINS = torch.tensor([0, 1, 2, 0, 1, 2])
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

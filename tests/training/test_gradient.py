@@ -14,10 +14,14 @@ from accelerate import Accelerator
 from adapter_cells import tiny_backbone, tiny_classifier
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from disam_peft.data import DataConfig, load
+from disam_peft.config.data import DataConfig
+from disam_peft.config.method import MethodConfig
+from disam_peft.config.training import TrainConfig
+from disam_peft.data.load import load
 from disam_peft.errors import UserError
-from disam_peft.training import MethodConfig, TrainConfig, gradient, start_accelerator
-from disam_peft.training.gradient import Pieces, StepGradient, choose_pieces
+from disam_peft.training import micro_batching as gradient
+from disam_peft.training.accelerator import start_accelerator
+from disam_peft.training.micro_batching import Pieces, StepGradient, choose_pieces
 
 
 @pytest.fixture
@@ -124,7 +128,7 @@ def test_both_passes_see_the_same_dropout_in_each_piece(run, pieces, monkeypatch
 
 
 def test_the_frozen_part_runs_once_a_piece_and_no_pass_takes_more_than_a_piece(run, monkeypatch, two_phase):
-    from disam_peft.classifier import ClipClassifier
+    from disam_peft.classification.classifier import ClipClassifier
 
     encoded, computed = [], []
     encode, logits = ClipClassifier.encode_frozen, ClipClassifier.logits
@@ -138,7 +142,7 @@ def test_the_frozen_part_runs_once_a_piece_and_no_pass_takes_more_than_a_piece(r
 
 def test_a_text_side_that_is_trained_runs_once_a_pass(run, monkeypatch):
     """Pieces would repeat CoOp's prompts for each: the images, which are frozen there, are encoded in pieces alone."""
-    from disam_peft.classifier import ClipClassifier
+    from disam_peft.classification.classifier import ClipClassifier
 
     encoded, computed = [], []
     encode, logits = ClipClassifier.encode_frozen, ClipClassifier.logits

@@ -11,14 +11,16 @@ import time
 import pytest
 from interrupted import ended, ends_itself, forked, result, saved
 
-from disam_peft import run
-from disam_peft.data import loader
+from disam_peft.common.locks import locked
+from disam_peft.data.loading import loader
+from disam_peft.disam.disam import DISAM
+from disam_peft.disam.perturbation import AscentDirection
 from disam_peft.errors import Notice, Stopped, UserError
-from disam_peft.locking import locked
-from disam_peft.sharpness import DISAM
-from disam_peft.sharpness.perturbation import AscentDirection
-from disam_peft.training import checkpoints, gradient, signals
-from disam_peft.training.signals import StopSignals
+from disam_peft.experiments import run
+from disam_peft.training import micro_batching as gradient
+from disam_peft.training.checkpoint import signals
+from disam_peft.training.checkpoint import storage as checkpoints
+from disam_peft.training.checkpoint.signals import StopSignals
 
 pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="processes are forked and signalled as POSIX systems do it"),

@@ -9,14 +9,20 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from disam_peft.adapters import ClassPrompts, LinearProbeConfig, LoraAdapterConfig, build_adapter
-from disam_peft.backbones import BackboneConfig, load_backbone
-from disam_peft.classifier import ClipClassifier
-from disam_peft.data import AugmentConfig, DataConfig, load
+from disam_peft.adapters.prompts import ClassPrompts
+from disam_peft.adapters.registry import build_adapter
+from disam_peft.backbones.families import load_backbone
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.config.adapters import LinearProbeConfig, LoraAdapterConfig
+from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.data import AugmentConfig, DataConfig
+from disam_peft.config.method import MethodConfig
+from disam_peft.config.training import TrainConfig
+from disam_peft.data.load import load
 from disam_peft.errors import UserError
-from disam_peft.evaluation import Score
-from disam_peft.training import MethodConfig, TrainConfig, fit
-from disam_peft.training.devices import check_precision, start_accelerator
+from disam_peft.evaluation.protocols import Score
+from disam_peft.training.accelerator import check_precision, start_accelerator
+from disam_peft.training.trainer import fit
 
 SETTINGS = {"steps": 3, "batch_size": 6, "workers": 0, "log_every": 1}
 
@@ -203,7 +209,7 @@ def test_row_11_losses_that_stay_nan_stop_the_run_and_name_the_files(make_classi
 
 
 def test_a_skipped_step_changes_nothing_and_does_not_advance_the_schedule(make_classifier, dataset, monkeypatch):
-    from disam_peft.training import gradient
+    from disam_peft.training import micro_batching as gradient
 
     real, calls = gradient.cross_entropy, []
 
@@ -225,7 +231,7 @@ def test_a_skipped_step_changes_nothing_and_does_not_advance_the_schedule(make_c
 
 
 def test_row_31_out_of_memory_leaves_the_weights_alone_and_says_what_to_do(make_classifier, dataset, monkeypatch):
-    from disam_peft.training import gradient
+    from disam_peft.training import micro_batching as gradient
 
     real, calls = gradient.cross_entropy, []
 

@@ -6,12 +6,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from disam_peft.adapters import ClassPrompts, LoraAdapterConfig, build_adapter
-from disam_peft.backbones import BackboneConfig, load_backbone
-from disam_peft.classifier import ClipClassifier
-from disam_peft.data import AugmentConfig, DataConfig, load
-from disam_peft.training import TrainConfig, fit, gradient
-from disam_peft.training.devices import start_accelerator
+from disam_peft.adapters.prompts import ClassPrompts
+from disam_peft.adapters.registry import build_adapter
+from disam_peft.backbones.families import load_backbone
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.config.adapters import LoraAdapterConfig
+from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.data import AugmentConfig, DataConfig
+from disam_peft.config.training import TrainConfig
+from disam_peft.data.load import load
+from disam_peft.training import micro_batching as gradient
+from disam_peft.training.accelerator import start_accelerator
+from disam_peft.training.trainer import fit
 
 STEPS, BAD_STEP, SCALE = 6, 4, 2.0**16
 

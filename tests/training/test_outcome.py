@@ -9,15 +9,23 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from disam_peft.adapters import ClassPrompts, LoraAdapterConfig, build_adapter
-from disam_peft.backbones import BackboneConfig, load_backbone
-from disam_peft.classifier import ClipClassifier
-from disam_peft.data import DataConfig, load
+from disam_peft.adapters.prompts import ClassPrompts
+from disam_peft.adapters.registry import build_adapter
+from disam_peft.backbones.families import load_backbone
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.config.adapters import LoraAdapterConfig
+from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.data import DataConfig
+from disam_peft.config.training import TrainConfig
+from disam_peft.data.load import load
+from disam_peft.disam.disam import StepReport
 from disam_peft.errors import Stopped, UserError
-from disam_peft.evaluation import Score
-from disam_peft.sharpness import StepReport
-from disam_peft.training import Checkpoints, TrainConfig, fit, gradient, loop
-from disam_peft.training.outcome import Taken, Updates
+from disam_peft.evaluation.protocols import Score
+from disam_peft.training import micro_batching as gradient
+from disam_peft.training import trainer as loop
+from disam_peft.training.checkpoint.manager import Checkpoints
+from disam_peft.training.guarded_optimizer import Taken, Updates
+from disam_peft.training.trainer import fit
 
 OPTIMIZERS = {
     "adamw": lambda params: torch.optim.AdamW(params, 0.1, weight_decay=0.3, fused=True),

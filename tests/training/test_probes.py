@@ -5,17 +5,24 @@ import torch
 from torch import nn
 
 from disam_peft import DISAM
-from disam_peft.adapters import ClassPrompts, LinearProbeConfig, build_adapter
 from disam_peft.adapters.linear_probe import LinearProbeAdapter
-from disam_peft.backbones import BackboneConfig, load_backbone
-from disam_peft.classifier import ClipClassifier
-from disam_peft.data import AugmentConfig, DataConfig, load
-from disam_peft.data.batches import DomainBatches
+from disam_peft.adapters.prompts import ClassPrompts
+from disam_peft.adapters.registry import build_adapter
+from disam_peft.backbones.families import load_backbone
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.config.adapters import LinearProbeConfig
+from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.data import AugmentConfig, DataConfig
+from disam_peft.config.method import MethodConfig
+from disam_peft.config.training import TrainConfig
+from disam_peft.data.load import load
+from disam_peft.data.loading.sampler import DomainBatches
 from disam_peft.errors import UserError
-from disam_peft.evaluation import Predictions, validation_score
-from disam_peft.objectives import cross_entropy
-from disam_peft.training import MethodConfig, TrainConfig, fit
-from disam_peft.training.probes import ProbeSetting, ProbeStack, fit_probes, probe_features
+from disam_peft.evaluation.predict import Predictions
+from disam_peft.evaluation.protocols import validation_score
+from disam_peft.objectives.losses import cross_entropy
+from disam_peft.training.stacked_probes import ProbeSetting, ProbeStack, fit_probes, probe_features
+from disam_peft.training.trainer import fit
 
 SETTINGS = [
     ProbeSetting(learning_rate, rho, variance_weight)

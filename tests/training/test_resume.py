@@ -11,18 +11,26 @@ import torch
 from interrupted import ended, ends_itself, result, saved
 from torch.optim.lr_scheduler import LambdaLR
 
-from disam_peft.adapters import ClassPrompts, LinearProbeConfig, LoraAdapterConfig, build_adapter
-from disam_peft.backbones import BackboneConfig, load_backbone
-from disam_peft.classifier import ClipClassifier
-from disam_peft.data import DataConfig, load
+from disam_peft.adapters.prompts import ClassPrompts
+from disam_peft.adapters.registry import build_adapter
+from disam_peft.backbones.families import load_backbone
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.config.adapters import LinearProbeConfig, LoraAdapterConfig
+from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.data import DataConfig
+from disam_peft.config.method import MethodConfig
+from disam_peft.config.training import TrainConfig
+from disam_peft.data.load import load
+from disam_peft.disam.perturbation import AscentDirection
+from disam_peft.disam.random_state import RandomState
 from disam_peft.errors import Notice, UserError
-from disam_peft.evaluation import Score
-from disam_peft.sharpness.perturbation import AscentDirection
-from disam_peft.sharpness.rng import RandomState
-from disam_peft.training import Checkpoints, MethodConfig, TrainConfig, checkpoints, fit
-from disam_peft.training.best import BestState
-from disam_peft.training.counters import StepCounters
-from disam_peft.training.state import RECORD, StateRecord, TrainingState
+from disam_peft.evaluation.protocols import Score
+from disam_peft.training.checkpoint import storage as checkpoints
+from disam_peft.training.checkpoint.manager import Checkpoints
+from disam_peft.training.checkpoint.state import RECORD, StateRecord, TrainingState
+from disam_peft.training.selection import BestState
+from disam_peft.training.step_metrics import StepCounters
+from disam_peft.training.trainer import fit
 
 pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="processes are forked and killed as POSIX systems do it"),
@@ -80,7 +88,7 @@ def test_row_33_with_stores_and_accumulation(finished, make_recipe, start, chang
 
 def test_row_33_killed_between_training_and_the_results(finished, make_recipe, start):
     """Nothing is trained twice, and a finished run has no checkpoints left."""
-    from disam_peft import run
+    from disam_peft.experiments import run
 
     expected, recipe = finished(), make_recipe()
     assert ended(start(recipe, ends_itself(run, "fit", 1))) == -signal.SIGKILL

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from disam_peft.training import TrainConfig
-from disam_peft.training.schedule import learning_rate_factor
+from disam_peft.config.training import TrainConfig
+from disam_peft.training.optimizers import learning_rate_factor
 
 
 def factors(**settings):

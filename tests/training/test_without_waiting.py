@@ -7,8 +7,12 @@ import pytest
 import torch
 from test_outcome import LooksFirst
 
-from disam_peft.data import AugmentConfig, feature_batches
-from disam_peft.training import MethodConfig, TrainConfig, gradient, loop
+from disam_peft.config.data import AugmentConfig
+from disam_peft.config.method import MethodConfig
+from disam_peft.config.training import TrainConfig
+from disam_peft.data.loading import feature_batches
+from disam_peft.training import micro_batching as gradient
+from disam_peft.training import trainer as loop
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,0 +1,281 @@
+"""CoOp: the words around the class name are learned (Zhou et al. 2022, arXiv 2109.01134).
+
+A prompt is [start] ctx_1 ... ctx_M name . [end]; only the context vectors are trained, the embeddings of name and
+markers are frozen and looked up once. What all prompts begin with, up to the shared context, runs through the text
+tower once for all classes, where the tower is causal. Shapes in this file: C classes, L tokens, M context tokens, W
+token width, E embedding width.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from disam_peft.adapters.base import Adapter, Autocast, parameter_dtype, require_matching_state
+from disam_peft.adapters.coop.chunks import plan_chunks
+from disam_peft.adapters.prompts import ClassPrompts, FrozenText, ensemble
+from disam_peft.backbones.base import ClipBackbone
+from disam_peft.backbones.packed_prompts import PromptRows
+from disam_peft.config.adapters import CoOpConfig
+from disam_peft.config.base import Config
+from disam_peft.errors import UserError
+
+_DEFAULT_CONTEXT_TOKENS = 16
+_INIT_STD = 0.02
+
+
+class CoOpAdapter(Adapter):
+    """Context vectors (M, W), or (C, M, W) with one context per class; float32 also where the backbone is half.
+
+    Args:
+        context: their initial values.
+        chunks: the classes in order. Of several, nothing is kept for backward, which repeats one after the other.
+    """
+
+    kind = "coop"
+    replaces_class_prompts = True
+
+    def __init__(self, config: CoOpConfig, context: Tensor, chunks: list[_Chunk]) -> None:
+        super().__init__()
+        self.config = config
+        self.context = nn.Parameter(context)
+        self._chunks = nn.ModuleList(chunks)
+        self._replay: Callable[[Tensor], Tensor] | None = None
+
+    @classmethod
+    def build(cls, config: Config, backbone: ClipBackbone, prompts: ClassPrompts) -> CoOpAdapter:
+        """Changes nothing in the backbone.
+
+        Raises:
+            UserError: a prompt that does not fit the context length, or ``context_tokens`` unlike the initial words.
+        """
+        assert isinstance(config, CoOpConfig)
+        start, end_id = _markers(backbone)
+        if config.init is None:
+            length = _DEFAULT_CONTEXT_TOKENS if config.context_tokens is None else config.context_tokens
+            tokens_CL = _prompts_around_gap(backbone, prompts.class_names, length, start, end_id)
+        else:
+            length, tokens_CL = _prompts_from_words(backbone, prompts.class_names, config, start, end_id)
+        tokens_CL = backbone.cut_prompts(tokens_CL)
+        with torch.no_grad():
+            embeddings_CLW = backbone.embed_tokens(tokens_CL)
+        rows = slice(None) if config.class_specific else 0
+        context = embeddings_CLW[rows, start : start + length].to(parameter_dtype(backbone), copy=True)
+        if config.init is None:
+            context.copy_(_draw(context.shape, config.seed))
+        shared = start if config.class_specific else start + length
+        plan = plan_chunks(backbone, tokens_CL, shared, config.memory_budget_gb)
+        before_CSW, after_CLW = embeddings_CLW[:, :start], embeddings_CLW[:, start + length :]
+        chunks = [
+            _Chunk(
+                tokens_CL[part],
+                before_CSW[part],
+                after_CLW[part],
+                backbone.prompt_rows(tokens_CL[part], shared),
+                plan.recomputed_blocks,
+            )
+            for part in plan.chunks
+        ]
+        return cls(config, context, chunks)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"context": self.context.detach().clone()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        require_matching_state(self.kind, {"context": self.context}, state)
+        with torch.no_grad():
+            self.context.copy_(state["context"])
+
+    def class_features(self, backbone: ClipBackbone, text: FrozenText) -> Tensor:
+        """Normalised class features (C, E) of the learned prompts; the templates play no part."""
+        if self._replay is not None and torch.is_grad_enabled():
+            return ensemble(self._replay(self.context), templates=1)
+        features = []
+        for chunk, context in zip(self._chunks, self._contexts(), strict=True):
+            run = partial(chunk, backbone)
+            if len(self._chunks) > 1:
+                # The frozen tower is in eval mode: there is no dropout whose random state would have to be kept.
+                features.append(checkpoint(run, context, use_reentrant=False, preserve_rng_state=False))
+            else:
+                features.append(run(context))
+        return ensemble(torch.cat(features), templates=1)
+
+    def captured(self, backbone: ClipBackbone, autocast: Autocast) -> AbstractContextManager[object]:
+        """On a GPU, where all classes go through the tower at once and nothing is computed again: the prompts are many
+        small kernels, of always the same shapes, that take a host longer to launch than a device to run."""
+        first, *more = (chunk for chunk in self._chunks if isinstance(chunk, _Chunk))
+        if not self.context.is_cuda or first.rows is None or more or first.recomputed_blocks:
+            return nullcontext()
+        try:
+            return _Replaying(self, _recorded(partial(first, backbone), self.context, autocast))
+        except RuntimeError as error:  # no memory for it, or an operation that cannot be recorded
+            warnings.warn(
+                f"the prompts could not be recorded as CUDA graphs and are launched one by one, with the same result "
+                f"but slower: {str(error).splitlines()[0]}",
+                stacklevel=4,
+            )
+            return nullcontext()
+
+    def _contexts(self) -> tuple[Tensor, ...]:
+        """The context of each chunk."""
+        if self.context.ndim == 2:
+            return (self.context,) * len(self._chunks)
+        counts: Any = [chunk.classes for chunk in self._chunks]
+        return self.context.split(counts)
+
+
+class _Chunk(nn.Module):
+    """Some of the classes, as they go through the text tower together.
+
+    Args:
+        before_CSW, after_CLW: embeddings of the tokens in front of the context and behind it.
+        rows: their layout where the tower can run what they share once.
+    """
+
+    tokens_CL: Tensor
+    before_CSW: Tensor
+    after_CLW: Tensor
+
+    def __init__(
+        self,
+        tokens_CL: Tensor,
+        before_CSW: Tensor,
+        after_CLW: Tensor,
+        rows: PromptRows | None,
+        recomputed_blocks: int,
+    ) -> None:
+        super().__init__()
+        self.classes, self.rows, self.recomputed_blocks = len(tokens_CL), rows, recomputed_blocks
+        tensors = {"tokens_CL": tokens_CL, "before_CSW": before_CSW, "after_CLW": after_CLW}
+        for name, tensor in tensors.items():
+            # Not persistent: they follow from the backbone and the class names. Copies, or all would be kept.
+            self.register_buffer(name, tensor.clone(), persistent=False)
+
+    def forward(self, backbone: ClipBackbone, context: Tensor) -> Tensor:
+        """Context (M, W), or (C, M, W), to features (C, E), not normalised."""
+        context, own = context.to(self.before_CSW.dtype), context.ndim == 3
+        if self.rows is None:
+            context_CMW = context if own else context.expand(self.classes, -1, -1)
+            embeddings_CLW = torch.cat([self.before_CSW, context_CMW, self.after_CLW], dim=1)
+            return backbone.encode_text_embeddings(embeddings_CLW, self.tokens_CL)
+        prefix_PW, suffix_CLW = self.before_CSW[0], self.after_CLW
+        if own:
+            suffix_CLW = torch.cat([context, suffix_CLW], dim=1)
+        else:
+            prefix_PW = torch.cat([prefix_PW, context])
+        return backbone.encode_prompt_rows(prefix_PW, self.rows.pack(suffix_CLW), self.rows, self.recomputed_blocks)
+
+
+class _Replaying(AbstractContextManager[None]):
+    """Inside of ``with`` the adapter replays instead of computing; again and again, as long as nothing is moved."""
+
+    def __init__(self, adapter: CoOpAdapter, replay: Callable[[Tensor], Tensor]) -> None:
+        self._adapter, self._replay = adapter, replay
+
+    def __enter__(self) -> None:
+        self._adapter._replay = self._replay
+
+    def __exit__(self, *_: object) -> None:
+        self._adapter._replay = None
+
+
+def _recorded(function: Callable[[Tensor], Tensor], context: Tensor, autocast: Autocast) -> Callable[[Tensor], Tensor]:
+    """``function`` and its derivative as CUDA graphs, for contexts like this one.
+
+    A forward has one backward, before the next forward, as in the passes of a step: backward works in the memory that
+    the forward filled.
+    """
+    kind = context.device.type
+    with autocast():
+        active, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    # Without autocast's cache: it would hold what belongs to the graph's own memory.
+    with torch.autocast(kind, dtype, enabled=active, cache_enabled=False):
+        sample = context.detach().clone().requires_grad_()
+        with warnings.catch_warnings():
+            # torch warms up on one stream and records on another, and then warns of it
+            warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
+            graphed: Any = torch.cuda.make_graphed_callables(function, (sample,))
+
+    def replay(context: Tensor) -> Tensor:
+        # Times one: backward then hands out a tensor of its own, and not the one that the next replay fills.
+        output = graphed(1.0 * context)
+        times: list[None] = []
+
+        def once(gradient: Tensor) -> Tensor:
+            if times:
+                raise RuntimeError("what was recorded has one backward for each forward; compute it without captured()")
+            times.append(None)
+            return gradient
+
+        output.register_hook(once)
+        return output
+
+    return replay
+
+
+def _draw(shape: torch.Size, seed: int | None) -> Tensor:
+    # On the CPU: the same numbers on every device.
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return _INIT_STD * torch.randn(shape, generator=generator)
+
+
+def _markers(backbone: ClipBackbone) -> tuple[int, int]:
+    """How many marker tokens stand in front of a text, and the id of the one behind it.
+
+    Read off the tokenizer: CLIP's has a start marker, SigLIP's has none.
+    """
+    empty_L, word_L = backbone.tokenize(["", "a"])
+    start = int(empty_L[0] == word_L[0])
+    return start, int(empty_L[start])
+
+
+def _count(tokens_L: Tensor, start: int, end_id: int) -> int:
+    """Tokens of a text between its markers."""
+    ends = (tokens_L[start:] == end_id).nonzero()
+    return int(ends[0]) if len(ends) else len(tokens_L) - start
+
+
+def _prompts_around_gap(backbone: ClipBackbone, names: tuple[str, ...], length: int, start: int, end_id: int) -> Tensor:
+    """Token ids (C, L) of "name." with room for ``length`` context tokens in front."""
+    tokens_CL = backbone.tokenize([f"{name}." for name in names])
+    for name, tokens_L in zip(names, tokens_CL, strict=True):
+        total = start + length + _count(tokens_L, start, end_id) + 1
+        if total > backbone.context_length:
+            raise UserError(
+                f"the prompt of class '{name}' has {total} tokens with {length} of context, but "
+                f"{backbone.config.name} takes {backbone.context_length}; lower context_tokens or shorten the name"
+            )
+    # The gap holds the name's first id: an ordinary token, never a marker that would end the text.
+    gap_CM = tokens_CL[:, start : start + 1].expand(-1, length)
+    with_gap = torch.cat([tokens_CL[:, :start], gap_CM, tokens_CL[:, start:]], dim=1)
+    return with_gap[:, : tokens_CL.shape[1]]
+
+
+def _prompts_from_words(
+    backbone: ClipBackbone, names: tuple[str, ...], config: CoOpConfig, start: int, end_id: int
+) -> tuple[int, Tensor]:
+    """Number of tokens of the initial words, and token ids (C, L) of "words name."."""
+    words = config.init
+    assert words is not None
+    words_L = backbone.tokenize([words])[0]
+    length = _count(words_L, start, end_id)
+    if config.context_tokens not in (None, length):
+        raise UserError(
+            f"context_tokens is {config.context_tokens}, but init '{words}' has {length} tokens; leave "
+            "context_tokens out or change the words"
+        )
+    tokens_CL = backbone.tokenize([f"{words} {name}." for name in names])
+    stop = start + length
+    if length == 0 or not torch.equal(tokens_CL[:, :stop], words_L[:stop].expand(len(names), -1)):
+        raise UserError(
+            f"init '{words}' does not stay a sequence of {length} tokens of its own in front of the class names; "
+            "use plain words, e.g. 'a photo of a'"
+        )
+    return length, tokens_CL

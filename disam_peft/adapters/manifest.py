@@ -1,0 +1,153 @@
+"""``disam_peft.json``: what an adapter folder says about itself. A boundary: strict, capped, no code, no paths."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, JsonValue, ValidationError, model_validator
+
+from disam_peft.config.adapters import AdapterConfig
+from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.base import Config
+from disam_peft.errors import UserError
+
+RECORD_NAME = "disam_peft.json"
+TENSORS_NAME = "adapter_model.safetensors"
+PEFT_CONFIG_NAME = "adapter_config.json"
+MAX_JSON_BYTES = 16 * 2**20  # tens of thousands of class names fit
+MAX_TENSOR_BYTES = 4 * 2**30  # beyond the largest CLIP's own weights in half precision
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class BackboneRecord(BackboneConfig):
+    """``ClipBackbone.describe()``: what was asked for, and the fingerprint of what came."""
+
+    sha256: Sha256
+    quick_gelu: bool
+    embed_dim: int
+
+    def config(self) -> BackboneConfig:
+        return BackboneConfig(**self.model_dump(include=set(BackboneConfig.model_fields)))
+
+
+class TensorRecord(Config):
+    shape: list[Annotated[int, Field(ge=0)]] = Field(max_length=8)
+    dtype: str
+
+
+class AdapterRecord(Config):
+    """The content of ``disam_peft.json``."""
+
+    format: Literal["disam_peft.adapter"] = "disam_peft.adapter"
+    format_version: Literal[1] = 1
+    kind: str
+    config: AdapterConfig
+    backbone: BackboneRecord
+    classes: list[str] = Field(min_length=1, max_length=100_000)
+    """Names as they stand in the prompts, one per label."""
+    templates: list[str] = Field(min_length=1, max_length=1_000)
+    logit_scale: float
+    tensors: dict[str, TensorRecord]
+    sha256: Sha256
+    """Of the file ``adapter_model.safetensors``."""
+    trained_with: dict[str, JsonValue]
+    versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _same_kind(self) -> AdapterRecord:
+        if self.kind != self.config.kind:
+            raise ValueError(f"kind '{self.kind}' and config.kind '{self.config.kind}' differ")
+        return self
+
+
+def read_record(directory: Path) -> AdapterRecord:
+    """Read and check ``disam_peft.json``; opens no other file.
+
+    Raises:
+        UserError: no adapter folder, pickled weights in it, or a record that does not fit the schema.
+    """
+    directory = Path(directory)
+    if directory.suffix.lower() in PICKLES and not directory.is_dir():
+        raise UserError(f"{directory} is a pickle, which can run code when loaded; it was not opened. {_WANTED}")
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a folder. {_WANTED}")
+    pickles = sorted(path.name for path in directory.iterdir() if path.suffix.lower() in PICKLES)
+    if pickles:
+        raise UserError(
+            f"{directory} holds pickled weights ({', '.join(pickles)}), which can run code when loaded; nothing was "
+            f"opened. {_WANTED}"
+        )
+    path = directory / RECORD_NAME
+    require_inside(directory, path)
+    if not path.is_file():
+        raise UserError(f"{directory} has no {RECORD_NAME}, so disam_peft did not write it. {_WANTED}")
+    try:
+        return AdapterRecord.model_validate(read_json(path))
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in error.errors()[:5]
+        )
+        raise UserError(f"{path} does not fit its schema: {faults}. {_WANTED}") from error
+
+
+_WANTED = f"Give a folder with {RECORD_NAME} and {TENSORS_NAME}, as training or `disam-peft export --to peft` writes it"
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of at most 16 MiB. Stricter than Python's reader: no key twice, no NaN, no infinity.
+
+    Raises:
+        UserError: too large, or not JSON.
+    """
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise UserError(f"{path} has {size} bytes; more than {MAX_JSON_BYTES} is no description of an adapter")
+    try:
+        found = json.loads(path.read_bytes(), object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite)
+        json.dumps(found, ensure_ascii=False).encode()  # half a character, written as an escape, is no text
+        return found
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); the folder is damaged, copy it again") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # two readers would each see another one
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"the key {twice[:100]!r} is there twice")
+    return found
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text[:100])
+
+
+def require_inside(directory: Path, path: Path) -> None:
+    """Refuse a file that is a link out of the adapter's folder, except into the store of files of a Hugging Face
+    cache, where all files are such links.
+
+    Raises:
+        UserError: it leads elsewhere.
+    """
+    folder, target = directory.resolve(), path.resolve()
+    allowed = [folder]
+    if folder.parent.name == "snapshots":
+        allowed.append(folder.parent.parent / "blobs")
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise UserError(f"{path} leads out of its folder, to {target}; put a copy of the file in its place")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Sorted and indented: the same content gives the same bytes."""
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")

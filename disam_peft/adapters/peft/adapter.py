@@ -1,0 +1,262 @@
+"""LoRA and every other method that the peft library attaches to single layers.
+
+The classes here stand between ``peft`` and the contract of ``Adapter``: exact targets instead of suffix matching,
+strict loading, merging into a float32 copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from disam_peft.adapters.base import Adapter, require_matching_state
+from disam_peft.adapters.peft.methods import find_method, make_peft_config
+from disam_peft.adapters.peft.targets import frozen_blocks, select_targets
+from disam_peft.adapters.prompts import ClassPrompts
+from disam_peft.backbones.base import ClipBackbone, Target
+from disam_peft.backbones.blocks import AFFINE
+from disam_peft.config.adapters import LoraAdapterConfig, PeftAdapterConfig, Scalar
+from disam_peft.config.base import Config
+from disam_peft.errors import UserError
+
+_PREFIX = "base_model.model."  # what peft puts before a module's name in a checkpoint
+
+
+class PeftAdapter(Adapter):
+    """A method of peft on chosen towers, blocks and projections.
+
+    Gradients are the derivatives of the loss, with one exception by design: DoRA holds its weight norm constant
+    (Liu et al. 2024, arXiv 2402.09353, section 4.3).
+    """
+
+    kind = "peft"
+
+    def __init__(self, config: Config, peft_model: nn.Module, peft_json: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = config
+        self.peft_model = peft_model
+        self.peft_json = peft_json
+        """What peft reads as ``adapter_config.json`` for this adapter; JSON types only."""
+
+    @classmethod
+    def planned_image_split(cls, config: Config, backbone: ClipBackbone) -> int | None:
+        assert isinstance(config, LoraAdapterConfig | PeftAdapterConfig)
+        return frozen_blocks(backbone, plan(config, backbone)[0], "image")
+
+    @classmethod
+    def build(cls, config: Config, backbone: ClipBackbone, prompts: ClassPrompts) -> PeftAdapter:
+        """Attach to ``backbone.model``; on any error the model is left as it was."""
+        assert isinstance(config, LoraAdapterConfig | PeftAdapterConfig)
+        targets, peft_config = plan(config, backbone)
+        # All that is read off the plain model comes first: attaching replaces its layers.
+        image_split, text_split = (frozen_blocks(backbone, targets, tower) for tower in ("image", "text"))
+        peft_json = to_json(peft_config, backbone)
+        before = {name: module for name, module in backbone.model.named_modules() if name}
+        try:
+            adapter = cls(config, _attach(backbone, peft_config, config.seed), peft_json)
+            layers = adapter._layers()
+            _require_exact({target.name for target in targets}, {name for name, _ in layers}, backbone)
+            _widen_norms(layers)
+            if find_method(_method(config)).affine and not peft_config.lora_dropout:
+                for _, layer in layers:
+                    setattr(layer, AFFINE, True)
+        except BaseException:
+            _restore(backbone.model, before)
+            raise
+        adapter.image_split, adapter.text_split = image_split, text_split
+        return adapter
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """By the names of the checkpoint, without peft's prefix."""
+        return {_checkpoint_name(name): p for name, p in self.named_parameters() if p.requires_grad}
+
+    def train(self, mode: bool = True) -> PeftAdapter:
+        """Dropout of the adapter's own layers follows ``mode``; the frozen layers inside them stay as they are."""
+        self.training = mode
+        for _, layer in self._layers():
+            layer.training = mode
+            for name, child in layer.named_children():
+                if name != "base_layer":
+                    child.train(mode)
+        return self
+
+    def state(self) -> dict[str, Tensor]:
+        """The names that ``peft.PeftModel.from_pretrained`` expects."""
+        self._require_unmerged()
+        return {name: tensor.detach().clone() for name, tensor in self._views().items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        from peft import set_peft_model_state_dict
+
+        self._require_unmerged()
+        require_matching_state(self.kind, self._views(), state)
+        set_peft_model_state_dict(self.peft_model, dict(state))
+
+    def detach(self, backbone: ClipBackbone) -> None:
+        _restore(backbone.model, {name: layer.get_submodule("base_layer") for name, layer in self._layers()})
+
+    def merged(self, backbone: ClipBackbone) -> nn.Module:
+        self._require_unmerged()
+        whole = copy.deepcopy(self.peft_model)
+        if backbone.dtype in (torch.float16, torch.bfloat16):
+            whole.float()
+        try:
+            plain = whole.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+        except ValueError as error:
+            raise UserError(f"merging failed: {error}; the adapter's weights are not finite") from error
+        as_loaded = {**backbone.base_parameters(), **dict(backbone.model.named_buffers())}
+        for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):
+            # a copy of our own that nobody holds yet; only its dtype changes, which copy_ could not do
+            tensor.data = tensor.data.to(as_loaded[name].dtype)
+        plain.requires_grad_(False)
+        return plain.eval()
+
+    def _layers(self) -> list[tuple[str, nn.Module]]:
+        """The adapted layers by their names in ``backbone.model``."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        modules = list(self.peft_model.get_submodule("base_model.model").named_modules())
+        adapted = {name for name, module in modules if isinstance(module, BaseTunerLayer)}
+        return [(name, module) for name, module in modules if name in adapted]
+
+    def _views(self) -> dict[str, Tensor]:
+        from peft import get_peft_model_state_dict
+
+        # "auto" would look the base model up on the hub to see whether its vocabulary was changed.
+        return get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
+
+    def _require_unmerged(self) -> None:
+        merged = [name for name, layer in self._layers() if getattr(layer, "merged", False)]
+        if merged:
+            raise UserError(
+                f"the adapter is merged into the live model ({len(merged)} layers, first {merged[0]}); call "
+                "peft's unmerge_adapter() first (export merges a copy, never the live model)"
+            )
+
+
+class LoraAdapter(PeftAdapter):
+    """LoRA: ``PeftAdapter`` with its few settings spelled out."""
+
+    kind = "lora"
+
+
+def plan(config: LoraAdapterConfig | PeftAdapterConfig, backbone: ClipBackbone) -> tuple[list[Target], Any]:
+    """The targets and the ``peft.PeftConfig`` that a config means on this backbone; touches nothing.
+
+    Raises:
+        UserError: unknown method or option, or targets that match nothing or only partly.
+    """
+    name = _method(config)
+    options: dict[str, Scalar]
+    if isinstance(config, LoraAdapterConfig):
+        projections = config.projections
+        options = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
+    else:
+        options, projections = config.options, config.projections or list(find_method(name).projections)
+    targets = select_targets(
+        backbone,
+        towers=config.towers,
+        blocks=config.blocks,
+        projections=projections,
+        kind=find_method(name).layers,
+        method=name,
+    )
+    if not targets:
+        raise UserError(f"'{name}' has nothing to adapt: no block of {backbone.config.name} was chosen")
+    return targets, make_peft_config(name, options, backbone, targets)
+
+
+def _method(config: LoraAdapterConfig | PeftAdapterConfig) -> str:
+    return "lora" if isinstance(config, LoraAdapterConfig) else config.method
+
+
+def to_json(peft_config: Any, backbone: ClipBackbone) -> dict[str, Any]:
+    """``adapter_config.json`` of a planned adapter: JSON types only, sets sorted."""
+    entries = {key: sorted(value) if isinstance(value, set) else value for key, value in peft_config.to_dict().items()}
+    return {
+        **entries,
+        "base_model_name_or_path": backbone.config.name,
+        "revision": backbone.config.revision,
+        "inference_mode": True,  # as peft saves it: loading it does not make it trainable
+    }
+
+
+def _attach(backbone: ClipBackbone, peft_config: Any, seed: int | None) -> nn.Module:
+    import peft
+
+    with _seeded(seed), warnings.catch_warnings():
+        # Two remarks of peft to itself, nothing that the user could act on.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        warnings.filterwarnings("ignore", message="Unsupported layer type.*Norm.*")
+        try:
+            return peft.get_peft_model(backbone.model, peft_config)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"peft cannot attach this adapter to {backbone.config.name}: {error}") from error
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """torch's CPU generator, from which peft draws on every device, seeded inside and as before outside; with None,
+    left to the caller."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _require_exact(wanted: set[str], found: set[str], backbone: ClipBackbone) -> None:
+    # peft matches by the end of a name and is content with one match.
+    if wanted != found:
+        raise UserError(
+            f"peft adapted other modules of {backbone.config.name} than asked for: not matched "
+            f"{sorted(wanted - found)}, matched without being asked for {sorted(found - wanted)}; choose other "
+            "projections or blocks"
+        )
+
+
+def _restore(model: nn.Module, originals: dict[str, nn.Module]) -> None:
+    for name, module in originals.items():
+        if model.get_submodule(name) is not module:
+            model.set_submodule(name, module)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+def _checkpoint_name(name: str) -> str:
+    """``peft_model.base_model.model.visual.x.lora_A.default.weight`` -> ``visual.x.lora_A.weight``."""
+    inner = name.removeprefix("peft_model.").removeprefix(_PREFIX)
+    return ".".join(part for part in inner.split(".") if part != "default")
+
+
+class _WideLayerNorm(nn.LayerNorm):
+    """A float32 norm inside a half-precision tower: computes in its own precision, returns the tower's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
+        wide = nn.functional.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps)
+        return wide.to(input.dtype)
+
+
+def _widen_norms(layers: list[tuple[str, nn.Module]]) -> None:
+    """Trained norms are copies in the base's precision, and peft leaves them so. Training needs float32."""
+    from peft.tuners.ln_tuning.layer import LNTuningLayer
+
+    for name, layer in layers:
+        norm = layer.ln_tuning_layers["default"] if isinstance(layer, LNTuningLayer) else None
+        if norm is None or norm.weight.dtype not in (torch.float16, torch.bfloat16):
+            continue
+        if not isinstance(norm, nn.LayerNorm):
+            raise UserError(
+                f"{name} is a {type(norm).__name__}, which ln_tuning cannot train inside a half-precision backbone; "
+                "load the backbone in float32 (training may still use bf16 autocast)"
+            )
+        norm.float()
+        norm.__class__ = _WideLayerNorm

@@ -1,0 +1,61 @@
+"""The families of CLIP models, and the way from a config to a frozen backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from disam_peft.config.backbone import DEMO, BackboneConfig
+
+if TYPE_CHECKING:
+    from disam_peft.backbones.base import ClipBackbone
+
+
+def located(config: BackboneConfig) -> BackboneConfig:
+    """The config with ``demo`` replaced by the folder that it stands for."""
+    if config.name != DEMO:
+        return config
+    folder = Path(__file__).parent / DEMO
+    return config.model_copy(update={"name": folder_config(config.family, folder).name})
+
+
+def folder_config(family: Literal["open_clip", "transformers"], directory: Path) -> BackboneConfig:
+    """The config that loads what ``ClipBackbone.save`` of that family wrote into a folder."""
+    return BackboneConfig(family=family, name=f"local-dir:{directory}" if family == "open_clip" else str(directory))
+
+
+def _open_clip(config: BackboneConfig) -> ClipBackbone:
+    from disam_peft.backbones.open_clip.backbone import OpenClipBackbone
+
+    return OpenClipBackbone(config)
+
+
+def _transformers(config: BackboneConfig) -> ClipBackbone:
+    from disam_peft.backbones.transformers.clip import HfBackbone
+
+    return HfBackbone(config)
+
+
+BACKBONES: dict[str, Callable[[BackboneConfig], ClipBackbone]] = {
+    "open_clip": _open_clip,
+    "transformers": _transformers,
+}
+
+
+def load_backbone(config: BackboneConfig) -> ClipBackbone:
+    """A frozen CLIP on the CPU, in float32 and eval mode.
+
+    Raises:
+        UserError: an unknown name or tag, weights that are missing, pickled or cannot be fetched.
+    """
+    backbone = BACKBONES[config.family](located(config))
+    backbone.config = config  # records and exports name the model, not a folder of this machine
+    return backbone
+
+
+def imagenet_templates() -> tuple[str, ...]:
+    """The 80 sentences of CLIP's ImageNet ensemble, each with one ``{}``."""
+    from disam_peft.backbones.open_clip.backbone import imagenet_templates as templates
+
+    return templates()

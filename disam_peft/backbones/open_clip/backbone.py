@@ -1,0 +1,279 @@
+"""CLIPs of open_clip: built-in names with pretrained tags, local folders, hub repositories.
+
+With ``openclip_weights.py`` the only file that imports open_clip. The text tower is always the module ``model.text``
+(open_clip's "custom text" layout), so that names do not depend on the checkpoint; ``save`` goes back to the
+checkpoint's own layout. Shapes: B images, C prompts, L tokens, W token width, E embedding width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
+from open_clip.tokenizer import HFTokenizer
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock, TextTransformer, VisionTransformer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from disam_peft.backbones import towers
+from disam_peft.backbones.activation import replace_quick_gelu
+from disam_peft.backbones.base import ClipBackbone, Target, TowerName, warn_random_weights
+from disam_peft.backbones.blocks import BlockParts, at_one_position
+from disam_peft.backbones.clones import shallow_clone
+from disam_peft.backbones.open_clip.attention import SplitAttention, fused_state, split_attention
+from disam_peft.backbones.open_clip.weights import create, is_custom_text, preprocessing, resolve
+from disam_peft.backbones.pass_cache import Memory
+from disam_peft.config.backbone import RANDOM_WEIGHTS, BackboneConfig
+from disam_peft.errors import UserError
+
+BLOCK_ROLES: towers.BlockRoles = {
+    "ln_1": ("norm1", "norm"),
+    "attn.q_proj": ("q", "linear"),
+    "attn.k_proj": ("k", "linear"),
+    "attn.v_proj": ("v", "linear"),
+    "attn.out_proj": ("out", "linear"),
+    "ln_2": ("norm2", "norm"),
+    "mlp.c_fc": ("fc1", "linear"),
+    "mlp.c_proj": ("fc2", "linear"),
+}
+
+
+class OpenClipBackbone(ClipBackbone):
+    """A CLIP of open_clip; see ``ClipBackbone``."""
+
+    family = "open_clip"
+
+    def __init__(self, config: BackboneConfig) -> None:
+        source = resolve(config)
+        if config.pretrained == RANDOM_WEIGHTS:
+            warn_random_weights(config)
+        model = create(source, config)
+        self.config = config
+        self.model = model
+        self._model_config = source.model_config
+        self._tokenizer = open_clip.get_tokenizer(source.tokenizer_name)
+
+        self._visual_splits = isinstance(model.visual, VisionTransformer)
+        self._text_splits = isinstance(model.text, TextTransformer)
+        for tower, splits in ((model.visual, self._visual_splits), (model.text, self._text_splits)):
+            if splits:
+                split_attention(tower)
+        self.image_blocks = len(model.visual.transformer.resblocks) if self._visual_splits else 0
+        self.text_blocks = len(model.text.transformer.resblocks) if self._text_splits else 0
+        self.embed_dim = source.model_config["embed_dim"]
+        self.token_width = source.model_config["text_cfg"].get("width", 512) if self._text_splits else 0
+        self.context_length = self._tokenizer.context_length
+        # From the modules, not from a flag: this is what the forward pass computes.
+        self.quick_gelu = any(isinstance(module, QuickGELU) for module in model.modules())
+        replace_quick_gelu(model, QuickGELU)
+
+        self._preprocess = PreprocessCfg(**model.visual.preprocess_cfg)
+        self.image_transform = image_transform_v2(self._preprocess, is_train=False)
+        self.preprocessing = preprocessing(self._preprocess)
+        self._targets = self._find_targets()
+        self._state_names = frozenset(model.state_dict())
+        self._freeze()
+
+    # -- images ----------------------------------------------------------------------------------------------
+
+    def image_trunk(self, pixels_BCHW: Tensor, blocks: int) -> Tensor:
+        towers.check_split(blocks, self.image_blocks, "image")
+        if not self._visual_splits:
+            return pixels_BCHW
+        visual: Any = self.model.visual
+        hidden = visual._embeds(pixels_BCHW.to(self.dtype))
+        return self._image_part(slice(None, blocks))(hidden)
+
+    def image_head(self, hidden: Tensor, blocks: int, memory: Memory | None = None) -> Tensor:
+        towers.check_split(blocks, self.image_blocks, "image")
+        visual: Any = self.model.visual
+        if not self._visual_splits:
+            return _pooled(visual(hidden.to(self.dtype)))
+        rest = shallow_clone(visual, transformer=self._image_part(slice(blocks, None), memory))
+        rest._embeds = lambda given: given
+        return _pooled(rest(hidden))
+
+    def _image_part(self, which: slice, memory: Memory | None = None) -> Any:
+        """Some blocks of the tower, the last one for the class token alone where only that is pooled."""
+        visual: Any = self.model.visual
+        class_token = visual.attn_pool is None and visual.pool_type == "tok"
+        last = _at_one_position(visual.transformer, None, causal=False) if class_token else None
+        return _with_blocks(visual.transformer, which, last, memory)
+
+    def blocks(self, tower: TowerName) -> list[nn.Module]:
+        splits = self._visual_splits if tower == "image" else self._text_splits
+        root: Any = self.model.visual if tower == "image" else self.model.text
+        return list(root.transformer.resblocks) if splits else []
+
+    # -- text ------------------------------------------------------------------------------------------------
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        for text in texts:
+            towers.check_length(text, self._count_tokens(text), self.context_length)
+        return self._tokenizer(list(texts)).to(self.device)
+
+    def _count_tokens(self, text: str) -> int:
+        tokenizer = self._tokenizer
+        if isinstance(tokenizer, HFTokenizer):
+            return len(tokenizer.tokenizer(tokenizer.clean_fn(text))["input_ids"])
+        return len(tokenizer.encode(text)) + 2  # start and end
+
+    def embed_tokens(self, tokens_CL: Tensor) -> Tensor:
+        return self._text_tower().token_embedding(tokens_CL)
+
+    def encode_text_embeddings(self, embeddings_CLW: Tensor, tokens_CL: Tensor) -> Tensor:
+        tokens_CL, text = self.cut_prompts(tokens_CL), self._text_tower()
+        given = towers.Given(embeddings_CLW[:, : tokens_CL.shape[1]])
+        hidden, mask = shallow_clone(text, token_embedding=given)._embeds(tokens_CL)
+        return self._text_rest(hidden, mask, tokens_CL, 0)
+
+    def text_trunk(self, tokens_CL: Tensor, blocks: int) -> Tensor:
+        towers.check_split(blocks, self.text_blocks, "text")
+        if not self._text_splits:
+            return tokens_CL
+        tokens_CL = self.cut_prompts(tokens_CL)
+        text = self._text_tower()
+        hidden, mask = text._embeds(tokens_CL)
+        part = _with_blocks(text.transformer, slice(None, blocks), self._last_text_block(tokens_CL))
+        return part(hidden, attn_mask=_cut(mask, hidden.shape[1]))
+
+    def text_head(self, hidden: Tensor, tokens_CL: Tensor, blocks: int) -> Tensor:
+        towers.check_split(blocks, self.text_blocks, "text")
+        if not self._text_splits:
+            return _pooled(self.model.text(tokens_CL))  # type: ignore[operator]
+        text = self._text_tower()
+        if text.use_pad_mask or text.cls_emb is not None:  # the mask depends on the tokens
+            with torch.no_grad():
+                mask = text._embeds(tokens_CL)[1]
+        else:
+            mask = text.attn_mask
+        return self._text_rest(hidden, mask, tokens_CL, blocks)
+
+    def _text_rest(self, hidden: Tensor, mask: Tensor | None, tokens_CL: Tensor, blocks: int) -> Tensor:
+        text = self._text_tower()
+        last = self._last_text_block(tokens_CL)
+        rest = shallow_clone(text, transformer=_with_blocks(text.transformer, slice(blocks, None), last))
+        rest._embeds = lambda _: (hidden, _cut(mask, hidden.shape[1]))
+        if last is not None:
+            tokens_CL = tokens_CL.new_zeros(len(tokens_CL), 1)  # one position is left, and any pooling takes it
+        return _pooled(rest(tokens_CL))
+
+    def _last_text_block(self, tokens_CL: Tensor) -> Any:
+        """The last block for the pooled position alone; None where that is not a single one."""
+        ends_C = self._pooled_positions(tokens_CL)
+        if ends_C is None:
+            return None
+        return _at_one_position(self._text_tower().transformer, ends_C, causal=self._is_causal_text())
+
+    def _is_causal_text(self) -> bool:
+        text: Any = self.model.text
+        return self._text_splits and text.attn_mask is not None and text.cls_emb is None
+
+    def _pooled_positions(self, tokens_CL: Tensor) -> Tensor | None:
+        text: Any = self.model.text
+        if not self._text_splits or text.use_pad_mask or text.cls_emb is not None:
+            return None
+        if text.pool_type == "argmax":
+            return tokens_CL.argmax(dim=1)
+        if text.pool_type == "eos":
+            return (tokens_CL == text.eos_id).int().argmax(dim=1)
+        if text.pool_type in ("first", "last"):
+            position = 0 if text.pool_type == "first" else tokens_CL.shape[1] - 1
+            return tokens_CL.new_full((len(tokens_CL),), position)
+        return None
+
+    def _text_parts(self) -> list[BlockParts] | None:
+        parts = [_parts(block) for block in self._text_tower().transformer.resblocks]
+        known = [one for one in parts if one is not None]
+        return known if len(known) == len(parts) else None
+
+    def _text_positions(self) -> Tensor:
+        return self._text_tower().positional_embedding
+
+    def _text_output(self, pooled_CW: Tensor) -> Tensor:
+        tokens_C1 = torch.zeros(len(pooled_CW), 1, dtype=torch.int64, device=pooled_CW.device)
+        return self._text_rest(pooled_CW.unsqueeze(1), None, tokens_C1, self.text_blocks)
+
+    def _text_tower(self) -> Any:
+        if not self._text_splits:
+            raise UserError(
+                f"the text tower of '{self.config.name}' ({type(self.model.text).__name__}) takes token ids only, "
+                "no embeddings: text prompts need a CLIP with open_clip's own text tower"
+            )
+        return self.model.text
+
+    # -- scale, targets, saving ------------------------------------------------------------------------------
+
+    @property
+    def logit_scale(self) -> Tensor:
+        scale: Any = self.model.logit_scale
+        return scale.detach().exp().reshape(())
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        bias: Any = self.model.logit_bias
+        return None if bias is None else bias.detach().reshape(())
+
+    def targets(self) -> list[Target]:
+        return list(self._targets)
+
+    def _find_targets(self) -> tuple[Target, ...]:
+        stack = "transformer.resblocks"
+        image = towers.tower_targets(
+            self.model, "image", ["visual"], f"visual.{stack}", self.image_blocks, BLOCK_ROLES, "ln_pre"
+        )
+        text = towers.tower_targets(self.model, "text", ["text"], f"text.{stack}", self.text_blocks, BLOCK_ROLES, "")
+        return (*image, *text)
+
+    def save(self, directory: Path, model: nn.Module) -> None:
+        towers.refuse_adapter_keys(model.state_dict(), self._state_names)
+        directory.mkdir(parents=True, exist_ok=True)
+        state = fused_state(model)
+        if not is_custom_text(self._model_config):
+            # The plain layout keeps at the top level what the custom text layout keeps under "text.".
+            state = {name.removeprefix("text."): tensor for name, tensor in state.items()}
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        save_file(state, directory / HF_SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        config = {"model_cfg": self._model_config, "preprocess_cfg": asdict(self._preprocess)}
+        (directory / HF_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if isinstance(self._tokenizer, HFTokenizer):
+            self._tokenizer.save_pretrained(str(directory))
+
+
+def imagenet_templates() -> tuple[str, ...]:
+    """The 80 sentences of CLIP's ImageNet ensemble, each with one ``{}``."""
+    return tuple(sentence("{}") for sentence in open_clip.OPENAI_IMAGENET_TEMPLATES)
+
+
+def _with_blocks(transformer: Any, which: slice, last: nn.Module | None, memory: Memory | None = None) -> Any:
+    return shallow_clone(transformer, resblocks=towers.some_blocks(transformer.resblocks, which, last, memory))
+
+
+def _at_one_position(transformer: Any, position_B: Tensor | None, *, causal: bool) -> Any:
+    block = transformer.resblocks[-1]
+    parts = _parts(block)
+    return None if parts is None else at_one_position(block, parts, position_B, causal)
+
+
+def _parts(block: Any) -> BlockParts | None:
+    """The parts of a standard block as they are now; None for any other block."""
+    if type(block) is not ResidualAttentionBlock or type(block.attn) is not SplitAttention:
+        return None
+    return BlockParts(block.ln_1, block.attn, block.ls_1, block.ln_2, block.mlp, block.ls_2)
+
+
+def _cut(mask: Tensor | None, length: int) -> Tensor | None:
+    """open_clip keeps the causal mask at full length; prompts cut to the longest are shorter."""
+    return mask[:length, :length] if mask is not None and mask.ndim == 2 else mask
+
+
+def _pooled(output: Any) -> Tensor:
+    """Towers with ``output_tokens`` return (pooled, tokens)."""
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,1 @@
+"""CLIP models of transformers. ``clip.py`` implements the contract for ``CLIPModel``."""

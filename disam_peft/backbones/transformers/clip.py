@@ -1,0 +1,343 @@
+"""CLIPs of transformers: ``CLIPModel`` from a hub repository or a local folder.
+
+The only file that imports transformers models. Shapes: B images, C prompts, L tokens, W token width, E embedding
+width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
+from transformers.activations import QuickGELUActivation
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
+
+from disam_peft.backbones import towers
+from disam_peft.backbones.activation import replace_quick_gelu
+from disam_peft.backbones.base import ClipBackbone, Target, TowerName, warn_random_weights
+from disam_peft.backbones.blocks import BlockParts, at_one_position
+from disam_peft.backbones.clones import shallow_clone
+from disam_peft.backbones.hub import hub_folder
+from disam_peft.backbones.pass_cache import Memory
+from disam_peft.common.preprocessing import Preprocessing
+from disam_peft.config.backbone import RANDOM_WEIGHTS, BackboneConfig
+from disam_peft.errors import UserError
+
+BLOCK_ROLES: towers.BlockRoles = {
+    "layer_norm1": ("norm1", "norm"),
+    "self_attn.q_proj": ("q", "linear"),
+    "self_attn.k_proj": ("k", "linear"),
+    "self_attn.v_proj": ("v", "linear"),
+    "self_attn.out_proj": ("out", "linear"),
+    "layer_norm2": ("norm2", "norm"),
+    "mlp.fc1": ("fc1", "linear"),
+    "mlp.fc2": ("fc2", "linear"),
+}
+
+WEIGHTS = "model*.safetensors"
+PROCESSOR = "*processor_config.json"
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+
+INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
+"""PIL's numbers, as image processors store them."""
+
+
+class HfImageTransform:
+    """A checkpoint's own image processor for one image: PIL image to (3, H, W) float32. Picklable for workers."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, image: Any) -> Tensor:
+        return self.processor(images=image, return_tensors="pt")["pixel_values"][0].float()
+
+
+class HfBackbone(ClipBackbone):
+    """A ``transformers.CLIPModel``; see ``ClipBackbone``."""
+
+    family = "transformers"
+
+    def __init__(self, config: BackboneConfig) -> None:
+        folder = _checkpoint_folder(config)
+        if config.pretrained == RANDOM_WEIGHTS:
+            warn_random_weights(config)
+        self.config = config
+        model: Any = _load_model(folder, config)
+        replace_quick_gelu(model, QuickGELUActivation)
+        self.model = model
+        here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # unset, it would ask the user
+        self._processor: Any = AutoImageProcessor.from_pretrained(folder, **here)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, **here)
+
+        text, vision = model.config.text_config, model.config.vision_config
+        self.image_blocks = vision.num_hidden_layers
+        self.text_blocks = text.num_hidden_layers
+        self.embed_dim = model.config.projection_dim
+        self.token_width = text.hidden_size
+        self.context_length = text.max_position_embeddings
+        self.quick_gelu = "quick_gelu" in (text.hidden_act, vision.hidden_act)
+        self.preprocessing = _preprocessing(self._processor)
+        self.image_transform = HfImageTransform(self._processor)
+        self._targets = self._find_targets()
+        self._state_names = frozenset(model.state_dict())
+        self._freeze()
+
+    # -- images ----------------------------------------------------------------------------------------------
+
+    def image_trunk(self, pixels_BCHW: Tensor, blocks: int) -> Tensor:
+        towers.check_split(blocks, self.image_blocks, "image")
+        vision: Any = self.model.vision_model
+        trunk = shallow_clone(
+            vision,
+            encoder=_with_layers(vision.encoder, slice(None, blocks), _at_one_position(vision.encoder, None)),
+            post_layernorm=nn.Identity(),  # it would see an unfinished class token, for nothing
+        )
+        return trunk(pixel_values=pixels_BCHW.to(self.dtype)).last_hidden_state
+
+    def image_head(self, hidden: Tensor, blocks: int, memory: Memory | None = None) -> Tensor:
+        towers.check_split(blocks, self.image_blocks, "image")
+        vision: Any = self.model.vision_model
+        head = shallow_clone(
+            vision,
+            embeddings=towers.Given(hidden),
+            pre_layrnorm=nn.Identity(),
+            encoder=_with_layers(vision.encoder, slice(blocks, None), _at_one_position(vision.encoder, None), memory),
+        )
+        # The embeddings stand in for the pixels, which this part has not got.
+        return self._project("visual_projection", head(pixel_values=hidden).pooler_output)
+
+    def blocks(self, tower: TowerName) -> list[nn.Module]:
+        root: Any = self.model.vision_model if tower == "image" else self.model.text_model
+        return list(root.encoder.layers)
+
+    # -- text ------------------------------------------------------------------------------------------------
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        tokens_CL = torch.full((len(texts), self.context_length), self._tokenizer.pad_token_id, dtype=torch.int64)
+        for row, text in enumerate(texts):
+            ids = self._tokenizer(text, verbose=False)["input_ids"]
+            towers.check_length(text, len(ids), self.context_length)
+            tokens_CL[row, : len(ids)] = torch.tensor(ids)
+        return tokens_CL.to(self.device)
+
+    def embed_tokens(self, tokens_CL: Tensor) -> Tensor:
+        text: Any = self.model.text_model
+        return text.embeddings.token_embedding(tokens_CL)
+
+    def encode_text_embeddings(self, embeddings_CLW: Tensor, tokens_CL: Tensor) -> Tensor:
+        tokens_CL = self.cut_prompts(tokens_CL)
+        text: Any = self.model.text_model
+        given = towers.Given(embeddings_CLW[:, : tokens_CL.shape[1]])
+        hidden = shallow_clone(text.embeddings, token_embedding=given)(input_ids=tokens_CL)
+        return self.text_head(hidden, tokens_CL, 0)
+
+    def text_trunk(self, tokens_CL: Tensor, blocks: int) -> Tensor:
+        towers.check_split(blocks, self.text_blocks, "text")
+        tokens_CL = self.cut_prompts(tokens_CL)
+        text: Any = self.model.text_model
+        # No padding mask here and below: attention is causal, and padding comes after the token that is pooled.
+        hidden = text.embeddings(input_ids=tokens_CL)
+        return self._text_part(hidden, tokens_CL, slice(None, blocks), nn.Identity()).last_hidden_state
+
+    def text_head(self, hidden: Tensor, tokens_CL: Tensor, blocks: int) -> Tensor:
+        towers.check_split(blocks, self.text_blocks, "text")
+        text: Any = self.model.text_model
+        pooled = self._text_part(hidden, tokens_CL, slice(blocks, None), text.final_layer_norm).pooler_output
+        return self._project("text_projection", pooled)
+
+    def _text_part(self, hidden: Tensor, tokens_CL: Tensor, which: slice, final_norm: nn.Module) -> Any:
+        """Some layers of the tower, the last one for the pooled position alone; then norm and pooling."""
+        text: Any = self.model.text_model
+        last = _at_one_position(text.encoder, self._pooled_positions(tokens_CL))
+        part = shallow_clone(
+            text,
+            embeddings=towers.Given(hidden),
+            encoder=_with_layers(text.encoder, which, last),
+            final_layer_norm=final_norm,
+        )
+        if last is not None:
+            tokens_CL = tokens_CL.new_zeros(len(tokens_CL), 1)  # one position is left, and the pooling takes it
+        return part(input_ids=tokens_CL)
+
+    def _is_causal_text(self) -> bool:
+        return True  # all of type 'clip' are
+
+    def _pooled_positions(self, tokens_CL: Tensor) -> Tensor:
+        text: Any = self.model.text_model
+        end = text.eos_token_id
+        if end == 2:  # old configs have a wrong id; transformers takes the highest then
+            return tokens_CL.argmax(dim=1)
+        return (tokens_CL == end).int().argmax(dim=1)
+
+    def _text_parts(self) -> list[BlockParts] | None:
+        text: Any = self.model.text_model
+        parts = [_parts(layer) for layer in text.encoder.layers]
+        known = [one for one in parts if one is not None]
+        return known if len(known) == len(parts) else None
+
+    def _text_positions(self) -> Tensor:
+        text: Any = self.model.text_model
+        return text.embeddings.position_embedding.weight
+
+    def _text_output(self, pooled_CW: Tensor) -> Tensor:
+        tokens_C1 = torch.zeros(len(pooled_CW), 1, dtype=torch.int64, device=pooled_CW.device)
+        return self.text_head(pooled_CW.unsqueeze(1), tokens_C1, self.text_blocks)
+
+    def _project(self, projection: str, pooled: Tensor) -> Tensor:
+        return self.model.get_submodule(projection)(pooled)
+
+    # -- scale, targets, saving ------------------------------------------------------------------------------
+
+    @property
+    def logit_scale(self) -> Tensor:
+        scale: Any = self.model.logit_scale
+        return scale.detach().exp()
+
+    def targets(self) -> list[Target]:
+        return list(self._targets)
+
+    def _find_targets(self) -> tuple[Target, ...]:
+        layers = "encoder.layers"
+        image = ["vision_model", "visual_projection"]
+        text = ["text_model", "text_projection"]
+        return (
+            *towers.tower_targets(
+                self.model, "image", image, f"{image[0]}.{layers}", self.image_blocks, BLOCK_ROLES, "pre_layrnorm"
+            ),
+            *towers.tower_targets(self.model, "text", text, f"{text[0]}.{layers}", self.text_blocks, BLOCK_ROLES, ""),
+        )
+
+    def save(self, directory: Path, model: nn.Module) -> None:
+        towers.refuse_adapter_keys(model.state_dict(), self._state_names)
+        if not isinstance(model, CLIPModel):
+            raise UserError(f"cannot save a {type(model).__name__} as a transformers CLIP; pass a CLIPModel")
+        model.save_pretrained(directory)
+        self._processor.save_pretrained(directory)
+        self._tokenizer.save_pretrained(directory)
+
+
+# -- where a checkpoint comes from ---------------------------------------------------------------------------
+
+
+def _checkpoint_folder(config: BackboneConfig) -> Path:
+    if config.pretrained not in (None, RANDOM_WEIGHTS):
+        raise UserError(
+            f"backbone.pretrained '{config.pretrained}' has no meaning for transformers, where backbone.name says "
+            f"which weights: leave it out (or '{RANDOM_WEIGHTS}' for random weights)"
+        )
+    folder = Path(config.name).expanduser()
+    weights = [] if config.pretrained == RANDOM_WEIGHTS else [WEIGHTS]
+    if folder.is_dir():
+        if config.revision is not None:
+            raise UserError(
+                f"backbone.revision '{config.revision}' has no meaning with the folder '{folder}': only hub "
+                "repositories have revisions; leave it out"
+            )
+        _check_folder(folder, weights)
+    elif folder.is_absolute() or config.name.startswith((".", "~")) or config.name.count("/") > 1:
+        raise UserError(f"there is no folder '{folder}'; a hub id has the form OWNER/NAME")
+    else:
+        common = ["config.json", PROCESSOR, *weights]
+        folder = hub_folder(
+            config.name,
+            [[*common, *vocabulary] for vocabulary in VOCABULARIES],
+            revision=config.revision,
+            optional=["*.json", "*.txt"],
+        )
+    _check_model_type(folder, config.name)
+    return folder
+
+
+def _check_folder(folder: Path, weights: list[str]) -> None:
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    if pickled and any(not list(folder.glob(pattern)) for pattern in weights):
+        raise UserError(
+            f"{folder} has only pickled weights ({pickled[0]}), which could run code and are not loaded; convert "
+            "them where you trust them (CLIPModel.from_pretrained(...).save_pretrained(...) writes safetensors)"
+        )
+    missing = [pattern for pattern in ("config.json", PROCESSOR, *weights) if not list(folder.glob(pattern))]
+    if not any(all((folder / name).exists() for name in vocabulary) for vocabulary in VOCABULARIES):
+        missing.append("tokenizer.json (or vocab.json + merges.txt)")
+    if missing:
+        raise UserError(
+            f"{folder} is not a complete transformers CLIP: no {', '.join(missing)}; save model, image processor "
+            "and tokenizer there (save_pretrained of each)"
+        )
+
+
+def _check_model_type(folder: Path, name: str) -> None:
+    try:
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{folder / 'config.json'} is not a transformers config: {error}") from error
+    if model_type != "clip":
+        raise UserError(
+            f"backbone '{name}' is a transformers model of type '{model_type}'; only type 'clip' is supported so far "
+            "(many others have an open_clip version: backbone.family: open_clip)"
+        )
+
+
+def _load_model(folder: Path, config: BackboneConfig) -> CLIPModel:
+    if config.pretrained == RANDOM_WEIGHTS:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            return CLIPModel(CLIPConfig.from_pretrained(folder, attn_implementation="sdpa"))
+    try:
+        loaded: Any = CLIPModel.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused below
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise UserError(f"the weights in {folder} do not load as a CLIPModel: {error}") from error
+    model, report = loaded
+    # transformers would go on with random values in their place.
+    wrong = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
+    if wrong:
+        raise UserError(
+            f"the weights in {folder} do not fit its config: {len(wrong)} are missing or of another shape "
+            f"({', '.join(wrong[:3])}, ...); is it the folder of a whole CLIPModel?"
+        )
+    return model
+
+
+def _preprocessing(processor: Any) -> Preprocessing:
+    size = processor.crop_size if processor.do_center_crop else processor.size
+    height, width = size["height"], size["width"]
+    if height is None or width is None or int(processor.resample) not in INTERPOLATIONS:
+        raise UserError(
+            f"the image processor's size {size} with resampling {processor.resample} is not understood: give "
+            "'crop_size' as height and width, and bicubic (3) or bilinear (2) resampling"
+        )
+    mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    interpolation = INTERPOLATIONS[int(processor.resample)]
+    return Preprocessing((height, width), mean, std, interpolation)  # type: ignore[arg-type]
+
+
+def _with_layers(encoder: Any, which: slice, last: nn.Module | None, memory: Memory | None = None) -> Any:
+    return shallow_clone(encoder, layers=towers.some_blocks(encoder.layers, which, last, memory))
+
+
+def _at_one_position(encoder: Any, position_B: Tensor | None) -> Any:
+    """The last layer for one position: of causal text, or for None the class token of an image."""
+    parts = _parts(encoder.layers[-1])
+    return None if parts is None else at_one_position(encoder.layers[-1], parts, position_B, position_B is not None)
+
+
+def _parts(layer: Any) -> BlockParts | None:
+    """The parts of a standard layer as they are now; None for any other, or one whose attention drops out."""
+    attention = layer.self_attn
+    drops_out = attention.training and attention.dropout > 0
+    if type(layer) is not CLIPEncoderLayer or type(attention) is not CLIPAttention or drops_out:
+        return None
+    return BlockParts(layer.layer_norm1, attention, None, layer.layer_norm2, layer.mlp, None)

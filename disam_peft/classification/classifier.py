@@ -1,0 +1,146 @@
+"""A CLIP that classifies: backbone + adapter + class prompts.
+
+Shapes in this file: B images, C classes, T templates, N = C * T prompts, L tokens, E embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from disam_peft.adapters.base import Adapter, Autocast, cosine_logits
+from disam_peft.adapters.prompts import ClassPrompts, FrozenText, fill_templates, text_trunk, zero_shot_features
+from disam_peft.backbones.base import ClipBackbone
+from disam_peft.backbones.pass_cache import Memory
+
+
+class ClipClassifier(nn.Module):
+    """Images to logits over named classes; zero-shot without an adapter.
+
+    ``encode_frozen`` runs what training cannot change, without a graph, once per batch; ``logits`` runs the rest
+    and is what each pass of a sharpness-aware step repeats.
+
+    Args:
+        backbone: a frozen CLIP; an adapter may have changed modules inside ``backbone.model``.
+        adapter: built on this very backbone, or None for zero-shot classification.
+        prompts: class names and templates.
+        image_split: blocks of the image tower that ``encode_frozen`` runs of a zero-shot classifier, so that it can
+            share what is stored for an adapter to come; unset: all of the tower. An adapter says it itself.
+
+    Raises:
+        UserError: a template or class name that cannot be used, or a prompt longer than the context (names it).
+        ValueError: both an adapter and an ``image_split``.
+    """
+
+    def __init__(
+        self, backbone: ClipBackbone, adapter: Adapter | None, prompts: ClassPrompts, *, image_split: int | None = None
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.model = backbone.model  # registered, so that .to() moves it
+        if adapter is not None and image_split is not None:
+            raise ValueError(f"image_split={image_split} is for zero-shot; this adapter's is {adapter.image_split}")
+        self.adapter = adapter
+        self._zero_shot_split = image_split
+        self.prompts = prompts
+        self._tokens_NL = backbone.tokenize(fill_templates(prompts))
+        self._text: FrozenText | None = None
+        self._text_key: tuple[torch.device, torch.dtype] | None = None
+        self.train(False)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.prompts.class_names
+
+    @property
+    def image_split(self) -> int | None:
+        """Blocks of the image tower that ``encode_frozen`` runs; None: all of the tower."""
+        return self._zero_shot_split if self.adapter is None else self.adapter.image_split
+
+    def train(self, mode: bool = True) -> ClipClassifier:
+        """Only the adapter trains: dropout and running statistics of the frozen backbone stay in eval mode."""
+        super().train(mode)
+        self.model.eval()
+        if self.adapter is not None:
+            self.adapter.train(mode)
+        return self
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The adapter's trained parameters by name; empty for zero-shot."""
+        return {} if self.adapter is None else self.adapter.trainable()
+
+    def frozen_text(self) -> FrozenText:
+        """The text side's frozen part, computed on first use and kept while device and dtype stay the same."""
+        key = (self.backbone.device, self.backbone.dtype)
+        if self._text is None or self._text_key != key:
+            # Not in inference mode even inside an evaluation that is: training saves these tensors for backward.
+            off = torch.autocast(self.backbone.device.type, enabled=False)
+            with torch.inference_mode(False), torch.no_grad(), off:
+                self._text, self._text_key = self._compute_frozen_text(), key
+        return self._text
+
+    def _compute_frozen_text(self) -> FrozenText:
+        tokens_NL, templates = self._tokens_NL.to(self.backbone.device), len(self.prompts.templates)
+        if self.adapter is not None and self.adapter.replaces_class_prompts:
+            return FrozenText(tokens_NL, templates, None, None)
+        split = None if self.adapter is None else self.adapter.text_split
+        if split is None:
+            features_CE = zero_shot_features(self.backbone, tokens_NL, templates)
+            return FrozenText(tokens_NL, templates, None, features_CE)
+        return FrozenText(tokens_NL, templates, text_trunk(self.backbone, tokens_NL, split), None)
+
+    def encode_frozen(self, pixels_BCHW: Tensor) -> Tensor:
+        """The image tower up to ``image_split``: block activations, or features (B, E) where all is frozen."""
+        with torch.no_grad():
+            if self.image_split is None:
+                return self.backbone.encode_image(pixels_BCHW)
+            return self.backbone.image_trunk(pixels_BCHW, self.image_split)
+
+    def features(self, frozen: Tensor, memory: Memory | None = None) -> Tensor:
+        """Image features (B, E), not normalised, from the output of ``encode_frozen``."""
+        return frozen if self.image_split is None else self.backbone.image_head(frozen, self.image_split, memory)
+
+    def class_features(self) -> Tensor:
+        """Normalised class features (C, E), with a graph where the text side is trained."""
+        text = self.frozen_text()
+        if self.adapter is not None:
+            return self.adapter.class_features(self.backbone, text)
+        assert text.features_CE is not None  # without an adapter the whole text tower is frozen
+        return text.features_CE
+
+    def captured(self, autocast: Autocast = nullcontext) -> AbstractContextManager[object]:
+        """See ``Adapter.captured``; to be open around the steps of a training loop, on the device where they run."""
+        return nullcontext() if self.adapter is None else self.adapter.captured(self.backbone, autocast)
+
+    def repeated_logits(self, frozen: Tensor) -> Callable[[], Tensor]:
+        """``logits(frozen)``, to be called in each pass of one step: what frozen layers of the first trained block make
+        of ``frozen`` is computed in the first and kept, four activations for each image, until this is let go."""
+        memory: Memory = {}
+        return lambda: self.logits(frozen, memory)
+
+    def logits(self, frozen: Tensor, memory: Memory | None = None, class_features_CE: Tensor | None = None) -> Tensor:
+        """Logits (B, C) from the output of ``encode_frozen``; the part of the model that a training pass repeats.
+
+        Args:
+            memory: see ``ClipBackbone.image_head``.
+            class_features_CE: what ``class_features`` gave, of several batches between which nothing is trained; unset:
+                they are computed.
+        """
+        features_BE = self.features(frozen, memory)
+        class_features_CE = self.class_features() if class_features_CE is None else class_features_CE
+        scale, bias = self.backbone.logit_scale, self.backbone.logit_bias
+        if self.adapter is None:
+            return cosine_logits(features_BE, class_features_CE, scale, bias)
+        return self.adapter.logits(features_BE, class_features_CE, scale, bias)
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to logits (B, C)."""
+        return self.logits(self.encode_frozen(pixels_BCHW))
+
+
+def zero_shot(backbone: ClipBackbone, class_names: Sequence[str], templates: Sequence[str]) -> ClipClassifier:
+    """Zero-shot CLIP over these classes."""
+    return ClipClassifier(backbone, None, ClassPrompts(tuple(class_names), tuple(templates)))

@@ -1,0 +1,216 @@
+"""Tables on the terminal, from records and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from disam_peft.common.records import ResultRow
+
+if TYPE_CHECKING:
+    from disam_peft.data.check import DataReport
+    from disam_peft.report.comparison import Comparison, TextTable
+
+SPLITS = {"source_validation": "source val.", "held_out": "held out", "given": "given"}
+_LISTED = 20
+
+
+def print_held_out(rows: Iterable[ResultRow], console: Console | None = None) -> None:
+    """One line per held-out domain, zero-shot beside the adapter; and their mean, if there are several."""
+    console = console or Console()
+    values = {
+        (row.held_out, row.method, row.metric): row.value
+        for row in rows
+        if row.split == "held_out" and row.domain == row.held_out
+    }
+    domains = list(dict.fromkeys(held_out for held_out, _, _ in values))
+    methods = list(dict.fromkeys(method for _, method, _ in values))
+    table = Table(title="Accuracy on the held-out domain (top-1, %)", box=box.SIMPLE, title_justify="left")
+    table.add_column("held out")
+    for method in methods:
+        table.add_column(method.replace("_", "-"), justify="right")
+    table.add_column("macro", justify="right")
+    table.add_column("NLL", justify="right")
+    table.add_column("ECE", justify="right")
+    last = methods[-1]
+
+    def line(name: str, of: Iterable[str]) -> None:
+        chosen = list(of)
+
+        def mean(method: str, metric: str) -> float | None:
+            found = [values.get((domain, method, metric)) for domain in chosen]
+            numbers = [value for value in found if value is not None]
+            return sum(numbers) / len(numbers) if len(numbers) == len(chosen) else None
+
+        table.add_row(
+            escape(name),
+            *(_percent(mean(method, "top1")) for method in methods),
+            _percent(mean(last, "macro_accuracy")),
+            _number(mean(last, "nll")),
+            _number(mean(last, "ece")),
+        )
+
+    for domain in domains:
+        line(domain, [domain])
+    if len(domains) > 1:
+        table.add_section()
+        line("mean", domains)
+    console.print(table)
+
+
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """What was measured and what can be said of it, measure by measure; then what failed."""
+    from disam_peft.report.comparison import value_tables, verdict_table
+
+    console = console or Console()
+    for metric in comparison.metrics:
+        values = value_tables(comparison, metric)[0]
+        if _width(values) > console.width:
+            values = min(values, values.transposed(), key=_width)
+        if _width(values) > console.width:
+            values = values.without_deviations()
+        _print_texts(console, values.title, values.columns, values.lines)
+        verdicts = verdict_table(comparison, metric)
+        shown = [verdicts.columns.index(name) for name in ("mean", "95 % interval", "verdict", "p, Holm")]
+        named = verdicts.columns.index("difference") + 1  # condition and pair in one
+        lines = [(": ".join(line[:named]), *(line[i] for i in shown)) for line in verdicts.lines]
+        _print_texts(console, verdicts.title, ("difference", *(verdicts.columns[i] for i in shown)), lines)
+    # the first line of each error; comparison.json has them whole
+    failed = [
+        f"{', '.join(filter(None, (f.condition, f.arm, f.held_out)))}, seed {f.seed}: {f.error.splitlines()[0]}"
+        for f in comparison.failed
+    ]
+    _list(console, "failed runs", failed)
+
+
+def _width(table: TextTable) -> int:
+    columns = zip(table.columns, *table.lines, strict=True)
+    return sum(max(map(len, column)) + 2 for column in columns)
+
+
+def _print_texts(console: Console, title: str, columns: Iterable[str], lines: Iterable[Iterable[str]]) -> None:
+    table = Table(title=escape(title), box=box.SIMPLE, title_justify="left", pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(
+            escape(column),
+            justify="left" if number == 0 else "right",
+            no_wrap=number > 0,
+            min_width=None if number else 12,
+        )
+    for line in lines:
+        table.add_row(*map(escape, line))
+    console.print(table)
+
+
+def print_evaluation(
+    rows: Iterable[ResultRow], recorded: Iterable[ResultRow], title: str, console: Console | None = None
+) -> None:
+    """Every split and domain, with the top-1 that training recorded for the same, where it did."""
+    console = console or Console()
+    before = {(r.method, r.split, r.domain, r.metric): r.value for r in recorded}
+    table = Table(title=f"{escape(title)} (accuracies in %)", box=box.SIMPLE, title_justify="left", pad_edge=False)
+    for name in ("split", "domain"):
+        table.add_column(name, no_wrap=True)
+    for name in ("n", "top-1", "macro", "NLL", "ECE", "recorded"):
+        table.add_column(name, justify="right", no_wrap=True)
+    lines: dict[tuple[str, str], dict[str, ResultRow]] = {}
+    for row in rows:
+        lines.setdefault((row.split, row.domain), {})[row.metric] = row
+    for (split, domain), of in lines.items():
+        top1 = of["top1"]
+        if domain in ("mean", "worst") and top1.n == 1:
+            continue  # over one domain: the line above again
+        table.add_row(
+            SPLITS[split],
+            escape(domain),
+            str(top1.n),
+            _percent(top1.value),
+            _percent(of["macro_accuracy"].value),
+            _number(of["nll"].value),
+            _number(of["ece"].value),
+            _percent(before.get((top1.method, split, domain, "top1"))),
+        )
+    console.print(table)
+
+
+def print_sweep(rows: Iterable[Mapping[str, Any]], title: str, console: Console | None = None) -> None:
+    """One line per setting, in the order given."""
+    console = console or Console()
+    table = Table(title=escape(title), box=box.SIMPLE, title_justify="left")
+    for name in ("learning rate", "rho", "lambda", "best step", "top-1 (%)", "NLL"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            *(f"{row[key]:g}" for key in ("learning_rate", "rho", "variance_weight")),
+            str(row["best_step"]),
+            "diverged" if row["source_top1"] is None else _percent(row["source_top1"]),
+            _number(row["source_nll"]),
+        )
+    console.print(table)
+
+
+def print_sharpness(rows: Iterable[ResultRow], console: Console | None = None) -> None:
+    """Every measure (lines) on every split (columns)."""
+    console = console or Console()
+    found = list(rows)
+    places = list(dict.fromkeys((row.split, row.domain, row.n) for row in found))
+    table = Table(title="Sharpness", box=box.SIMPLE, title_justify="left", pad_edge=False)
+    table.add_column("measure", no_wrap=True)
+    for split, domain, n in places:
+        table.add_column(f"{SPLITS[split]}\n{escape(domain)}, n={n}", justify="right")
+    values = {(row.metric, row.split): row.value for row in found}
+    for metric in dict.fromkeys(row.metric for row in found):
+        numbers = [values.get((metric, split)) for split, _, _ in places]
+        table.add_row(metric, *("n/a" if value is None else f"{value:.4g}" for value in numbers))
+    console.print(table)
+
+
+def print_data_report(report: DataReport, console: Console | None = None) -> None:
+    """The census, then what is wrong with it."""
+    console = console or Console()
+    table = Table(title=f"{report.total} images", box=box.SIMPLE, title_justify="left")
+    table.add_column("class")
+    for domain in report.domains:
+        table.add_column(escape(domain), justify="right")
+    for label, name in enumerate(report.classes):
+        prompt = report.prompt_names[label]
+        shown = name if prompt == name else f"{name} ({prompt})"
+        table.add_row(escape(shown), *(str(row[label]) if row[label] else "-" for row in report.counts))
+    table.add_section()
+    table.add_row("all", *(str(sum(row)) for row in report.counts))
+    console.print(table)
+    if report.sizes is not None:
+        small, median, large = report.sizes.smallest, report.sizes.median, report.sizes.largest
+        console.print(
+            f"sizes: {small[0]}x{small[1]} to {large[0]}x{large[1]} pixels, median {median[0]:g}x{median[1]:g}"
+        )
+    for kind, count in report.ignored.items():
+        console.print(f"passed over: {count} {kind}", markup=False)
+    _list(console, "bad files", [f"{bad.source}: {bad.reason}" for bad in report.bad])
+    _list(console, "the same image twice in a domain", [" = ".join(g.sources) for g in report.duplicates_within])
+    _list(
+        console,
+        "the same image in several domains (a leak once one of them is held out)",
+        [" = ".join(g.sources) for g in report.duplicates_across],
+    )
+
+
+def _list(console: Console, title: str, lines: list[str]) -> None:
+    console.print(f"{title}: {len(lines) or 'none'}", markup=False)
+    for line in lines[:_LISTED]:
+        console.print(f"  {line}", markup=False)
+    if len(lines) > _LISTED:
+        console.print(f"  and {len(lines) - _LISTED} more")
+
+
+def _percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{100 * value:.1f}"
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3f}"

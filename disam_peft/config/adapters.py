@@ -1,0 +1,91 @@
+"""The configs of all adapters. Imports no torch, so that the command line can read recipes quickly."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from disam_peft.config.base import Config
+
+Scalar = bool | int | float | str | None
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+MAX_RANK = 4096
+"""Beyond the width of any CLIP's layers. A config from a stranger must not be able to ask for all memory."""
+
+
+class LastBlocks(Config):
+    """The last blocks of a tower, e.g. ``{last: 4}``."""
+
+    last: int = Field(ge=1)
+
+
+BlockIndex = Annotated[int, Field(ge=0)]
+Blocks = Literal["all"] | LastBlocks | Annotated[list[BlockIndex], Field(min_length=1)]
+
+
+class _AttachedConfig(Config):
+    """Where an adapter attaches to; every name must be found, nothing is matched in part."""
+
+    towers: list[Literal["image", "text"]] = Field(default=["image"], min_length=1)
+    blocks: Blocks = "all"
+    """Transformer blocks of each tower: ``all``, ``{last: n}`` or a list of indices from 0."""
+    seed: Seed | None = None
+    """Seeds the adapter's random initialisation; unset: torch's global generator, which the run seeds."""
+
+
+class LoraAdapterConfig(_AttachedConfig):
+    """Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685): W x + alpha / rank * B A x."""
+
+    kind: Literal["lora"] = "lora"
+    projections: list[str] = Field(default=["q", "v"], min_length=1)
+    """``q k v out fc1 fc2``, or the name of a linear layer outside the blocks."""
+    rank: int = Field(default=8, ge=1, le=MAX_RANK)
+    alpha: float = Field(default=16.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+class PeftAdapterConfig(_AttachedConfig):
+    """Another method of the peft library, by its name and its options."""
+
+    kind: Literal["peft"] = "peft"
+    method: str
+    """``lora dora ia3 oft loha lokr hra hira delora vera`` on linear layers, ``ln_tuning`` on norms."""
+    projections: list[str] | None = Field(default=None, min_length=1)
+    """``q k v out fc1 fc2`` for linear layers, ``norm1 norm2`` for norms, or the name of a module outside the
+    blocks. Unset: q and v; k, v and fc2 for ia3; norm1 and norm2 for ln_tuning."""
+    options: dict[str, Scalar] = Field(default={})
+    """Fields of the method's peft config, e.g. ``{r: 8, lora_alpha: 16}``."""
+
+
+class CoOpConfig(Config):
+    """Learned context in the text prompt (Zhou et al. 2022, arXiv 2109.01134): [ctx_1] ... [ctx_M] class name."""
+
+    kind: Literal["coop"] = "coop"
+    context_tokens: int | None = Field(default=None, ge=1)
+    """M. Unset: 16, or as many tokens as ``init`` has."""
+    class_specific: bool = False
+    """One context per class instead of one for all."""
+    init: str | None = Field(default=None, min_length=1)
+    """Words that the context starts from, e.g. ``a photo of a``. Unset: drawn from N(0, 0.02^2)."""
+    seed: Seed | None = None
+    """Seeds the random context; unset: torch's global generator, which the run seeds."""
+    memory_budget_gb: float | None = Field(default=None, gt=0)
+    """Memory (10^9 bytes) for what the prompts' forward pass keeps for backward, the model not counted. Beyond it,
+    backward repeats parts of the forward pass; the gradient is the same. Unset: no limit."""
+
+
+class LinearProbeConfig(Config):
+    """A linear layer on normalised image features."""
+
+    kind: Literal["linear_probe"] = "linear_probe"
+    init: Literal["zero_shot", "random"] = "zero_shot"
+    """zero_shot: logit scale times the class features, which gives the zero-shot logits; random: N(0, 0.01^2)."""
+    bias: bool = True
+    seed: Seed | None = None
+    """Seeds the random weights; unset: torch's global generator, which the run seeds."""
+
+
+AdapterConfig = Annotated[
+    LoraAdapterConfig | PeftAdapterConfig | CoOpConfig | LinearProbeConfig, Field(discriminator="kind")
+]

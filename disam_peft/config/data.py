@@ -1,0 +1,157 @@
+"""Where the images come from, how they are varied, what is stored of them, and what their domains are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from disam_peft.config.base import Config
+from disam_peft.config.shapes import ShapesConfig
+
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
+
+
+def is_archive(path: Path) -> bool:
+    """Whether the name is that of an archive."""
+    return path.name.lower().endswith(ARCHIVE_SUFFIXES)
+
+
+ClassPolicy = Literal["identical", "intersection", "union"]
+
+
+_COLUMNS = frozenset({"image_column", "label_column", "domain_column", "image_root"})
+
+
+_HUB_ONLY = frozenset({"split", "config_name"})
+
+
+_ARCHIVE_ONLY = frozenset({"max_archive_gb", "max_archive_files"})
+
+
+class DataConfig(Config):
+    """One source of images, exactly one of ``root``, ``table``, ``hub`` and ``shapes``, and what may be done to it."""
+
+    root: Path | None = None
+    """A folder tree ``root/<domain>/<class>/*.jpg``, or a .zip, .tar, .tar.gz, .tar.xz or .tar.bz2 of one."""
+    table: Path | None = None
+    """A CSV, TSV or Parquet file with a row per image."""
+    hub: str | None = None
+    """A Hugging Face dataset: a hub id, a local folder, a ``save_to_disk`` folder or a Parquet file."""
+    shapes: ShapesConfig | None = None
+    """DomainShapes, the benchmark that is painted on demand; ``{}`` for all of its defaults."""
+    split: str | None = None
+    """Which split of ``hub``; may be left out where there is only one."""
+    config_name: str | None = None
+    """Which configuration of ``hub``, where it has several."""
+    image_column: str = "image"
+    """Column of ``table`` or ``hub`` that holds the images: paths, or the image files themselves."""
+    label_column: str = "label"
+    """Column with the class: a name, or a number with names (ClassLabel)."""
+    domain_column: str = "domain"
+    """Column with the domain: a name, or a number with names (ClassLabel)."""
+    image_root: Path | None = None
+    """The folder that paths in ``image_column`` start from and must not leave. Unset: the table's own folder."""
+    domains: list[str] | None = Field(default=None, min_length=1)
+    """Use these domains only. Unset: all."""
+    classes: ClassPolicy = "identical"
+    """What to do where domains have different classes: refuse, keep the common ones, or keep all."""
+    class_names: Path | None = None
+    """YAML or JSON file: class as in the source -> its name in a prompt."""
+    max_pixels: int = Field(default=100_000_000, gt=0, le=178_956_970)
+    """Largest width times height of an image. The upper bound is where Pillow refuses by itself."""
+    verify: bool = True
+    """Decode every image once before training (remembered between runs). False: trust the files."""
+    skip_bad: bool = False
+    """Leave out and record images that cannot be decoded, at most 1 %. False: they are an error."""
+    max_archive_gb: float = Field(default=50.0, gt=0)
+    """Of an archive, the most that it may hold unpacked, in 10^9 bytes."""
+    max_archive_files: int = Field(default=1_000_000, ge=1)
+    """Of an archive, the most members that it may have."""
+    pixel_store: Literal["auto"] | Annotated[int, Field(strict=True, ge=8, le=4096)] | None = None
+    """Train on images that were decoded once and squeezed into squares of this side; ``auto``: 8/7 of the model's
+    input. Much faster where images are large; a little less sharp, and beyond 2:1 without their ends. Unset: every
+    image is decoded anew each time. Evaluation always decodes."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        given = [name for name in ("root", "table", "hub", "shapes") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"exactly one of root, table, hub and shapes is needed, got {' and '.join(given) or 'none of them'}; "
+                "for example data.root=FOLDER with FOLDER/<domain>/<class>/*.jpg"
+            )
+        unused = self.model_fields_set & (_HUB_ONLY if given != ["hub"] else set())
+        unused |= self.model_fields_set & (_COLUMNS if given in (["root"], ["shapes"]) else set())
+        if self.root is None or not is_archive(self.root):
+            unused |= self.model_fields_set & _ARCHIVE_ONLY
+        if unused:
+            kind = f"data.{given[0]}" + (" that is no archive" if unused & _ARCHIVE_ONLY else "")
+            raise ValueError(f"{', '.join(sorted(unused))} has no meaning with {kind}; remove it")
+        if self.skip_bad and not self.verify:
+            raise ValueError("skip_bad needs verify: without the check no bad image is found; set verify to true")
+        return self
+
+
+class AugmentConfig(Config):
+    """How training images are varied. The defaults are the DomainBed recipe (Gulrajani and Lopez-Paz, 2021)."""
+
+    kind: Literal["standard", "none"] = "standard"
+    """``standard``: random resized crop, flip, colour jitter, grey. ``none``: resize and centre crop, no randomness;
+    the fields below then have no meaning and may not be set."""
+    scale: tuple[float, float] = (0.7, 1.0)
+    """Smallest and largest share of the image's area that the random crop covers."""
+    flip: float = Field(default=0.5, ge=0, le=1)
+    """Probability of a horizontal flip; 0 turns it off (letters, left and right hands)."""
+    color_jitter: float = Field(default=0.3, ge=0, le=0.5)
+    """Brightness, contrast and saturation are scaled by 1 plus or minus this; hue is turned by up to this share of
+    the circle. 0 turns it off."""
+    grayscale: float = Field(default=0.1, ge=0, le=1)
+    """Probability of a grey image; 0 turns it off."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AugmentConfig:
+        low, high = self.scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"scale={list(self.scale)} must be two shares of the area, 0 < low <= high <= 1")
+        unused = sorted(self.model_fields_set - {"kind"})
+        if self.kind == "none" and unused:
+            raise ValueError(f"{', '.join(unused)} has no effect with kind 'none'; remove it or use 'standard'")
+        return self
+
+
+class FeatureConfig(Config):
+    """Whether the frozen part of the image tower runs once per image and run, or once per *data set*."""
+
+    store: bool = False
+    """Keep its output on disk and train from there: exact, and the images are touched once."""
+    views: int | None = Field(default=None, ge=1)
+    """Augmented versions of each training image in the store, used in turn epoch by epoch. Must be chosen where images
+    are augmented; without augmentation there is one."""
+    folder: Path | None = None
+    """Of all stores; unset: the package's cache."""
+
+
+class DomainsConfig(Config):
+    """Where the domains of training images come from. What is inferred is for training only: the split, the choice of
+    a checkpoint and every evaluation keep the domains of the data, and the held-out domain is never looked at."""
+
+    infer: Literal["none", "kmeans", "prompts"] = "none"
+    """``none``: the domains of the data. ``kmeans``: clusters of image features. ``prompts``: the nearest of some
+    sentences about styles."""
+    k: int | None = Field(default=None, ge=2)
+    """Number of clusters, for ``kmeans``."""
+    prompts: dict[str, str] | None = Field(default=None, min_length=2)
+    """Domain -> a sentence about its images, for ``prompts``, e.g. ``{photo: a photo, sketch: a sketch}``."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DomainsConfig:
+        needed = {"kmeans": "k", "prompts": "prompts"}
+        for way, name in needed.items():
+            given = getattr(self, name) is not None
+            if given and self.infer != way:
+                raise ValueError(f"{name} has no meaning with infer {self.infer!r}; remove it or use {way!r}")
+            if not given and self.infer == way:
+                raise ValueError(f"infer {way!r} needs {name}")
+        return self

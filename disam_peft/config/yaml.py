@@ -1,0 +1,96 @@
+"""YAML from anybody: plain values only, no key twice, and no aliases that unfold into more than memory holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from disam_peft.errors import UserError
+
+MAX_CHARACTERS = 4 * 2**20
+MAX_VALUES = 200_000
+"""With every alias written out; a handful of lines can otherwise stand for billions."""
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML document; ``where`` begins the messages.
+
+    Raises:
+        UserError: not YAML, a tag that would build objects, a key given twice, too large.
+    """
+    import yaml
+
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"{where} has {len(text)} characters; more than {MAX_CHARACTERS} are not read, shorten it")
+    try:
+        content = yaml.load(text, _loader())
+        count = _count(content, {})
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not valid YAML: {error}") from error
+    except (ValueError, OverflowError, RecursionError) as error:  # dates and numbers that there are not; depth
+        raise UserError(f"{where} is not valid YAML: {type(error).__name__}: {error}") from error
+    if count > MAX_VALUES:
+        raise UserError(f"{where} holds more than {MAX_VALUES} values once its aliases (*name) are written out")
+    return content
+
+
+def _loader() -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Refuses what YAML itself forbids and its reader lets pass, the same key twice in one mapping; and merges
+        (``<<``) that grow faster than the file."""
+
+        merged = 0
+
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            seen = set()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    if key.value in seen:
+                        raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} twice", key.start_mark)
+                    seen.add(key.value)
+                    if key.value == "<<" and isinstance(value, yaml.SequenceNode):
+                        raise yaml.composer.ComposerError(None, None, "merge one mapping, no list", key.start_mark)
+            return node
+
+        def flatten_mapping(self, node: Any) -> None:
+            super().flatten_mapping(node)
+            self.merged += len(node.value)
+            if self.merged > MAX_VALUES:
+                raise yaml.constructor.ConstructorError(None, None, "merges of too many keys", node.start_mark)
+
+    return Loader
+
+
+def _count(value: Any, known: dict[int, int]) -> int:
+    """Values in ``value``, those behind aliases as often as they are used, without walking through them again."""
+    if isinstance(value, str):
+        value.encode()  # half a character, written as an escape, is no text
+    if not isinstance(value, (dict, list, tuple, set)):
+        return 1
+    if id(value) in known:
+        return known[id(value)]
+    known[id(value)] = MAX_VALUES + 1  # met again inside itself, it has no end
+    inner = [*value, *value.values()] if isinstance(value, dict) else value
+    known[id(value)] = 1 + sum(_count(item, known) for item in inner)
+    return known[id(value)]
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """The keys and values of a YAML file; ``what`` it is goes into the messages.
+
+    Raises:
+        UserError: no such file, not YAML, no keys at the top.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read the {what} {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8 ({error.reason}); save it as such") from error
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys and values at the top, found {type(values).__name__}")
+    return values

@@ -1,0 +1,174 @@
+"""Where the samples come from, and how the four kinds of source become one DomainDataset."""
+
+from __future__ import annotations
+
+import unicodedata
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from disam_peft.config.data import ClassPolicy, DataConfig, is_archive
+from disam_peft.data.class_names import prompt_names, read_overrides
+from disam_peft.data.sources.archive import unpacked
+from disam_peft.data.sources.samples import require_domains
+from disam_peft.errors import UserError
+
+if TYPE_CHECKING:
+    from disam_peft.data.dataset import DomainDataset
+    from disam_peft.data.sources.samples import Samples
+
+
+def load(config: DataConfig) -> DomainDataset:
+    """The dataset of ``config``: classes and domains sorted, samples in a fixed order, checked if ``verify`` says so.
+
+    To look at data as they are (the census of ``check-data``), load with ``verify`` off and ``classes`` "union".
+
+    Raises:
+        UserError: a source that is missing or laid out otherwise; a domain that is not there; classes that differ
+            between domains; paths that leave the root; bad images.
+    """
+    if config.root is not None:
+        samples = _read_root(config.root, config)
+    elif config.table is not None:
+        from disam_peft.data.sources.table import read_table
+
+        samples = read_table(config.table, config)
+    elif config.hub is not None:
+        from disam_peft.data.sources.huggingface import read_hub
+
+        samples = read_hub(config.hub, config)
+    elif config.shapes is not None:
+        from disam_peft.data.sources.shapes.source import read_shapes
+
+        samples = read_shapes(config.shapes, config.domains)
+    else:
+        raise UserError("no data: set one of data.root, data.table, data.hub and data.shapes")
+    dataset = assemble(samples, config)
+    if config.verify:
+        from disam_peft.data.check import verified
+
+        dataset = verified(dataset, skip_bad=config.skip_bad)
+    if config.pixel_store is None:
+        return dataset
+    from disam_peft.data.dataset import PixelPlan
+
+    return replace(dataset, pixel_plan=PixelPlan(dataset, config.pixel_store))
+
+
+def _read_root(root: Path, config: DataConfig) -> Samples:
+    from disam_peft.data.sources.folder import read_folders
+
+    if not (is_archive(root) and root.is_file()):
+        return read_folders(root, config.domains)
+    folder = unpacked(root, max_gb=config.max_archive_gb, max_files=config.max_archive_files)
+    return replace(read_folders(folder, config.domains), origin=str(root))
+
+
+def assemble(samples: Samples, config: DataConfig) -> DomainDataset:
+    """Number classes and domains, keep what ``domains`` and ``classes`` ask for, and sort the samples.
+
+    Raises:
+        UserError: as ``load``.
+    """
+    import numpy as np
+
+    from disam_peft.data.dataset import DomainDataset
+
+    labels = [unicodedata.normalize("NFC", name) for name in samples.labels]
+    domain_names = [unicodedata.normalize("NFC", name) for name in samples.domains]
+    domains = _chosen_domains(domain_names, config.domains, samples.origin)
+    present: dict[str, set[str]] = {name: set() for name in domains}
+    for label, domain in zip(labels, domain_names, strict=True):
+        if domain in present:
+            present[domain].add(label)
+    classes = agree(present, config.classes)
+    class_id = {name: i for i, name in enumerate(classes)}
+    domain_id = {name: i for i, name in enumerate(domains)}
+    overrides = read_overrides(config.class_names) if config.class_names is not None else None
+    if overrides is None and all(name.isdecimal() for name in classes):
+        warnings.warn(
+            f"the classes of {samples.origin} are bare numbers ({', '.join(classes[:5])}), and so are the prompts; "
+            "if they stand for words, give data.class_names",
+            stacklevel=3,
+        )
+    kept = [i for i in range(len(labels)) if labels[i] in class_id and domain_names[i] in domain_id]
+    # Sorted by content of the source, not by the order in which a disk or a table lists it.
+    kept.sort(key=lambda i: (domain_id[domain_names[i]], class_id[labels[i]], samples.keys[i]))
+    return DomainDataset(
+        images=samples.images,
+        rows=np.asarray(kept, dtype=np.int64),
+        labels=np.asarray([class_id[labels[i]] for i in kept], dtype=np.int64),
+        domain_ids=np.asarray([domain_id[domain_names[i]] for i in kept], dtype=np.int64),
+        keys=tuple(samples.keys[i] for i in kept),
+        classes=classes,
+        prompt_names=prompt_names(classes, overrides),
+        domains=domains,
+        origin=samples.origin,
+        base=samples.base,
+        max_pixels=config.max_pixels,
+        ignored=samples.ignored,
+    )
+
+
+def _chosen_domains(found: Iterable[str], wanted: Iterable[str] | None, origin: str) -> tuple[str, ...]:
+    known = sorted(set(found))
+    if wanted is None:
+        return tuple(known)
+    names = [unicodedata.normalize("NFC", name) for name in wanted]
+    require_domains(names, known, origin)
+    return tuple(sorted(set(names)))
+
+
+def agree(present: Mapping[str, set[str]], policy: ClassPolicy) -> tuple[str, ...]:
+    """The sorted classes that the domains agree on.
+
+    Args:
+        present: domain -> the classes that have images there.
+
+    Raises:
+        UserError: names that differ only in case; different classes under "identical"; nothing in common.
+    """
+    everything = sorted(set().union(*present.values()))
+    _refuse_case_twins(everything, present)
+    if policy == "union":
+        return tuple(everything)
+    common = sorted(set(everything).intersection(*present.values()))
+    if policy == "intersection":
+        if not common:
+            raise UserError(
+                f"the domains {', '.join(present)} have no class in common; check the folder names, "
+                "or set data.classes to union"
+            )
+        return tuple(common)
+    if len(common) < len(everything):
+        lines = [
+            f"  {domain} lacks {_some(sorted(set(everything) - names))}"
+            for domain, names in present.items()
+            if len(names) < len(everything)
+        ]
+        raise UserError(
+            f"the domains have different classes ({len(common)} of {len(everything)} are in all of them):\n"
+            + "\n".join(lines)
+            + "\nadd what is missing, or set data.classes to intersection (common classes) or union (all)"
+        )
+    return tuple(everything)
+
+
+def _refuse_case_twins(names: Iterable[str], present: Mapping[str, set[str]]) -> None:
+    twins: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        twins[name.casefold()].append(name)
+    for group in twins.values():
+        if len(group) > 1:
+            where = "; ".join(
+                f"{name!r} in {', '.join(d for d, classes in present.items() if name in classes)}" for name in group
+            )
+            raise UserError(f"classes that differ only in case, likely the same class: {where}; rename one")
+
+
+def _some(names: list[str], limit: int = 10) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(repr, names[:limit])) + more

@@ -1,0 +1,120 @@
+"""Which samples make up the batch of a step: a pure function of the seed and the step's number.
+
+The global batch does not depend on the number of ranks, and a run that restarts at step k sees exactly the batches
+it would have seen. Letters: D domains, B batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, get_args
+
+import numpy as np
+
+from disam_peft.common.random import keyed_seed
+from disam_peft.errors import UserError
+
+Sampling = Literal["balanced", "proportional"]
+
+
+class _Walk:
+    """An endless walk through ``members``, in a fresh seeded order each time round."""
+
+    def __init__(self, members: np.ndarray, seed: int, name: str) -> None:
+        self._members, self._seed, self._name = members, seed, name
+        self._epoch = -1
+        self._order = members
+
+    def take(self, first: int, count: int) -> Iterator[tuple[int, int]]:
+        """(index, times round before) of positions ``first`` to ``first + count - 1`` of the walk."""
+        for position in range(first, first + count):
+            epoch, offset = divmod(position, len(self._members))
+            if epoch != self._epoch:
+                rng = np.random.default_rng(keyed_seed(self._seed, self._name, epoch))
+                self._epoch, self._order = epoch, rng.permutation(self._members)
+            yield int(self._order[offset]), epoch
+
+
+class DomainBatches:
+    """The batches of one rank, for use as a DataLoader's ``batch_sampler``.
+
+    Iterating gives, for every step from ``first_step`` to ``steps - 1``, the list of ``(index, epoch)`` pairs of
+    this rank: ``index`` is a position in the dataset, ``epoch`` says how often the walk it belongs to went round
+    before, so that (seed, epoch, index) never repeats within a run.
+
+    ``balanced``: every domain gives B // D samples to each batch; the B % D left over go round the domains from
+    step to step. Each domain walks through its own permutation and starts a new one when it is through, so the
+    smallest domain does not end the epoch. ``proportional``: one walk through all samples.
+
+    Args:
+        domain_ids: (N,) domain of every sample; ids need not be contiguous.
+        batch_size: B, over all ranks. Rank r of W takes places r, r + W, ... of the global batch, in which samples
+            stand domain by domain, so every rank has a fair share of each.
+        steps: length of the whole run, in steps.
+        first_step: where to start, in steps; more than 0 when resuming.
+
+    Raises:
+        UserError: no samples; a batch smaller than the number of ranks, or (balanced) than that of domains.
+    """
+
+    def __init__(
+        self,
+        domain_ids: np.ndarray | Sequence[int],
+        batch_size: int,
+        seed: int,
+        steps: int,
+        *,
+        sampling: Sampling = "balanced",
+        rank: int = 0,
+        world_size: int = 1,
+        first_step: int = 0,
+    ) -> None:
+        ids_N = np.asarray(domain_ids)
+        if len(ids_N) == 0:
+            raise UserError("no training samples to draw batches from; check data.root and data.domains")
+        if not 0 <= rank < world_size:
+            raise UserError(f"rank {rank} of {world_size} processes does not exist; ranks count from 0")
+        if not 0 <= first_step <= steps:
+            raise UserError(f"first_step={first_step} is outside a run of {steps} steps")
+        if sampling not in get_args(Sampling):
+            raise UserError(f"sampling={sampling!r} is unknown; use one of {', '.join(get_args(Sampling))}")
+        domains = np.unique(ids_N)
+        if batch_size < world_size:
+            raise UserError(
+                f"batch_size={batch_size} leaves some of the {world_size} processes without a sample; "
+                f"use at least {world_size}"
+            )
+        if sampling == "balanced" and batch_size < len(domains):
+            raise UserError(
+                f"batch_size={batch_size} cannot hold a sample of each of the {len(domains)} domains; use at least "
+                f"{len(domains)}, or sampling 'proportional'"
+            )
+        self.batch_size, self.steps, self.first_step = batch_size, steps, first_step
+        self.rank, self.world_size = rank, world_size
+        if sampling == "balanced":
+            self._walks = [_Walk(np.flatnonzero(ids_N == d), seed, f"domain {d}") for d in domains]
+        else:
+            self._walks = [_Walk(np.arange(len(ids_N)), seed, "all")]
+
+    def __len__(self) -> int:
+        return self.steps - self.first_step
+
+    def global_batch(self, step: int) -> list[tuple[int, int]]:
+        """The (index, epoch) pairs of all ranks at ``step``."""
+        walks = self._walks
+        share, rest = divmod(self.batch_size, len(walks))
+        batch: list[tuple[int, int]] = []
+        for place, walk in enumerate(walks):
+            # Left-over number x (x = 0, 1, ... over the whole run) goes to the domain at place x % D.
+            before, after = (_congruent_below(s * rest, place, len(walks)) for s in (step, step + 1))
+            batch.extend(walk.take(share * step + before, share + after - before))
+        return batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.first_step, self.steps):
+            yield self.global_batch(step)[self.rank :: self.world_size]
+
+
+def _congruent_below(bound: int, remainder: int, modulus: int) -> int:
+    """How many x in [0, bound) have x % modulus == remainder."""
+    return (bound - remainder + modulus - 1) // modulus

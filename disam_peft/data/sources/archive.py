@@ -1,0 +1,217 @@
+"""Archives as data: ROOT/<domain>/<class>/* in a .zip or .tar, unpacked once into the package's cache folder.
+
+| what                        | rule                                                                                 |
+|-----------------------------|--------------------------------------------------------------------------------------|
+| may be inside               | plain files and folders; one folder around the domains is looked through             |
+| refused by name             | absolute and drive names, ``..``, backslashes, control characters, names too long    |
+| refused by kind             | links of every kind, devices, pipes, sparse files, encrypted members                 |
+| refused as ambiguous        | one name twice, also but for case or accents' spelling; a file that is a folder, too |
+| refused by size             | members, bytes in all, bytes of one, bytes for each packed byte: all counted while   |
+|                             | unpacking, whatever the headers say                                                  |
+| refused as damaged          | a checksum or an end that is missing or wrong                                        |
+| after an error, or a kill   | nothing of it is left, or the next attempt removes it; nothing is ever written       |
+|                             | outside; the folder gets its name only when it is complete                           |
+
+What was unpacked lies in ``archives/`` of the package's cache folder, by the archive's sha256, and may be deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from disam_peft.common.progress import track
+from disam_peft.config.data import is_archive
+from disam_peft.data.sources.archive_members import Budget, Member, guarded, members, refuse, too_many
+from disam_peft.data.sources.samples import MAX_FILE_BYTES
+from disam_peft.errors import UserError
+
+__all__ = ["is_archive", "unpacked"]
+
+MAX_NAME, MAX_PART, MAX_DEPTH = 1024, 255, 32
+"""Bytes of a whole name and of one part of it (what file systems allow), and parts."""
+
+_DRIVE = re.compile(r"[A-Za-z]:")
+
+
+def unpacked(archive: Path, *, max_gb: float, max_files: int, folder: Path | None = None) -> Path:
+    """The folder of domains in ``archive``; unpacked first if it was not yet.
+
+    Processes that want an archive at the same time wait for the one that unpacks.
+
+    Args:
+        max_gb: 10^9 bytes, unpacked.
+        folder: of all unpacked archives; the default is ``archives`` in the package's cache.
+
+    Raises:
+        UserError: a member that is refused by the rules of this module, too many or too large ones, a damaged
+            archive, another layout than ROOT/<domain>/<class>/*, or too little room on the disk. Nothing is kept.
+    """
+    from disam_peft.common.files import cache_folder
+
+    folder = folder or cache_folder() / "archives"
+    try:
+        memory = _remembered(archive, folder)
+        digest = _digest(archive, memory)
+        place = folder / digest
+        if not place.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            with _alone(folder):
+                if not place.is_dir():
+                    _build(archive, place, int(max_gb * 1e9), max_files)
+                memory.parent.mkdir(exist_ok=True)
+                memory.write_text(digest, encoding="ascii")
+    except OSError as error:
+        raise UserError(
+            f"data.root={archive} cannot be unpacked into {folder} ({error.strerror or error}); make room, or set "
+            "DISAM_PEFT_CACHE to a folder that can be written, or unpack it yourself and give the folder"
+        ) from error
+    return _domains(place)
+
+
+def _build(archive: Path, place: Path, max_bytes: int, max_files: int) -> None:
+    draft = place.with_suffix(".partial")
+    if draft.exists():
+        shutil.rmtree(draft)  # of an attempt that was killed
+    try:
+        draft.mkdir()
+        _unpack(archive, draft, max_bytes, max_files)
+        _require_layout(archive, draft)
+        os.replace(draft, place)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def _unpack(archive: Path, target: Path, max_bytes: int, max_files: int) -> None:
+    names = _Names(archive)
+    budget = Budget(archive, max_bytes)
+    with open(archive, "rb") as file:
+        found = members(archive, file, budget, max_files)
+        for count, member in enumerate(track(found, f"unpacking {archive.name}"), start=1):
+            if count > max_files:
+                raise too_many(archive, max_files)
+            parts = names.admit(member)
+            if member.is_folder:
+                target.joinpath(*parts).mkdir(parents=True, exist_ok=True)
+            else:
+                _write(archive, member, target.joinpath(*parts))
+
+
+def _write(archive: Path, member: Member, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = 0
+    with open(path, "xb") as file:  # never through something that is there; the archive's permissions are not taken
+        for chunk in guarded(member.read(), archive):
+            size += len(chunk)
+            if size > MAX_FILE_BYTES:
+                reason = f"is larger than {MAX_FILE_BYTES} bytes, which no usable image is"
+                raise refuse(archive, reason, member.name)
+            file.write(chunk)
+
+
+class _Names:
+    """Admits names that mean one place inside the target on every system, each once."""
+
+    def __init__(self, archive: Path) -> None:
+        self._archive = archive
+        self._seen: dict[str, tuple[str, bool]] = {}  # folded: (as spelled first, whether a folder)
+
+    def admit(self, member: Member) -> tuple[str, ...]:
+        """The parts of the member's path below the target; none for the top itself.
+
+        Raises:
+            UserError: see the module.
+        """
+        name = member.name
+        parts = tuple(part for part in name.split("/") if part not in ("", "."))
+        if reason := _fault(name, parts):
+            raise refuse(self._archive, reason, name)
+        if not parts and not member.is_folder:
+            raise refuse(self._archive, "is a file without a name", name)
+        for depth in range(1, len(parts) + 1):
+            spelled = "/".join(parts[:depth])
+            is_folder = depth < len(parts) or member.is_folder
+            before, was_folder = self._seen.setdefault(_fold(spelled), ("", is_folder))
+            if not before:
+                self._seen[_fold(spelled)] = (spelled, is_folder)
+            elif was_folder != is_folder:
+                raise refuse(self._archive, f"is a file and a folder at once (also as {before!r})", name)
+            elif before != spelled:
+                action = "rename one of them, or unpack it yourself and give the folder"
+                reason = f"and {before!a} are one name where case or the spelling of accents is ignored"
+                raise refuse(self._archive, reason, name, action)
+            elif not is_folder:
+                raise refuse(self._archive, "is there twice", name, "pack it again with one of them only")
+        return parts
+
+
+def _fault(name: str, parts: tuple[str, ...]) -> str:
+    """Why a name cannot be used; empty where it can."""
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
+        return "has a control character or undecodable bytes in its name"
+    if "\\" in name:
+        return "has a backslash in its name, which some systems take for a folder's end"
+    if name.startswith("/") or any(_DRIVE.match(part) for part in parts):
+        return "has an absolute name"
+    if ".." in parts:
+        return "leads out of the archive by '..'"
+    if len(name.encode()) > MAX_NAME or any(len(part.encode()) > MAX_PART for part in parts):
+        return f"has a name longer than {MAX_NAME} bytes, or a part of one longer than {MAX_PART}"
+    return f"lies deeper than {MAX_DEPTH} folders" if len(parts) > MAX_DEPTH else ""
+
+
+def _fold(name: str) -> str:
+    """Equal for names that some file system takes for one."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _require_layout(archive: Path, draft: Path) -> None:
+    from disam_peft.data.sources.folder import read_folders
+
+    top = _domains(draft)
+    try:
+        read_folders(top)
+    except UserError as error:  # before anything is kept, and in terms of what the user named
+        raise UserError(str(error).replace(str(top), str(archive))) from error
+
+
+def _domains(place: Path) -> Path:
+    """``place``, or the one folder in it where that holds the domains: recognised by folders three levels below."""
+    shown = [path for path in place.iterdir() if not path.name.startswith(".") and path.name != "__MACOSX"]
+    if len(shown) == 1 and any(path.is_dir() for path in shown[0].glob("*/*")):
+        return shown[0]
+    return place
+
+
+# -- where it is kept ----------------------------------------------------------------------------------------
+
+
+def _remembered(archive: Path, folder: Path) -> Path:
+    """The file that remembers the archive's sha256, by its place, size and time of change."""
+    status = archive.stat()
+    identity = repr((os.fsencode(archive.resolve()), status.st_size, status.st_mtime_ns))
+    return folder / "seen" / hashlib.sha256(identity.encode()).hexdigest()
+
+
+def _digest(archive: Path, memory: Path) -> str:
+    with suppress(OSError, UnicodeDecodeError):  # hashing 100 GB anew for every run would take minutes
+        if re.fullmatch("[0-9a-f]{64}", digest := memory.read_text(encoding="ascii")):
+            return digest
+    with open(archive, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time; the lock of one that was killed is free."""
+    from filelock import FileLock
+
+    with FileLock(folder / ".lock"):
+        yield

@@ -1,0 +1,91 @@
+"""Hugging Face datasets: from the hub, from a local folder, as ``save_to_disk`` left them, or as a Parquet file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from disam_peft.data.sources.samples import Samples
+from disam_peft.data.sources.table import from_columns, read_parquet
+from disam_peft.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+    from disam_peft.config.data import DataConfig
+
+
+def read_hub(name: str, config: DataConfig) -> Samples:
+    """The rows of the dataset ``name``, which is ``config.hub``.
+
+    Nothing from it is executed: the library no longer runs dataset scripts.
+
+    Raises:
+        UserError: not found, not cached and no network, an unknown split or column, a path out of the dataset.
+    """
+    import datasets
+
+    path = Path(name)
+    local = path.exists()
+    table = _open(config, name, path)
+    base: Path | None = None
+    if config.image_root is not None:
+        base = config.image_root.absolute()
+    elif local:
+        base = (path if path.is_dir() else path.parent).absolute()
+    # Files that the library downloaded lie in its caches, wherever the dataset itself is.
+    caches = (Path(datasets.config.HF_CACHE_HOME), Path(datasets.config.HF_DATASETS_CACHE))
+    allowed = (base, *caches) if base is not None else caches
+    return from_columns(table, config, origin=name, base=base, allowed=allowed)
+
+
+def _open(config: DataConfig, name: str, path: Path) -> Dataset:
+    import datasets
+    import pyarrow as pa
+
+    try:
+        if path.is_file():
+            if path.suffix.lower() != ".parquet":
+                raise UserError(f"data.hub={name} is a {path.suffix} file; expected .parquet (or use data.table)")
+            return read_parquet(path)
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            content = datasets.load_from_disk(name)
+        elif not path.exists() and (path.is_absolute() or name.startswith(".") or path.suffix == ".parquet"):
+            raise UserError(f"data.hub={name} does not exist; give a hub id (owner/name) or a local folder")
+        else:
+            content = datasets.load_dataset(name, config.config_name)
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
+        where = "is a local folder that" if path.exists() else f"is not in the cache {_cache()} and"
+        raise UserError(
+            f"data.hub={name} {where} cannot be loaded ({type(error).__name__}: {error}); check the name, the "
+            "configuration (data.config_name) and the network, or download it beforehand with "
+            f"'hf download --repo-type dataset {name}'"
+        ) from error
+    return _one_split(content, config.split, name)
+
+
+def _one_split(content: Dataset | DatasetDict, split: str | None, name: str) -> Dataset:
+    import datasets
+
+    if isinstance(content, datasets.Dataset):
+        if split is not None and str(content.split or split) != split:
+            raise UserError(f"data.split={split!r}: {name} holds the split {str(content.split)!r} only")
+        return content
+    splits = list(content)
+    if split is None:
+        if len(splits) != 1:
+            raise UserError(f"{name} has the splits {', '.join(splits)}; choose one with data.split")
+        return content[splits[0]]
+    if split not in splits:
+        raise UserError(
+            f"data.split={split!r} is not a split of {name}{did_you_mean(split, splits)} ({', '.join(splits)})"
+        )
+    return content[split]
+
+
+def _cache() -> str:
+    import datasets
+
+    return str(datasets.config.HF_DATASETS_CACHE)

@@ -1,0 +1,97 @@
+"""Training augmentation whose randomness belongs to (seed, epoch, index), not to a process or to the order of work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+from disam_peft.common.random import keyed_seed
+from disam_peft.config.data import AugmentConfig
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+class TrainTransform:
+    """``transform(image, index, epoch)``: an RGB image to a (3, H, W) float32 tensor, normalised.
+
+    One (seed, epoch, index) gives the bit-identical tensor in any worker, process and order; the global random
+    state is left as it was.
+
+    Args:
+        size: height and width of the result, in pixels.
+        mean, std: per channel, for values in 0 to 1.
+        interpolation: how images are resized.
+        seed: of the run.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        interpolation: Literal["bicubic", "bilinear"],
+        config: AugmentConfig,
+        seed: int,
+    ) -> None:
+        from torchvision.transforms import InterpolationMode, v2
+
+        resampling = InterpolationMode(interpolation)
+        steps: list[Any]
+        if config.kind == "none":
+            steps = [_Cover(size, resampling), v2.CenterCrop(list(size))]
+        else:
+            steps = [v2.RandomResizedCrop(list(size), scale=config.scale, interpolation=resampling)]
+            if config.flip > 0:
+                steps.append(v2.RandomHorizontalFlip(config.flip))
+            if config.color_jitter > 0:
+                steps.append(v2.ColorJitter(*[config.color_jitter] * 4))
+            if config.grayscale > 0:
+                steps.append(v2.RandomGrayscale(config.grayscale))
+        steps += [v2.PILToTensor(), _to_unit, v2.Normalize(list(mean), list(std))]
+        self._steps = v2.Compose(steps)
+        self._seed = seed
+        self.deterministic = config.kind == "none"
+        """Whether the result is the same in every epoch, so that features of it may be stored."""
+
+    def __call__(self, image: Image, index: int, epoch: int) -> Tensor:
+        with _cpu_rng(keyed_seed(self._seed, epoch, index)):
+            return self._steps(image)
+
+
+class _Cover:
+    """Resize, keeping the aspect, to the smallest size that covers ``size``; for squares exactly CLIP's own resize."""
+
+    def __init__(self, size: tuple[int, int], interpolation: Any) -> None:
+        self._size, self._interpolation = size, interpolation
+
+    def __call__(self, image: Image) -> Image:
+        from torchvision.transforms.v2 import functional
+
+        height, width = self._size
+        # The side that fits exactly is set, not computed: rounding may not leave a pixel uncovered.
+        if image.height * width <= image.width * height:
+            size = [height, max(width, int(height * image.width / image.height))]
+        else:
+            size = [max(height, int(width * image.height / image.width)), width]
+        return functional.resize(image, size, interpolation=self._interpolation)
+
+
+def _to_unit(pixels: Tensor) -> Tensor:
+    # Divided, as the transforms that come with CLIP do; torchvision v2 multiplies by 1/255, which rounds otherwise.
+    return pixels.float().div_(255)
+
+
+@contextmanager
+def _cpu_rng(seed: int) -> Iterator[None]:
+    """The CPU's random state from ``seed``, and back. ``torch.manual_seed`` would also reseed every GPU."""
+    import torch
+
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)

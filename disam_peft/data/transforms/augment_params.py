@@ -1,0 +1,97 @@
+"""What the augmentation does to each image, drawn from (seed, epoch, index) alone. B images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from disam_peft.common.random import keyed_uniforms
+from disam_peft.config.data import AugmentConfig
+
+ATTEMPTS = 10
+ASPECTS = (3 / 4, 4 / 3)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Uniform numbers turned into choices; the box alone needs to know an image's size, see ``boxes``."""
+
+    area_BA: np.ndarray
+    """(B, attempts) share of the image's area."""
+    aspect_BA: np.ndarray
+    """(B, attempts) width / height of the box."""
+    place_B2: np.ndarray
+    """(B, 2) where the box lies in what is left of height and width, in [0, 1)."""
+    flip_B: np.ndarray
+    """(B,) bool."""
+    order_B4: np.ndarray
+    """(B, 4) what comes first, second, ...: 0 brightness, 1 contrast, 2 saturation, 3 hue."""
+    strength_B4: np.ndarray
+    """(B, 4) in that numbering: factors of the first three, the share of the circle that the hue turns by."""
+    grey_B: np.ndarray
+    """(B,) bool."""
+
+    def boxes(self, grid: tuple[int, int], sizes_B2: np.ndarray) -> np.ndarray:
+        """(B, 4) top, left, height and width of the boxes, in whole pixels of the grid.
+
+        The first attempt that fits is taken; where none does, the largest box in the middle whose aspect is allowed
+        (torchvision's RandomResizedCrop).
+
+        Args:
+            grid: height and width of the image as it is at hand.
+            sizes_B2: height and width that it had before it was squeezed into the grid.
+        """
+        height_B, width_B = np.asarray(sizes_B2, dtype=np.float64).T
+        image_B = width_B / height_B
+        relative_BA = self.aspect_BA / image_B[:, None]
+        # Shares of height and width, not pixels: the same attempt fits whatever the grid.
+        high_BA, wide_BA = np.sqrt(self.area_BA / relative_BA), np.sqrt(self.area_BA * relative_BA)
+        fits_BA = np.logical_and(high_BA <= 1, wide_BA <= 1)
+        first_B1 = fits_BA.argmax(1)[:, None]
+        found_B = fits_BA.any(1)
+        allowed_B = np.clip(image_B, *ASPECTS)
+        high_B = np.where(found_B, np.take_along_axis(high_BA, first_B1, 1)[:, 0], np.minimum(1, image_B / allowed_B))
+        wide_B = np.where(found_B, np.take_along_axis(wide_BA, first_B1, 1)[:, 0], np.minimum(1, allowed_B / image_B))
+        high_B, wide_B = _whole(high_B, grid[0]), _whole(wide_B, grid[1])
+        room_B2 = np.stack([grid[0] - high_B, grid[1] - wide_B], axis=1)
+        corner_B2 = np.where(found_B[:, None], np.floor(self.place_B2 * (room_B2 + 1)), room_B2 // 2)
+        return np.column_stack([corner_B2, high_B, wide_B]).astype(np.int64)
+
+
+def draw(config: AugmentConfig, seed: int, indices: Sequence[int], epochs: Sequence[int]) -> Draws:
+    """The draws of these samples; each depends on its own key and on nothing else in the batch."""
+    count = 2 * ATTEMPTS + 2 + 1 + 4 + 4 + 1
+    uniform = np.stack(
+        [keyed_uniforms(count, seed, epoch, index) for index, epoch in zip(indices, epochs, strict=True)]
+    )
+    area_BA, aspect_BA, place_B2, flip_B1, order_B4, strength_B4, grey_B1 = np.split(
+        uniform, np.cumsum([ATTEMPTS, ATTEMPTS, 2, 1, 4, 4]), axis=1
+    )
+    low, high = config.scale
+    narrow, wide = (math.log(aspect) for aspect in ASPECTS)
+    strength_B4 = config.color_jitter * (2 * strength_B4 - 1)
+    return Draws(
+        area_BA=low + (high - low) * area_BA,
+        aspect_BA=np.exp(narrow + (wide - narrow) * aspect_BA),
+        place_B2=place_B2,
+        flip_B=flip_B1[:, 0] < config.flip,
+        order_B4=order_B4.argsort(1, kind="stable"),
+        strength_B4=strength_B4 + np.array([1, 1, 1, 0]),  # no change is factor 1, turn 0
+        grey_B=grey_B1[:, 0] < config.grayscale,
+    )
+
+
+def middle_boxes(grid: tuple[int, int], sizes_B2: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(B, 4) the largest box in the middle with the aspect of ``size``, in whole pixels of the grid."""
+    height_B, width_B = np.asarray(sizes_B2, dtype=np.float64).T
+    relative_B = (size[1] / size[0]) / (width_B / height_B)
+    high_B = _whole(np.minimum(1, 1 / relative_B), grid[0])
+    wide_B = _whole(np.minimum(1, relative_B), grid[1])
+    return np.column_stack([(grid[0] - high_B) // 2, (grid[1] - wide_B) // 2, high_B, wide_B]).astype(np.int64)
+
+
+def _whole(share: np.ndarray, pixels: int) -> np.ndarray:
+    return np.maximum(1, np.round(share * pixels))

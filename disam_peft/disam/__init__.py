@@ -1,0 +1,11 @@
+"""Domain-inspired sharpness-aware minimization (Zhang et al., ICLR 2024, arXiv 2405.18861). Needs torch alone.
+
+Read ``disam.py`` first: it is the step in order; ``ascent.py`` has the closed form that makes it one backward.
+"""
+
+from disam_peft.disam.ascent import ascent_weights
+from disam_peft.disam.disam import DISAM, StepReport
+from disam_peft.disam.domain_sums import DomainSums, domain_sums
+from disam_peft.disam.perturbation import restored
+
+__all__ = ["DISAM", "DomainSums", "StepReport", "ascent_weights", "domain_sums", "restored"]

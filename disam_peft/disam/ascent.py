@@ -1,0 +1,43 @@
+"""The closed form of the ascent weights.
+
+Shapes in this file: D domains (the ids in play; some may be absent from the batch).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ascent_weights(mean_D: Tensor, count_D: Tensor, variance_weight: float | Tensor) -> Tensor:
+    """Weight c_d of each sample of domain d in the ascent gradient ``sum_i c_d(i) grad l_i``.
+
+    The gradient of ``mean(l) - lambda * Var(L)`` with the population variance over the K domains present is linear
+    in the samples' gradients, with ``c_d = 1/N - (2 lambda / K) (L_d - mean_d L_d) / n_d`` (arXiv 2405.18861, Eq. 6-8).
+    So pass 1 needs one backward and no graph through the variance. ``n_d c_d`` are the domain weights w_d; they sum to
+    one, and one is negative where ``L_d - Lbar > n_d K / (2 lambda N)``.
+
+    Args:
+        mean_D: mean loss per domain, (D,) or (..., D) for several models at once; ignored (may be NaN) where the count
+            is 0.
+        count_D: samples per domain, (D,); floating point, so that nothing is rounded to float32 on the way.
+        variance_weight: lambda; 0 gives 1/N throughout, exactly. A tensor that broadcasts to ``mean_D`` gives each
+            model its own.
+
+    Returns:
+        ``mean_D``'s shape and dtype; 0 for absent domains.
+    """
+    present_D = count_D > 0
+    # in the losses' own dtype: dividing a number by an integer tensor would silently round to float32
+    num_present = present_D.sum().to(mean_D.dtype)
+    mean_D = torch.where(present_D, mean_D, torch.zeros_like(mean_D))
+    grand_mean = mean_D.sum(dim=-1, keepdim=True) / num_present
+    safe_count_D = torch.where(present_D, count_D, torch.ones_like(count_D))
+    pull_D = (2.0 * variance_weight / num_present) * (mean_D - grand_mean) / safe_count_D
+    # with lambda = 0 the pull must vanish even where a loss is inf (0 * inf would be NaN)
+    if isinstance(variance_weight, Tensor):
+        pull_D = torch.where(variance_weight != 0, pull_D, torch.zeros_like(pull_D))
+    elif variance_weight == 0:
+        pull_D = torch.zeros_like(pull_D)
+    weight_D = 1.0 / count_D.sum() - pull_D
+    return torch.where(present_D, weight_D, torch.zeros_like(weight_D))

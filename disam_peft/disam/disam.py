@@ -1,0 +1,350 @@
+"""The two-pass gradient: plain (ERM), sharpness-aware (SAM) and domain-inspired sharpness-aware (DISAM).
+
+Shapes in this file: B samples, D domains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from disam_peft.disam.domain_sums import DomainSums
+from disam_peft.disam.micro_batches import EffectiveBatch, PerSampleLoss
+from disam_peft.disam.parameters import all_sharded, trainable
+from disam_peft.disam.passes import Ascent, AscentWay, Passes, Way
+from disam_peft.disam.perturbation import AscentDirection, by_device_and_dtype, restored
+from disam_peft.disam.ranks import NoSync, Ranks
+from disam_peft.disam.sharding import local, perturbation_arrived
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step saw. Tensors, detached and still on the device: reading one may wait for the device.
+
+    All figures are of the whole effective batch, over all micro-batches and ranks, and the same on every rank: what is
+    decided on them is decided alike everywhere.
+
+    Attributes:
+        loss: mean loss at w over the batch, shape ().
+        perturbed_loss: mean loss at w + e; equals ``loss`` where there was no second pass.
+        domain_ids: (D,) int64, ascending.
+        domain_counts: (D,) samples per domain; 0 for a domain that is absent from the batch.
+        domain_losses: (D,) mean loss per domain at w; NaN for an absent domain.
+        domain_weights: (D,) w_d = n_d c_d, which sum to one; n_d / N for ERM and SAM. Negative: see ``ascent_weights``.
+        ascent_norm: norm of the ascent gradient over the trained parameters (adaptive: of |w| g), at loss scale 1,
+            shape (); 0 where there was no ascent.
+        is_finite: shape (), bool: losses and ascent gradient of this step are finite, on every rank. If False the
+            gradients hold NaN (a loss scaler skips and backs off by itself); without a scaler, skip the step.
+        ascent_cosine: cosine between the ascent direction and plain SAM's on the same batch, shape (); None unless
+            asked for.
+        way: how pass 1 went over the micro-batches, see ``DISAM.backward_accumulated``.
+    """
+
+    loss: Tensor
+    perturbed_loss: Tensor
+    domain_ids: Tensor
+    domain_counts: Tensor
+    domain_losses: Tensor
+    domain_weights: Tensor
+    ascent_norm: Tensor
+    is_finite: Tensor
+    ascent_cosine: Tensor | None = None
+    way: AscentWay = "two_phase"
+
+
+@dataclass
+class _LossScale:
+    """Sees by which factor ``backward`` multiplied a loss (a gradient scaler's, for one), without asking anybody."""
+
+    seen: Tensor | None = field(default=None)
+
+    def watch(self, loss: Tensor) -> Tensor:
+        def remember(gradient: Tensor) -> None:
+            self.seen = gradient.detach()
+
+        loss.register_hook(remember)
+        return loss
+
+
+class DISAM:
+    """Replaces ``loss.backward()``: leaves the domain-inspired sharpness-aware gradient in ``p.grad``.
+
+    Over the batch's N samples, pass 1 takes the gradient g of ``L - lambda * Var(L_d)`` at w, where L_d are the mean
+    losses of the K domains present and Var is their population variance. Pass 2 takes the gradient of L at
+    ``w + rho g / ||g||``. Then the weights are w again, bit for bit, and any optimizer can step. A batch that holds
+    one domain gives plain SAM. (Zhang et al., ICLR 2024, arXiv 2405.18861.)
+
+    .. code-block:: python
+
+        disam = DISAM(model.parameters(), rho=0.05, variance_weight=0.1)
+        for images, labels, domains in loader:
+            report = disam.backward(lambda: cross_entropy(model(images), labels, reduction="none"), domains)
+            optimizer.step()
+
+    Args:
+        params: the parameters that are trained; those that require no gradient are left out. Others that take part in
+            the loss are not perturbed.
+        rho: radius of the perturbation, in units of the weights' norm; 0 is the plain gradient, in one pass.
+        variance_weight: lambda; 0 is SAM.
+        adaptive: ASAM's perturbation, ``rho w^2 g / || |w| g ||``; rho is then usually 10 to 40 times larger.
+        num_domains: the ids are 0..num_domains-1. Optional; with it a step needs no synchronisation with the device
+            and, over several ranks, one collective less.
+        backward: called as ``backward(loss)`` in place of ``loss.backward()``, for example ``accelerator.backward``.
+            Gradients of other leaves than ``params`` are then those of all passes added up.
+        reduce_gradients: with torch.distributed initialised, add up the gradients over the ranks here. For models
+            *without* a wrapper; False leaves that to DistributedDataParallel or ``fully_shard`` around the model.
+        ascent_cosine: report the cosine between the ascent direction and plain SAM's, for a second backward in pass 1.
+        process_group: the ranks that share a batch; the default is all.
+        reshard: called whenever the weights changed in place, to drop copies of them. Needed with ``fully_shard`` only
+            where modules do not reshard after the backward (``reshard_after_backward``); it must reach all of them:
+            ``lambda: [m.reshard() for m in model.modules() if isinstance(m, FSDPModule)]``.
+
+    Raises:
+        ValueError: rho or variance_weight negative or not finite; no parameter that requires a gradient; a parameter
+            that is no leaf, appears twice, or is float16 or bfloat16 (too coarse for w + e: keep what is trained in
+            float32 and use autocast); sharded and unsharded parameters (DTensor) together.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        rho: float = 0.05,
+        variance_weight: float = 0.1,
+        adaptive: bool = False,
+        *,
+        num_domains: int | None = None,
+        backward: Callable[[Tensor], object] | None = None,
+        reduce_gradients: bool = False,
+        ascent_cosine: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+        reshard: Callable[[], object] | None = None,
+    ) -> None:
+        for name, value in (("rho", rho), ("variance_weight", variance_weight)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a finite number >= 0, not {value}")
+        if num_domains is not None and num_domains < 1:
+            raise ValueError(f"num_domains must be at least 1, not {num_domains}; leave it out if unknown")
+        self.params = trainable(params)
+        self.rho = float(rho)
+        self.variance_weight = float(variance_weight)
+        self.adaptive = adaptive
+        self.num_domains = num_domains
+        self.reduce_gradients = reduce_gradients
+        self.ascent_cosine = ascent_cosine
+        self._call_backward = backward
+        self._group = process_group
+        self._reshard = reshard
+        self._scale = _LossScale()
+        self._sharded = all_sharded(self.params, reduce_gradients=reduce_gradients, ascent_cosine=ascent_cosine)
+        self._replicas_checked = False
+        self._arrived: bool | None = None
+
+    def backward(self, per_sample_loss: PerSampleLoss, domains: Tensor, mask: Tensor | None = None) -> StepReport:
+        """Put the gradient of this batch into ``p.grad``, in place of what was there.
+
+        ``per_sample_loss`` is called once per pass and must compute the same function both times: it sees the same
+        random numbers of torch (dropout masks), so only the weights differ. Any autocast belongs inside it.
+
+        Over several ranks each hands over its own samples, as many as it has, and the result is the gradient of them
+        all together. A rank without samples returns losses of shape (0,). These need a graph only where the model is
+        wrapped (the others wait for this rank's backward); a model that cannot run on nothing then runs on any one
+        sample, with ``mask=torch.tensor([False])``. If no rank has a sample, the report is not finite.
+
+        Args:
+            per_sample_loss: takes nothing, returns the losses (B,) of the batch, with a graph.
+            domains: (B,) integers; any values, in any order, any of them absent (with ``num_domains``: in range).
+            mask: (B,) bool; samples where it is False count nowhere, as if they were not there. Unset: all count.
+
+        Returns:
+            A report of this step. If anything raises in a pass, the weights are restored and ``p.grad`` is None.
+
+        Raises:
+            ValueError: losses that are not a (B,) tensor with a graph, or domains that do not match them.
+            torch.OutOfMemoryError: as it came, with a note that suggests a size of micro-batches.
+        """
+        return self._step([per_sample_loss], [domains], [mask], way="two_phase", no_sync=None)
+
+    def backward_accumulated(
+        self,
+        per_sample_losses: Sequence[PerSampleLoss],
+        domains: Sequence[Tensor],
+        masks: Sequence[Tensor | None] | None = None,
+        *,
+        way: Way = "auto",
+        no_sync: NoSync | None = None,
+    ) -> StepReport:
+        """``backward`` on a batch that goes through the model in micro-batches: the same gradient, in less memory.
+
+        The variance over domains belongs to the whole effective batch (over all micro-batches and ranks), so this is no
+        sum over micro-batches: take one optimizer step after one call.
+
+        .. code-block:: python
+
+            pieces = [(images, labels, domains), ...]
+            losses = [lambda x=x, y=y: cross_entropy(model(x), y, reduction="none") for x, y, _ in pieces]
+            report = disam.backward_accumulated(losses, [domains for _, _, domains in pieces])
+            optimizer.step()
+
+        Ways of pass 1, which differ in cost alone:
+
+        - ``two_phase``: a pass without a graph for the losses, then the weighted gradients. One forward more.
+        - ``per_domain``: all samples of a micro-batch are of one domain; one gradient per domain is kept, and no
+          forward is added.
+        - ``auto``: one pass where the weights need no losses (ERM, SAM); else ``per_domain`` where it is possible on
+          every rank and the kept gradients take at most 256 MiB; else ``two_phase``.
+
+        Args:
+            per_sample_losses: one per micro-batch, as in ``backward``; ``two_phase`` calls them up to three times. Each
+                micro-batch sees the same random numbers every time.
+            domains: one tensor per micro-batch. On the host (with ``num_domains``) they let ``per_domain`` see, without
+                asking the device, which domain a micro-batch is of.
+            masks: one per micro-batch, or None for all.
+            way: see above.
+            no_sync: of a wrapper that reduces gradients, such as ``DistributedDataParallel.no_sync``: all micro-batches
+                run inside it, and the gradients are added up here, once per pass. Without it a wrapper communicates in
+                every micro-batch, and every rank needs the same number of them. With it, or with ``reduce_gradients``,
+                a rank may have any number, or none.
+
+        Raises:
+            ValueError: see ``backward``; a way that is not possible.
+        """
+        if way not in get_args(Way):
+            raise ValueError(f"way must be one of {', '.join(get_args(Way))}, not {way!r}")
+        return self._step(per_sample_losses, domains, masks, way=way, no_sync=no_sync)
+
+    # -- the step, in order ----------------------------------------------------------------------------------
+
+    def _step(
+        self,
+        per_sample_losses: Sequence[PerSampleLoss],
+        domains: Sequence[Tensor],
+        masks: Sequence[Tensor | None] | None,
+        *,
+        way: Way,
+        no_sync: NoSync | None,
+    ) -> StepReport:
+        ranks = Ranks.of(self._group, self.reduce_gradients, no_sync)
+        batch = EffectiveBatch.of(
+            per_sample_losses, domains, masks, num_domains=self.num_domains, params=self.params, ranks=ranks
+        )
+        passes = Passes(self.params, batch, ranks, self._backward, lambda: self._scale.seen)
+        weights = restored(self.params)
+        self._clear_gradients()
+        try:
+            ascent = passes.ascent(
+                self.variance_weight if self.rho > 0 else 0.0,
+                way,
+                with_plain_gradients=self.ascent_cosine and self.rho > 0,
+            )
+            if self.rho == 0:
+                return self._report(ascent, perturbed=ascent.sums)
+            direction = self._direction([p.grad for p in self.params], ranks)
+            cosine = None
+            if ascent.plain_gradients is not None:
+                cosine = direction.cosine(self._direction(ascent.plain_gradients, ranks))
+            self._clear_gradients()
+
+            with weights:
+                direction.add_(self.rho)
+                self._drop_copies_of_weights()
+                perturbed = passes.mean(ascent.sums.total)
+            self._drop_copies_of_weights()
+            self._poison_unless(direction.is_finite)
+            self._check_arrival(ascent.sums, perturbed, direction)
+            return self._report(ascent, perturbed, direction, cosine)
+        except BaseException as error:
+            weights.copy_back()  # an interrupt may have hit the exit of the block above
+            self._clear_gradients()  # half a gradient must not reach an optimizer
+            self._drop_copies_of_weights()
+            if isinstance(error, torch.OutOfMemoryError):
+                error.add_note(_advice_on_memory(batch.largest))
+            raise
+
+    def _clear_gradients(self) -> None:
+        # not through an optimizer: a wrapped zero_grad may do nothing inside an accumulation context
+        for p in self.params:
+            p.grad = None
+
+    def _backward(self, loss: Tensor) -> None:
+        loss = self._scale.watch(loss)
+        if self._call_backward is not None:
+            self._call_backward(loss)
+        elif self._sharded:
+            loss.backward()  # the leaves are unsharded copies, which only their owner knows
+        else:
+            loss.backward(inputs=self.params)
+
+    def _direction(self, gradients: list[Tensor | None], ranks: Ranks) -> AscentDirection:
+        direction = AscentDirection(self.params, gradients, adaptive=self.adaptive)
+        if ranks.size > 1 and not self._replicas_checked:
+            ranks.check_replicas_agree(direction.norm)
+            self._replicas_checked = True
+        return direction
+
+    def _drop_copies_of_weights(self) -> None:
+        """The weights changed in place: whatever was computed from them is old."""
+        # an autocast around both passes would serve the second the casts of the unperturbed weights
+        torch.clear_autocast_cache()
+        if self._reshard is not None:
+            self._reshard()
+
+    @torch.no_grad()
+    def _poison_unless(self, is_finite: Tensor) -> None:
+        """NaN into every gradient where pass 1 overflowed: a loss scaler must see it, pass 2 alone would hide it."""
+        factor = torch.where(is_finite, 1.0, math.nan)
+        for group in by_device_and_dtype([p.grad for p in self.params if p.grad is not None]):
+            torch._foreach_mul_([local(g) for g in group], factor.to(group[0].device, group[0].dtype))
+
+    def _check_arrival(self, sums: DomainSums, perturbed: DomainSums, direction: AscentDirection) -> None:
+        if not self._sharded or self._arrived:
+            return
+        self._arrived = perturbation_arrived(sums, perturbed, self._at_scale_1(direction.norm), self.rho)
+        if self._arrived is False:
+            raise ValueError(
+                "pass 2 ran on the unperturbed weights: the model keeps unsharded copies of them after the backward; "
+                "use fully_shard's reshard_after_backward, or give DISAM reshard=..., which reshards every FSDPModule"
+            )
+
+    def _at_scale_1(self, norm: Tensor) -> Tensor:
+        return norm if self._scale.seen is None else norm / self._scale.seen.to(norm)
+
+    def _report(
+        self,
+        ascent: Ascent,
+        perturbed: DomainSums,
+        direction: AscentDirection | None = None,
+        cosine: Tensor | None = None,
+    ) -> StepReport:
+        sums = ascent.sums
+        is_finite = torch.isfinite(sums.mean) & torch.isfinite(perturbed.mean)
+        norm = torch.zeros_like(sums.mean)
+        if direction is not None:
+            norm = self._at_scale_1(direction.norm)
+            is_finite = is_finite & direction.is_finite.to(is_finite.device)
+        return StepReport(
+            loss=sums.mean,
+            perturbed_loss=perturbed.mean,
+            domain_ids=sums.ids_D,
+            domain_counts=sums.count_D,
+            domain_losses=sums.mean_D,
+            domain_weights=sums.count_D * ascent.weight_D,
+            ascent_norm=norm,
+            is_finite=is_finite,
+            ascent_cosine=cosine,
+            way=ascent.way,
+        )
+
+
+def _advice_on_memory(largest: int) -> str:
+    if largest < 2:
+        return "out of memory on a single sample; the weights are restored. A smaller model or image size is needed"
+    return (
+        f"out of memory with up to {largest} samples at once; the weights are restored. Hand the batch over in "
+        f"micro-batches of at most {largest // 2} samples (DISAM.backward_accumulated): the gradient stays the same"
+    )

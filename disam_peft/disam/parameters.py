@@ -1,0 +1,59 @@
+"""What may be trained by a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from disam_peft.disam.sharding import is_sharded
+
+
+def trainable(params: Iterable[Tensor]) -> list[Tensor]:
+    """Those of ``params`` that require a gradient.
+
+    Raises:
+        ValueError: there is none; one that the step cannot perturb.
+    """
+    found = list(params)
+    for p in found:
+        if not isinstance(p, Tensor):
+            raise ValueError(
+                f"params must be tensors, not {type(p).__name__}; pass model.parameters(), not names or groups"
+            )
+    chosen = [p for p in found if p.requires_grad]
+    if not chosen:
+        raise ValueError(f"none of the {len(found)} parameters requires a gradient: there is nothing to train")
+    if len({id(p) for p in chosen}) != len(chosen):
+        raise ValueError("a parameter appears twice in params")
+    for p in chosen:
+        if not p.is_leaf:
+            raise ValueError(f"a parameter of shape {tuple(p.shape)} is the result of a computation, not a leaf")
+        if p.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"a trained parameter is {str(p.dtype).removeprefix('torch.')}: w + e rounds back to w there; "
+                "keep what is trained in float32 and use autocast"
+            )
+    return chosen
+
+
+def all_sharded(params: Sequence[Tensor], *, reduce_gradients: bool, ascent_cosine: bool) -> bool:
+    """Whether the parameters are sharded.
+
+    Raises:
+        ValueError: some are and some are not; an option that sharded parameters exclude.
+    """
+    num_sharded = sum(is_sharded(p) for p in params)
+    if num_sharded == 0:
+        return False
+    if num_sharded < len(params):
+        raise ValueError(
+            f"{num_sharded} of {len(params)} parameters are sharded: FSDP would reduce their gradients and nobody the "
+            "others'; shard all that is trained, or none of it (fully_shard's ignored_params) with reduce_gradients"
+        )
+    if reduce_gradients:
+        raise ValueError("the parameters are sharded and FSDP reduces their gradients: leave reduce_gradients False")
+    if ascent_cosine:
+        raise ValueError("ascent_cosine needs a second backward through one graph, which sharded parameters forbid")
+    return True

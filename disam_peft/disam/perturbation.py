@@ -1,0 +1,126 @@
+"""Perturb exactly these parameters, and restore them bit for bit on every way out.
+
+Everything works on one flat buffer per device and dtype: adapters are many small tensors, and a loop over them costs
+more than the arithmetic. Of a sharded parameter the buffer holds this rank's shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from disam_peft.disam.sharding import joined_over_shards, layout, local
+
+
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """All elements, on this rank, in one new 1-D tensor."""
+    return torch.cat([local(t).reshape(-1) for t in tensors])
+
+
+def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of ``flat`` with the shapes of ``like`` (plain tensors)."""
+    return [part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in like]), like, strict=True)]
+
+
+def by_device_and_dtype(params: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Groups that fit one flat buffer each; nearly always one. (Those of another sharding are another group.)"""
+    groups: dict[tuple[object, ...], list[Tensor]] = {}
+    for p in params:
+        groups.setdefault((p.device, p.dtype, layout(p)), []).append(p)
+    return list(groups.values())
+
+
+class restored(AbstractContextManager[None]):
+    """On exit, by whatever way, every one of ``params`` holds the bits that it held on entry.
+
+    The perturbation belongs *inside* the block: an interrupt between entry and the first line of the block then finds
+    weights that nobody touched yet.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self._groups = by_device_and_dtype(params)
+        self._snapshots: list[Tensor] = []
+
+    def __enter__(self) -> None:
+        self._snapshots = [flatten(group) for group in self._groups]
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.copy_back()
+
+    @torch.no_grad()
+    def copy_back(self) -> None:
+        """Restore now, if entered. Whoever must survive an interrupt *during* the exit calls it once more."""
+        for group, snapshot in zip(self._groups, self._snapshots, strict=bool(self._snapshots)):
+            # copy back, not subtract: (w + e) - e != w in floating point
+            shards = [local(p) for p in group]
+            torch._foreach_copy_(shards, unflatten(snapshot, shards))
+
+
+class AscentDirection:
+    """The gradient of the ascent objective, as the direction of a perturbation of norm rho.
+
+    ``e = rho g / ||g||`` (SAM), or ``e = rho w^2 g / || |w| g ||`` (ASAM, arXiv 2102.11600, without its eta). Where the
+    norm is zero or not finite, e is zero: the weights never hold a NaN.
+
+    Args:
+        params: the parameters to perturb.
+        gradients: one for each, at any common loss scale (e does not depend on it); None counts as zero.
+        adaptive: ASAM.
+
+    Attributes:
+        norm: ``||g||``, or ``|| |w| g ||`` if adaptive, at the loss scale of the gradients, over all shards; shape ().
+        is_finite: shape (), bool, on the device.
+    """
+
+    @torch.no_grad()
+    def __init__(self, params: Sequence[Tensor], gradients: Sequence[Tensor | None], *, adaptive: bool) -> None:
+        gradient_of = dict(zip(params, gradients, strict=True))
+        self._groups = by_device_and_dtype(params)
+        self._directions: list[Tensor] = []
+        norms: list[Tensor] = []
+        for group in self._groups:
+            found = [(p, gradient_of[p]) for p in group]
+            gradient = flatten([torch.zeros_like(p) if g is None else g for p, g in found])
+            if adaptive:
+                weights = flatten(group)
+                norm = torch.linalg.vector_norm(weights * gradient)
+                gradient = weights.square().mul_(gradient)
+            else:
+                norm = torch.linalg.vector_norm(gradient)
+            norms.append(joined_over_shards(norm, like=group[0]))
+            self._directions.append(gradient)
+        self.norm = _joined_norm(norms)
+        self.is_finite = torch.isfinite(self.norm)
+
+    @torch.no_grad()
+    def add_(self, rho: float) -> None:
+        """w <- w + e, in place; without waiting for the device."""
+        # tested as norm > 0, not as norm + 1e-12: that would be 0 / 0 in half precision
+        usable = self.is_finite & (self.norm > 0)
+        for group, direction in zip(self._groups, self._directions, strict=True):
+            size = (rho / self.norm).to(direction.device)
+            step = torch.where(usable.to(direction.device), direction * size, torch.zeros_like(direction))
+            shards = [local(p) for p in group]
+            torch._foreach_add_(shards, unflatten(step, shards))
+
+    @torch.no_grad()
+    def cosine(self, other: AscentDirection) -> Tensor:
+        """Cosine between two directions over the same unsharded parameters; shape (), NaN where one of them is zero."""
+        pairs = list(zip(self._directions, other._directions, strict=True))
+        dot = torch.stack([(a @ b).to(self.norm) for a, b in pairs]).sum()
+        lengths = [_joined_norm([torch.linalg.vector_norm(v) for v in side]) for side in zip(*pairs, strict=True)]
+        return dot / (lengths[0] * lengths[1])
+
+
+def _joined_norm(norms: Sequence[Tensor]) -> Tensor:
+    """The norm of a vector from the norms of its parts."""
+    if len(norms) == 1:
+        return norms[0]
+    widest = max((n.dtype for n in norms), key=lambda dtype: torch.finfo(dtype).bits)
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, widest) for n in norms]))

@@ -1,0 +1,41 @@
+"""Leave one domain out: which domain is kept away, and by what a checkpoint is chosen."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from disam_peft.config.protocol import ALL
+from disam_peft.errors import UserError, did_you_mean
+from disam_peft.evaluation.metrics import metrics_by_domain
+from disam_peft.evaluation.predict import Predictions
+
+
+class Score(NamedTuple):
+    """A checkpoint's rank by source validation alone: compares by accuracy, then by likelihood."""
+
+    mean_top1: float
+    negative_nll: float
+
+
+def validation_score(predictions: Predictions) -> Score:
+    """Mean over the source domains, so that a large domain does not outvote a small one."""
+    mean = metrics_by_domain(predictions)["mean"]
+    return Score(mean["top1"], -mean["nll"])
+
+
+def held_out_domains(held_out: str, domains: tuple[str, ...]) -> list[str]:
+    """The domains to hold out, one run each.
+
+    Raises:
+        UserError: empty, or no such domain (names the close ones); fewer than two domains.
+    """
+    if len(domains) < 2:
+        raise UserError(f"leaving one domain out needs two domains or more, found {', '.join(domains) or 'none'}")
+    if held_out == ALL:
+        return list(domains)
+    if held_out not in domains:
+        raise UserError(
+            f"protocol.held_out={held_out!r} is not a domain of the data{did_you_mean(held_out, [*domains, ALL])} "
+            f"(found: {', '.join(domains)}; 'all' takes each in turn)"
+        )
+    return [held_out]

@@ -1,0 +1,180 @@
+"""Many runs of one recipe, side by side: every cell of a study is run once, and the records become one comparison."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from disam_peft.common.progress import track
+from disam_peft.common.records import RESULTS, write_json
+from disam_peft.common.worker_pool import Finished, spread
+from disam_peft.config.recipe import Recipe
+from disam_peft.errors import Notice, UserError
+from disam_peft.experiments import run, run_folder
+from disam_peft.experiments.run_cache import Shared
+from disam_peft.experiments.study import Cell, Plan, load_plan
+from disam_peft.report.comparison import COMPARISON, ZERO_SHOT, Comparison, Failure, MeasureRow, RunPlace, judge
+from disam_peft.report.comparison_page import write_comparison
+from disam_peft.report.measures import run_measures, zero_shot_measures
+from disam_peft.report.runs import RunRecord
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a cell ended. ``error`` is empty where it has its results."""
+
+    error: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+def compare(
+    path: Path,
+    output: Path,
+    overrides: Sequence[str] = (),
+    *,
+    jobs: int | None = None,
+    seeds: int | None = None,
+    held_out: Sequence[str] = (),
+    adapters: Sequence[str] = (),
+    overwrite: bool = False,
+) -> Comparison:
+    """Run the cells of a study or recipe that have not been run yet, and write ``comparison.json``, ``.md``, ``.tex``
+    and ``.html`` to ``output``. A cell that fails is recorded, and the others go on.
+
+    Args:
+        jobs: processes, each with its share of the cores. Unset: one per core, or one where there is a GPU.
+        overwrite: replace runs of other recipes that are in the way.
+
+    Raises:
+        UserError: a study that cannot be (all mistakes at once); ``jobs`` below 1.
+    """
+    plan = load_plan(path, overrides, output=output, seeds=seeds, held_out=held_out, adapters=adapters)
+    jobs = default_jobs() if jobs is None else jobs
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs}: at least one process has to do the work")
+    todo = [cell for cell in plan.cells if overwrite or not is_finished(cell.recipe)]
+    ended: dict[tuple[str, str, str, int], Done] = {}
+    work = _here(todo, overwrite) if jobs == 1 else _elsewhere(todo, overwrite, jobs)
+    for cell, done in track(work, f"{len(plan.cells) - len(todo)} of {len(plan.cells)} runs kept", total=len(todo)):
+        ended[_key(cell)] = done
+    for text in dict.fromkeys(text for done in ended.values() for text in done.warnings):
+        warnings.warn(text, stacklevel=2)
+    comparison = _collected(plan, output, {key: done.error for key, done in ended.items() if done.error})
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / COMPARISON, asdict(comparison))
+    write_comparison(comparison, output)
+    return comparison
+
+
+def default_jobs() -> int:
+    """One process per core that may be used; one where they would share a GPU."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if torch.cuda.is_available() else cores
+
+
+def is_finished(recipe: Recipe) -> bool:
+    """Whether the run's folder holds this very run, complete."""
+    return _is_ours(recipe) and (recipe.folder(recipe.protocol.held_out) / RESULTS).is_file()
+
+
+def run_cell(cell: Cell, shared: Shared, overwrite: bool) -> Done:
+    """Train and judge one cell; what goes wrong is returned, not raised."""
+    # a run of this very recipe that was cut short goes on: nobody has to say so for each of a hundred
+    begun = _is_ours(cell.recipe) and not overwrite
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        try:
+            run.train(cell.recipe, overwrite=overwrite, resume=begun, shared=shared)
+        except Exception as error:
+            about = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            return Done(about, _texts(caught))
+    return Done("", _texts(caught))
+
+
+def _texts(caught: Sequence[warnings.WarningMessage]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(str(w.message) for w in caught if _matters(w.category)))
+
+
+def _matters(category: type[Warning]) -> bool:
+    return issubclass(category, UserWarning) and not issubclass(category, Notice)
+
+
+def _is_ours(recipe: Recipe) -> bool:
+    path = recipe.folder(recipe.protocol.held_out) / run_folder.RECIPE
+    return path.is_file() and not run_folder.changed(recipe)
+
+
+def _here(cells: Sequence[Cell], overwrite: bool) -> Iterator[tuple[Cell, Done]]:
+    shared = Shared()
+    for cell in cells:
+        yield cell, run_cell(cell, shared, overwrite)
+
+
+def _elsewhere(cells: Sequence[Cell], overwrite: bool, jobs: int) -> Iterator[tuple[Cell, Done]]:
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.shared, []).append(cell)
+    for cell, result in spread(list(groups.values()), CellRunner(overwrite, jobs), min(jobs, len(groups))):
+        if isinstance(result, Finished):
+            yield cell, result.value
+        else:
+            yield cell, Done(f"the process that ran it ended with exit code {result.exit_code}")
+
+
+class CellRunner:
+    """``run_cell`` for a process that lives for many cells."""
+
+    def __init__(self, overwrite: bool, jobs: int) -> None:
+        self._overwrite, self._jobs = overwrite, jobs
+        self._shared: Shared | None = None
+
+    def __call__(self, cell: Cell) -> Done:
+        if self._shared is None:  # made in the process itself: images are not sent
+            self._shared = Shared()
+            torch.set_num_threads(max(1, torch.get_num_threads() // self._jobs))
+        return run_cell(cell, self._shared, self._overwrite)
+
+
+def _collected(plan: Plan, output: Path, errors: dict[tuple[str, str, str, int], str]) -> Comparison:
+    """The records of every cell, read back from its folder."""
+    rows: dict[tuple[str, str, str, int, str], MeasureRow] = {}
+    runs: list[RunPlace] = []
+    failed: list[Failure] = []
+    for cell in plan.cells:
+        if _key(cell) in errors:
+            failed.append(Failure(cell.condition, cell.arm, cell.held_out, cell.seed, errors[_key(cell)]))
+            continue
+        record = RunRecord(cell.folder)
+        for arm, values in ((cell.arm, run_measures(record)), (ZERO_SHOT, zero_shot_measures(record))):
+            for metric, value in values.items():
+                row = MeasureRow(cell.condition, arm, cell.held_out, cell.seed, metric, value)
+                rows[row.condition, row.arm, row.held_out, row.seed, row.metric] = row
+        place = cell.folder.relative_to(output).as_posix()
+        runs.append(RunPlace(cell.condition, cell.arm, cell.held_out, cell.seed, place))
+    comparison = Comparison(
+        title=plan.title,
+        question=plan.question,
+        arms=plan.arms,
+        conditions=plan.conditions,
+        pairs=plan.pairs,
+        metrics=plan.metrics,
+        held_out={
+            name: list(dict.fromkeys(cell.held_out for cell in plan.cells if cell.condition == name))
+            for name in plan.conditions
+        },
+        seeds=sorted({cell.seed for cell in plan.cells}),
+        fresh_data=plan.fresh_data,
+        rows=list(rows.values()),
+        runs=runs,
+        failed=failed,
+    )
+    return replace(comparison, verdicts=judge(comparison))
+
+
+def _key(cell: Cell) -> tuple[str, str, str, int]:
+    return cell.condition, cell.arm, cell.held_out, cell.seed

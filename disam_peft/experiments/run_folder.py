@@ -1,0 +1,124 @@
+"""What may be done with the folder of a run: whether it is free, finished, to be continued, or somebody else's."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from disam_peft.common.records import RESULTS
+from disam_peft.config.recipe import Recipe, as_dict, differences, save_recipe
+from disam_peft.data.dataset import DomainDataset
+from disam_peft.errors import Notice, UserError
+
+RECIPE = "recipe.yaml"
+CHECKPOINTS = "checkpoints"
+# Settings that leave the weights as they are, bit for bit.
+HARMLESS = {
+    "name": "the folder may have been renamed",
+    "output": "or moved",
+    "data.root": "so may the data, whose content is compared",
+    "features.folder": "stores are found by content",
+    "train.workers": "batches and augmentation are functions of seed, step and sample",
+    "train.save_every": "saving changes nothing",
+    "train.keep_checkpoints": "nor does removing",
+    "train.timeout_minutes": "nor waiting",
+    "train.log_every": "the records become more or fewer",
+    "train.tracker": "they go elsewhere besides",
+    "evaluation.workers": "every sample is judged once, in whatever order",
+    "evaluation.batch_size": "but for rounding in the metrics",
+}
+Plan = Literal["start", "continue", "keep"]
+
+
+def plan(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Plan:
+    """What to do with the folder of a run that holds one domain out. Nothing is changed yet.
+
+    Raises:
+        UserError: it holds something else, or a run that did not finish, and nobody said what to do with it.
+    """
+    if overwrite and resume:
+        raise UserError("--overwrite starts again and --resume goes on; choose one of them")
+    folder = recipe.folder(recipe.protocol.held_out)
+    if not folder.exists() or not any(not _is_draft(path) for path in folder.iterdir()):
+        if resume:
+            warnings.warn(f"nothing to go on with in {folder}; it is started", Notice, stacklevel=2)
+        return "start"
+    if not (folder / RECIPE).is_file():
+        raise UserError(f"{folder} holds files that are no run of disam-peft; choose another output or name")
+    if overwrite:
+        return "start"
+    changes = changed(recipe)
+    if changes:
+        listed = "\n  ".join(changes)
+        what = "holds another run, which cannot be continued so" if resume else "holds another run"
+        raise UserError(f"{folder} {what}; choose another name, or --overwrite it. It differs in:\n  {listed}")
+    if (folder / RESULTS).is_file():
+        return "keep"
+    if not resume:
+        raise UserError(f"{folder} holds a run that did not finish; --resume continues it, --overwrite starts it again")
+    return "continue"
+
+
+def changed(recipe: Recipe) -> list[str]:
+    """``key: old -> new`` for every setting that makes ``recipe`` another run than the one in its folder.
+
+    Raises:
+        OSError: there is none.
+    """
+    path = recipe.folder(recipe.protocol.held_out) / RECIPE
+    before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    return [line for line in differences(before, as_dict(recipe)) if line.split(":")[0] not in HARMLESS]
+
+
+def prepare(recipe: Recipe, *, anew: bool) -> None:
+    """Make the folder ready for training; ``anew``: a run of ours that is there goes."""
+    folder = recipe.folder(recipe.protocol.held_out)
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if anew and (folder / RECIPE).is_file():
+        # as a whole, then its files: half of it would be nobody's run after a kill
+        os.rename(folder, replaced)
+        (replaced / RECIPE).unlink()
+        shutil.rmtree(replaced)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir() and path.name.startswith(".adapter."):
+            shutil.rmtree(path)  # of a kill while the adapter was saved
+        elif _is_draft(path):
+            path.unlink()
+    draft = folder / f".{RECIPE}.{os.getpid()}.tmp"
+    save_recipe(recipe, draft)
+    os.replace(draft, folder / RECIPE)
+
+
+def clear(folder: Path) -> None:
+    """A finished run needs no checkpoints."""
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def content_by_cell(dataset: DomainDataset) -> dict[str, str]:
+    """How many images each class has in each domain, and a hash over their names and contents (over names and sizes,
+    where the data check was left out): enough to say where two looks at the same data differ."""
+    contents = dataset.hashes if dataset.hashes is not None else [str(size) for size in dataset.sizes_and_times[0]]
+    cells: defaultdict[str, list[str]] = defaultdict(list)
+    for i, key in enumerate(dataset.keys):
+        cell = f"images of {dataset.domains[dataset.domain_ids[i]]}/{dataset.classes[dataset.labels[i]]}"
+        cells[cell] += [key, contents[i]]
+    found = {cell: f"{len(parts) // 2} (sha256 {_digest(parts)})" for cell, parts in sorted(cells.items())}
+    return {"class names": f"{len(dataset.prompt_names)} (sha256 {_digest(dataset.prompt_names)})", **found}
+
+
+def _digest(parts: list[str] | tuple[str, ...]) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _is_draft(path: Path) -> bool:
+    """Ours, left behind by a kill."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")

@@ -1,0 +1,295 @@
+"""A study: one recipe, varied. Conditions x arms x held-out domains x seeds become cells, each a recipe of its own."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from disam_peft.config.overrides import apply_override, set_key
+from disam_peft.config.protocol import ALL
+from disam_peft.config.recipe import Recipe, all_mistakes, checked
+from disam_peft.config.shapes import DOMAINS
+from disam_peft.config.study import PRESETS, Overrides, Study
+from disam_peft.config.training import TrainConfig
+from disam_peft.config.yaml import read_yaml
+from disam_peft.data.load import load
+from disam_peft.errors import UserError, did_you_mean
+from disam_peft.report.measures import MEASURES
+
+ADAPTERS = ("lora", "coop", "linear_probe")
+_FAULTS = ("wrong_domains", "wrong_labels", "spurious_color")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    condition: str
+    arm: str
+    held_out: str
+    seed: int
+    recipe: Recipe
+
+    @property
+    def folder(self) -> Path:
+        return self.recipe.folder(self.held_out)
+
+    @property
+    def shared(self) -> str:
+        """Cells that share this see the same data from the same side: one process should run them, one by one."""
+        return json.dumps([self.recipe.data.model_dump(mode="json"), self.held_out, self.seed])
+
+    def __str__(self) -> str:
+        return f"{self.condition + ', ' if self.condition else ''}{self.arm}, {self.held_out}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study with everything resolved."""
+
+    title: str
+    question: str
+    arms: dict[str, Overrides]
+    """The presets spelled out for the first condition."""
+    conditions: dict[str, Overrides]
+    pairs: list[tuple[str, str]]
+    metrics: list[str]
+    fresh_data: bool
+    """Whether every seed has images of its own."""
+    cells: list[Cell]
+
+
+def load_plan(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    output: Path,
+    seeds: int | None = None,
+    held_out: Sequence[str] = (),
+    adapters: Sequence[str] = (),
+) -> Plan:
+    """Read a study file, or a plain recipe, which is compared over the default arms.
+
+    Args:
+        overrides: of the recipe, e.g. ``train.steps=200``.
+        output: folder of the cells' runs.
+        seeds, held_out: in place of the study's.
+        adapters: kinds; each is a condition of its own.
+
+    Raises:
+        UserError: unknown keys, arms or domains, recipes that cannot be: all mistakes at once.
+    """
+    values = read_yaml(path, "study")
+    if "recipe" not in values and "backbone" in values:
+        values = {"recipe": values}
+    if seeds is not None:
+        values["seeds"] = seeds
+    if held_out:
+        values["held_out"] = list(held_out)
+    mistakes: list[str] = []
+    try:
+        study = Study.model_validate(values)
+    except ValidationError as error:
+        raise UserError(all_mistakes([_explain(details) for details in error.errors()], f"study {path}")) from error
+    base = study.recipe if isinstance(study.recipe, dict) else read_yaml(path.parent / study.recipe, "recipe")
+    base = copy.deepcopy(base)
+    for override in overrides:
+        apply_override(base, override, mistakes)
+    plan = _Planner(study, base, path.stem, output, adapters, mistakes).plan()
+    if mistakes:
+        raise UserError(all_mistakes(list(dict.fromkeys(mistakes)), f"study {path}"))
+    return plan
+
+
+class _Planner:
+    """Works out the cells; what is wrong goes to ``mistakes``."""
+
+    def __init__(
+        self, study: Study, base: dict[str, Any], title: str, output: Path, adapters: Sequence[str], mistakes: list[str]
+    ) -> None:
+        self.study, self.base, self.title, self.mistakes = study, base, title, mistakes
+        self.runs = output / "runs"
+        self.arms: dict[str, Overrides | None] = (
+            dict.fromkeys(study.arms) if isinstance(study.arms, list) else dict(study.arms)
+        )
+        self.conditions = self._with_adapters(adapters)
+        self._domains: dict[str, tuple[str, ...]] = {}
+
+    def plan(self) -> Plan:
+        study = self.study
+        pairs, metrics = self._pairs(), [study.metric] if isinstance(study.metric, str) else study.metric
+        self.mistakes += [
+            f"metric: no measure {m!r}{did_you_mean(m, MEASURES)} (known: {', '.join(MEASURES)})"
+            for m in metrics
+            if m not in MEASURES
+        ]
+        for kind, names in (("arms", self.arms), ("conditions", self.conditions)):
+            slugs = [_slug(name) for name in names]
+            if len(set(slugs)) < len(slugs):
+                self.mistakes.append(f"{kind}: two of the names {', '.join(names)} give the same folder; rename one")
+        seeds = list(range(study.seeds)) if isinstance(study.seeds, int) else study.seeds
+        cells = [
+            cell
+            for condition in self.conditions
+            for seed in seeds
+            for domain in self._held_out(condition)
+            for arm in self.arms
+            if (cell := self._cell(condition, arm, domain, seed)) is not None
+        ]
+        first = next(iter(self.conditions))
+        arms = {arm: self._arm(arm, self._varied(first)) for arm in self.arms}
+        grouped = {cell.shared: [c for c in cells if c.shared == cell.shared] for cell in cells}
+        cells = [cell for group in grouped.values() for cell in group]
+        fresh = study.data_seed == "seed" and all(cell.recipe.data.shapes is not None for cell in cells)
+        return Plan(self.title, study.question, arms, self.conditions, pairs, metrics, fresh, cells)
+
+    def _cell(self, condition: str, arm: str, held_out: str, seed: int) -> Cell | None:
+        values = self._varied(condition)
+        for key, value in self._arm(arm, values).items():
+            set_key(values, key, value, self.mistakes)
+        values["seed"], values["name"] = seed, f"seed{seed}"
+        values["output"] = str(self.runs / _slug(condition) / _slug(arm))
+        set_key(values, "protocol.held_out", held_out, self.mistakes)
+        shapes = _shapes(values)
+        if shapes is not None:
+            if self.study.data_seed == "seed":
+                shapes["seed"] = seed
+            if any(shapes.get(fault) for fault in _FAULTS):
+                shapes.setdefault("target", held_out)
+        found: list[str] = []
+        recipe = checked(values, found)
+        where = ", ".join(part for part in (condition and f"condition {condition!r}", f"arm {arm!r}") if part)
+        self.mistakes += [f"{where}: {mistake}" for mistake in found]
+        return None if recipe is None else Cell(condition, arm, held_out, seed, recipe)
+
+    def _varied(self, condition: str) -> dict[str, Any]:
+        """The recipe's values under a condition."""
+        values = copy.deepcopy(self.base)
+        for key, value in self.conditions[condition].items():
+            set_key(values, key, copy.deepcopy(value), self.mistakes)
+        return values
+
+    def _arm(self, name: str, values: Mapping[str, Any]) -> Overrides:
+        overrides = self.arms[name]
+        if overrides is not None:
+            return overrides
+        if name not in PRESETS:
+            self.mistakes.append(
+                f"arms.{name}: has no overrides and is none of {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}"
+            )
+            return {}
+        return preset(name, values)
+
+    def _held_out(self, condition: str) -> list[str]:
+        values = self._varied(condition)
+        protocol = values.get("protocol")
+        wanted = self.study.held_out
+        if wanted is None:
+            wanted = protocol.get("held_out") if isinstance(protocol, dict) else None
+        if wanted is None:
+            self.mistakes.append("held_out: name the domains to hold out, or all")
+            return []
+        known = self._known_domains(values)
+        names = [wanted] if isinstance(wanted, str) else wanted
+        if names == [ALL]:
+            return list(known)
+        self.mistakes += [
+            f"held_out: no domain {name!r}{did_you_mean(name, known)} (found: {', '.join(known)})"
+            for name in names
+            if known and name not in known
+        ]
+        return [name for name in names if not known or name in known]
+
+    def _known_domains(self, values: dict[str, Any]) -> tuple[str, ...]:
+        data = values.get("data")
+        if _shapes(values) is not None and isinstance(data, dict):
+            return tuple(data.get("domains") or DOMAINS)
+        key = json.dumps(data, default=str)
+        if key not in self._domains:
+            probe = {**values, "name": "probe", "protocol": {"held_out": ALL}}
+            recipe = checked(probe, self.mistakes)
+            self._domains[key] = () if recipe is None else load(recipe.data).present_domains
+        return self._domains[key]
+
+    def _with_adapters(self, adapters: Sequence[str]) -> dict[str, Overrides]:
+        """Every condition with every adapter; the recipe's own settings are kept for its own kind."""
+        conditions = self.study.conditions
+        if not adapters:
+            return conditions
+        self.mistakes += [
+            f"adapters: {kind!r} is none of {', '.join(ADAPTERS)}{did_you_mean(kind, ADAPTERS)}"
+            for kind in adapters
+            if kind not in ADAPTERS
+        ]
+        own = self.base.get("adapter")
+        own_kind = own.get("kind") if isinstance(own, dict) else None
+        return {
+            f"{name}, {kind}" if name else kind: {**({} if kind == own_kind else {"adapter": {"kind": kind}}), **given}
+            for name, given in conditions.items()
+            for kind in adapters
+        }
+
+    def _pairs(self) -> list[tuple[str, str]]:
+        study, arms = self.study, list(self.arms)
+        named = [*([study.baseline] if study.baseline is not None else []), *_flat(study.comparisons or [])]
+        self.mistakes += [
+            f"no arm {name!r} to compare with{did_you_mean(name, arms)} (arms: {', '.join(arms)})"
+            for name in named
+            if name not in arms
+        ]
+        if study.comparisons is not None:
+            return study.comparisons
+        baseline = study.baseline if study.baseline is not None else arms[0]
+        usual = [("disam", other) for other in ("sam", "erm_2x") if {"disam", other} <= set(arms)]
+        pairs = [(arm, baseline) for arm in arms if arm != baseline] + usual
+        return [pair for i, pair in enumerate(pairs) if not {pair, pair[::-1]} & set(pairs[:i])]
+
+
+def preset(name: str, values: Mapping[str, Any]) -> Overrides:
+    """The overrides of an arm that needs none. ``erm_2x`` stretches the whole schedule, and validates as often."""
+    if name != "erm_2x":
+        return {"method.name": name}
+    train = values.get("train") or {}
+    stretched: Overrides = {"method.name": "erm"}
+    for key in ("steps", "warmup_steps", "validate_every"):
+        value = train.get(key, TrainConfig.model_fields[key].default)
+        if isinstance(value, int):
+            stretched[f"train.{key}"] = 2 * value
+    return stretched
+
+
+def _shapes(values: Mapping[str, Any]) -> dict[str, Any] | None:
+    data = values.get("data")
+    shapes = data.get("shapes") if isinstance(data, dict) else None
+    return shapes if isinstance(shapes, dict) else None
+
+
+def _slug(name: str) -> str:
+    """A name that a folder may have; ``runs`` of a study without conditions lie one level higher."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.")
+
+
+def _flat(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    return [name for pair in pairs for name in pair]
+
+
+def _explain(details: Any) -> str:
+    """One of pydantic's errors, in a line."""
+    location = [str(part) for part in details["loc"]]
+    where = location[0] if location else "study"
+    if details["type"] == "extra_forbidden":
+        known = Study.model_fields
+        return f"{where}: unknown key{did_you_mean(where, known)} (known: {', '.join(sorted(known))})"
+    if location[-1] == "[key]":
+        return f"{where}: the name {details['input']!r} is no text; put it in quotes"
+    message = details["msg"].removeprefix("Value error, ")
+    given = details.get("input")
+    shown = "" if isinstance(given, dict) or details["type"] == "missing" else f" (given: {given!r})"
+    return f"{where}: {message}{shown}"

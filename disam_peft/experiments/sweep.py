@@ -1,0 +1,195 @@
+"""Try many settings of a linear probe at once, judged on the sources alone: the held-out domain stays out of reach."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from disam_peft.adapters.base import Autocast
+from disam_peft.adapters.linear_probe import LinearProbeAdapter
+from disam_peft.adapters.prompts import ClassPrompts, prompt_templates
+from disam_peft.adapters.registry import build_adapter
+from disam_peft.backbones.families import load_backbone
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.classification.domain_inference import infer_domains
+from disam_peft.classification.frozen_features import evaluation_store, training_store
+from disam_peft.common.records import write_json
+from disam_peft.config.data import FeatureConfig
+from disam_peft.config.recipe import Recipe
+from disam_peft.data.dataset import DomainDataset
+from disam_peft.data.load import load
+from disam_peft.data.loading.sampler import DomainBatches
+from disam_peft.data.splits import leave_out, split_train_validation
+from disam_peft.errors import UserError
+from disam_peft.evaluation.predict import Predictions
+from disam_peft.evaluation.protocols import Score, held_out_domains, validation_score
+from disam_peft.training.accelerator import start_accelerator
+from disam_peft.training.stacked_probes import ProbeSetting, ProbeStack, fit_probes, probe_features
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One setting and what it is worth on held-back data of the source domains.
+
+    Attributes:
+        source_top1: mean over the source domains of the best state, 0 to 1; None if it diverged.
+        source_nll: the same of the negative log-likelihood, in nats.
+    """
+
+    held_out: str
+    learning_rate: float
+    rho: float
+    variance_weight: float
+    best_step: int
+    source_top1: float | None
+    source_nll: float | None
+
+    def overrides(self) -> list[str]:
+        """For ``disam-peft train``, to train this setting. DISAM, of which ERM (rho 0) and SAM (lambda 0) are cases:
+        under another name the recipe would leave rho or lambda aside."""
+        return [
+            "method.name=disam",
+            f"train.learning_rate={self.learning_rate!r}",
+            f"method.rho={self.rho!r}",
+            f"method.variance_weight={self.variance_weight!r}",
+        ]
+
+
+def sweep(
+    recipe: Recipe,
+    *,
+    learning_rates: Sequence[float] = (),
+    rhos: Sequence[float] = (),
+    variance_weights: Sequence[float] = (),
+) -> list[SweepRow]:
+    """Train the recipe's linear probe with every combination, all of them side by side; the best first.
+
+    Values that are left out are the recipe's. The results go to ``sweep-<held-out domain>.json`` in the run's folder.
+
+    Raises:
+        UserError: another adapter than a linear probe; values out of range; augmentation without ``features.views``.
+    """
+    if recipe.adapter.kind != "linear_probe":
+        raise UserError(
+            f"a sweep trains linear probes side by side, and adapter.kind is {recipe.adapter.kind!r}; use "
+            "adapter.kind=linear_probe, or disam-peft compare for other adapters"
+        )
+    settings = _settings(recipe, learning_rates, rhos, variance_weights)
+    accelerator = start_accelerator(recipe.train.mixed_precision)
+    if accelerator.num_processes > 1:
+        raise UserError(f"a sweep runs in one process, not in {accelerator.num_processes}: start it without a launcher")
+    dataset = load(recipe.data)
+    rows = []
+    for held_out in held_out_domains(recipe.protocol.held_out, dataset.present_domains):
+        sources, _ = leave_out(dataset, held_out)
+        found = _sweep_sources(recipe, sources, held_out, settings, accelerator.device, accelerator.autocast)
+        folder = recipe.output / recipe.name
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / f"sweep-{held_out}.json", [vars(row) for row in found])
+        rows += found
+    return rows
+
+
+def _settings(
+    recipe: Recipe, learning_rates: Sequence[float], rhos: Sequence[float], variance_weights: Sequence[float]
+) -> list[ProbeSetting]:
+    method = recipe.method
+    for name, values, least in (
+        ("learning rates", learning_rates, "above 0"),
+        ("rhos", rhos, "0 or more"),
+        ("variance weights", variance_weights, "0 or more"),
+    ):
+        for value in values:
+            # not `value < 0`: a NaN is no number to train with either
+            if not (0 <= value < float("inf")) or (value == 0 and least == "above 0"):
+                raise UserError(f"{name}: {value:g} is not {least}")
+    return [
+        ProbeSetting(*values)
+        for values in product(
+            learning_rates or [recipe.train.learning_rate],
+            rhos or [method.effective_rho],
+            variance_weights or [method.effective_variance_weight],
+        )
+    ]
+
+
+def _sweep_sources(
+    recipe: Recipe,
+    sources: DomainDataset,
+    held_out: str,
+    settings: list[ProbeSetting],
+    device: torch.device,
+    autocast: Autocast,
+) -> list[SweepRow]:
+    training, validation = split_train_validation(sources, recipe.protocol.validation_fraction, recipe.seed)
+    backbone = load_backbone(recipe.backbone).to(device)
+    prompts = ClassPrompts(sources.prompt_names, prompt_templates(recipe.prompts))
+    training = infer_domains(recipe.domains, backbone, training, recipe.seed, workers=recipe.train.workers).dataset
+    torch.manual_seed(recipe.seed)
+    head = cast(LinearProbeAdapter, build_adapter(recipe.adapter, backbone, prompts))
+    classifier = ClipClassifier(backbone, head, prompts)
+    stores = FeatureConfig(store=True, views=recipe.features.views, folder=recipe.features.folder)
+    workers = recipe.train.workers
+    train_store = training_store(
+        classifier, training, recipe.augment, recipe.seed, stores, autocast=autocast, workers=workers
+    )
+    validation_store = evaluation_store(
+        classifier, validation, stores, autocast=autocast, workers=recipe.evaluation.workers
+    )
+    views = train_store.views
+    every = np.arange(len(training))
+    train_NE = torch.cat([train_store.rows(every, view) for view in range(views)]).to(device)
+    validation_ME = validation_store.rows(np.arange(len(validation))).to(device)
+
+    def validate(logits: list[Tensor]) -> list[Score]:
+        labels, domains = torch.from_numpy(validation.labels), torch.from_numpy(validation.domain_ids)
+        return [
+            validation_score(Predictions(logits_NC.cpu(), labels, domains, validation.domains)) for logits_NC in logits
+        ]
+
+    trials = fit_probes(
+        ProbeStack(head, settings, adaptive=recipe.method.adaptive),
+        probe_features(train_NE, head),
+        torch.from_numpy(training.labels).repeat(views).to(device),
+        torch.from_numpy(training.domain_ids).repeat(views).to(device),
+        _rows(recipe, training, views, device),
+        recipe.train,
+        validate,
+        probe_features(validation_ME, head),
+    )
+    rows = [
+        SweepRow(
+            held_out,
+            trial.setting.learning_rate,
+            trial.setting.rho,
+            trial.setting.variance_weight,
+            trial.best_step,
+            None if trial.best_score is None else trial.best_score.mean_top1,
+            None if trial.best_score is None else -trial.best_score.negative_nll,
+        )
+        for trial in trials
+    ]
+    return sorted(rows, key=lambda row: (row.source_top1 is None, -(row.source_top1 or 0), row.source_nll or 0))
+
+
+def _rows(recipe: Recipe, training: DomainDataset, views: int, device: torch.device) -> Iterator[Tensor]:
+    """The very batches of a run, as places among the stored features."""
+    config = recipe.train
+    batches = DomainBatches(training.domain_ids, config.batch_size, recipe.seed, config.steps, sampling=config.sampling)
+    for batch in batches:
+        indices, epochs = (np.array(column, dtype=np.int64) for column in zip(*batch, strict=True))
+        yield torch.from_numpy(indices + len(training) * (epochs % views)).to(device)
+
+
+def best_command(recipe_path: Path, given: Sequence[str], row: SweepRow) -> str:
+    """What to type to train a setting; ``given`` are the overrides that the sweep was started with."""
+    arguments = [str(recipe_path), *given, *row.overrides(), f"protocol.held_out={row.held_out}"]
+    return shlex.join(["disam-peft", "train", *arguments])

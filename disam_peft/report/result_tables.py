@@ -1,0 +1,128 @@
+"""Result tables as data, and as Markdown and LaTeX. HTML is the page's."""
+
+from __future__ import annotations
+
+import html
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from disam_peft.common.records import ResultRow
+
+METHOD_TITLES = {"zero_shot": "zero-shot", "erm": "ERM", "sam": "SAM", "disam": "DISAM"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number over seeds."""
+
+    mean: float
+    deviation: float | None
+    """Standard deviation (ddof 1); None for a single seed."""
+    seeds: int
+
+    def text(self, scale: float, digits: int | None) -> str:
+        """``digits`` behind the point; None: three that count."""
+        numbers = [scale * self.mean] + ([] if self.deviation is None else [scale * self.deviation])
+        # "#" keeps zeros at the end, which count, and a point at the end, which does not
+        texts = [f"{x:#.3g}".removesuffix(".") if digits is None else f"{x:.{digits}f}" for x in numbers]
+        return " ± ".join(texts)
+
+
+@dataclass(frozen=True)
+class ComparisonTable:
+    """Held-out domains in rows (and their mean, if there are several), methods in columns; None where not run."""
+
+    title: str
+    columns: tuple[str, ...]
+    lines: tuple[tuple[str, tuple[Cell | None, ...]], ...]
+    scale: float
+    digits: int | None
+    corner: str = "held out"
+    """What the lines are."""
+
+    def texts(self) -> list[tuple[str, list[str]]]:
+        """The lines as they are printed."""
+        return [
+            (name, ["n/a" if cell is None else cell.text(self.scale, self.digits) for cell in cells])
+            for name, cells in self.lines
+        ]
+
+    def markdown(self) -> str:
+        header = f"| {markdown_text(self.corner)} | {' | '.join(self.columns)} |"
+        rule = "|---|" + "---|" * len(self.columns)
+        lines = [f"| {markdown_text(name)} | {' | '.join(texts)} |" for name, texts in self.texts()]
+        return "\n".join([f"**{markdown_text(self.title)}**", "", header, rule, *lines])
+
+    def latex(self) -> str:
+        lines = [
+            " & ".join([latex_text(name), *(latex_text(text) for text in texts)]) + r" \\"
+            for name, texts in self.texts()
+        ]
+        head = " & ".join([latex_text(self.corner), *map(latex_text, self.columns)]) + r" \\"
+        columns = "l" + "r" * len(self.columns)
+        body = "\n".join([head, "\\midrule", *lines])
+        return f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{body}\n\\bottomrule\n\\end{{tabular}}"
+
+
+def compare_held_out(rows: Iterable[ResultRow], metric: str = "top1") -> list[ComparisonTable]:
+    """One table per backbone and adapter: ``metric`` on the domain that each run did not see.
+
+    Zero-shot numbers do not depend on the seed of a run: they are counted once.
+    """
+    by_place: dict[tuple[str, str], dict[tuple[str, str], dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    zero_shot: dict[str, dict[tuple[str, str], dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        if row.split != "held_out" or row.domain != row.held_out or row.metric != metric or row.value is None:
+            continue
+        if row.method == "zero_shot":
+            zero_shot[row.backbone][row.held_out, row.method][0] = row.value
+        else:
+            by_place[row.backbone, row.adapter][row.held_out, row.method][row.seed] = row.value
+    percent = metric in ("top1", "macro_accuracy")
+    tables = []
+    for (backbone, adapter), values in by_place.items():
+        held_out = sorted({domain for domain, _ in values})
+        known = {place: seeds for place, seeds in zero_shot[backbone].items() if place[0] in held_out}
+        values = {**values, **known}
+        methods = [m for m in METHOD_TITLES if any(method == m for _, method in values)]
+        lines = [(d, tuple(cell_over_seeds(values.get((d, m))) for m in methods)) for d in held_out]
+        if len(held_out) > 1:
+            lines.append(("mean", tuple(_mean_cell([values.get((d, m)) for d in held_out]) for m in methods)))
+        title = f"{adapter} on {backbone}: {'accuracy (%)' if percent else metric} on the held-out domain"
+        columns = tuple(METHOD_TITLES[m] for m in methods)
+        tables.append(ComparisonTable(title, columns, tuple(lines), 100 if percent else 1, 1 if percent else 3))
+    return tables
+
+
+def cell_over_seeds(by_seed: dict[int, float] | None) -> Cell | None:
+    """Mean and deviation of one value per seed; None if there is none."""
+    if not by_seed:
+        return None
+    values = list(by_seed.values())
+    return Cell(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+def _mean_cell(domains: list[dict[int, float] | None]) -> Cell | None:
+    """Mean over domains, seed by seed, over the seeds that every domain has; zero-shot has one."""
+    if any(not by_seed for by_seed in domains):
+        return None
+    complete = [by_seed for by_seed in domains if by_seed]
+    seeds = set.intersection(*(set(by_seed) for by_seed in complete))
+    return cell_over_seeds({seed: statistics.fmean(by_seed[seed] for by_seed in complete) for seed in seeds})
+
+
+def markdown_text(text: str) -> str:
+    """Text as it may stand in a cell of a Markdown table.
+
+    One line without HTML: what shows Markdown would take a tag in a name for a tag.
+    """
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+
+
+def latex_text(text: str) -> str:
+    """Text with the characters that LaTeX takes for commands written out."""
+    text = " ".join(text.split())  # an empty line would end the table's row
+    special = {"±": r"$\pm$", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)
