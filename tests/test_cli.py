@@ -259,7 +259,7 @@ def test_two_processes_give_the_results_of_one(arguments, tmp_path):
     for processes in (1, 2):
         # accelerate's own launcher starts several processes on a CPU through MPI alone
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        words = ["-m", "disam_peft.cli.app", "train", *recipe, *arguments, f"name=with-{processes}"]
+        words = ["-m", "disam_peft.cli", "train", *recipe, *arguments, f"name=with-{processes}"]
         subprocess.run([*launch, *words], env=environment, check=True, capture_output=True, timeout=120)
         rows = read_results(tmp_path / f"runs/with-{processes}/photo/results.json")
         assert {row.n for row in rows if (row.split, row.domain) == ("held_out", "photo")} == {32}, "each sample once"

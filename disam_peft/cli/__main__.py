@@ -1,4 +1,4 @@
-"""``python -m disam_peft.cli`` is ``disam-peft``: for launchers that start a module on every process."""
+"""``python -m disam_peft.cli`` is ``disam-peft``. Launchers (torchrun, accelerate launch) start this module."""
 
 from disam_peft.cli.app import main
 

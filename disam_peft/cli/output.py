@@ -1,7 +1,8 @@
-"""Tables on the terminal, from records and reports."""
+"""All tables that verbs print on the terminal, made from records, reports and findings."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,13 @@ from disam_peft.common.records import ResultRow
 
 if TYPE_CHECKING:
     from disam_peft.data.check import DataReport
+    from disam_peft.doctor.examine import Examination
+    from disam_peft.doctor.finding import Finding
     from disam_peft.report.comparison import Comparison, TextTable
 
 SPLITS = {"source_validation": "source val.", "held_out": "held out", "given": "given"}
 _LISTED = 20
+VERDICT_COLOURS = {"ok": "green", "failed": "bold red", "not available": "yellow"}
 
 
 def print_held_out(rows: Iterable[ResultRow], console: Console | None = None) -> None:
@@ -214,3 +218,38 @@ def _percent(value: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.3f}"
+
+
+def print_examination(examination: Examination, console: Console | None = None) -> None:
+    """The machine, one line per check with what was measured below it, and how many checks have which verdict."""
+    console = console or Console()
+    around = "  ".join(f"{name} {value}" for name, value in examination.environment.items())
+    console.print(around, style="dim", markup=False, highlight=False)
+    title = f"{escape(examination.subject)}, on synthetic images"
+    table = Table(title=title, box=box.SIMPLE, title_justify="left", pad_edge=False)
+    table.add_column("check")
+    for name in ("measured", "limit"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for finding in examination.findings:
+        table.add_row(*_finding_cells(finding))
+    console.print(table)
+    counts = {verdict: sum(f.verdict == verdict for f in examination.findings) for verdict in VERDICT_COLOURS}
+    summed = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    console.print(f"{summed}; {examination.seconds:.0f} s", highlight=False)
+
+
+def _finding_cells(finding: Finding) -> tuple[str, str, str, str]:
+    colour = VERDICT_COLOURS[finding.verdict]
+    return (
+        f"{escape(finding.check)}\n[dim]  {escape(finding.what)}[/dim]",
+        _measured(finding.measured),
+        _measured(finding.limit),
+        f"[{colour}]{finding.verdict}[/{colour}]",
+    )
+
+
+def _measured(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return str(int(value)) if math.isfinite(value) and value == int(value) else f"{value:.1e}"

@@ -1,17 +1,25 @@
-"""What several processes must do or decide together: a process that went its own way would leave the others waiting."""
+"""What several processes must do or decide together: a process that went its own way would leave the others waiting.
+
+Importing this module loads no torch, so that the command line can ask for the first process before it needs more.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from typing import Any, TypeVar
-
-import torch
-import torch.distributed as dist
-from accelerate import Accelerator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from disam_peft.errors import UserError
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 Result = TypeVar("Result")
+
+
+def is_first_process() -> bool:
+    """True on the process that prints and writes, as the launcher (torchrun, accelerate launch) says: ``RANK`` 0."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
@@ -23,6 +31,8 @@ def on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
     """
     if accelerator.num_processes == 1:
         return action()
+    import torch.distributed as dist
+
     outcome: list[Any] = [None, None, None]
     failure: Exception | None = None
     if accelerator.is_main_process:
@@ -46,6 +56,9 @@ def largest(accelerator: Accelerator, number: int) -> int:
     """The largest of all processes' numbers, the same on each."""
     if accelerator.num_processes == 1:
         return number
+    import torch
+    import torch.distributed as dist
+
     numbers = torch.tensor([number], device=accelerator.device)
     dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
     return int(numbers)
@@ -55,6 +68,8 @@ def from_all(accelerator: Accelerator, value: Result) -> list[Result]:
     """Every process's value, in the order of their ranks."""
     if accelerator.num_processes == 1:
         return [value]
+    import torch.distributed as dist
+
     values: list[Any] = [None] * accelerator.num_processes
     dist.all_gather_object(values, value)
     return values

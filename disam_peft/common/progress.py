@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
+
+from disam_peft.common.processes import is_first_process
 
 Item = TypeVar("Item")
 _silenced = False
@@ -19,7 +20,7 @@ def silence() -> None:
 
 def is_watched() -> bool:
     """True on the first process of a run whose standard error is a terminal."""
-    return not _silenced and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    return not _silenced and sys.stderr.isatty() and is_first_process()
 
 
 def track(items: Iterable[Item], description: str, *, total: int | None = None) -> Iterator[Item]:

@@ -43,17 +43,26 @@ def compare(
     adapters: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Comparison:
-    """Run the cells of a study or recipe that have not been run yet, and write ``comparison.json``, ``.md``, ``.tex``
-    and ``.html`` to ``output``. A cell that fails is recorded, and the others go on.
+    """Read a study or recipe with ``load_plan``, then run what has not been run yet with ``run_plan``.
+
+    Raises:
+        UserError: a study that cannot be (all mistakes at once); ``jobs`` below 1.
+    """
+    plan = load_plan(path, overrides, output=output, seeds=seeds, held_out=held_out, adapters=adapters)
+    return run_plan(plan, output, jobs=jobs, overwrite=overwrite)
+
+
+def run_plan(plan: Plan, output: Path, *, jobs: int | None = None, overwrite: bool = False) -> Comparison:
+    """Run the cells of a plan that have not been run yet, and write ``comparison.json``, ``.md``, ``.tex`` and
+    ``.html`` to ``output``. A cell that fails is recorded, and the others go on.
 
     Args:
         jobs: processes, each with its share of the cores. Unset: one per core, or one where there is a GPU.
         overwrite: replace runs of other recipes that are in the way.
 
     Raises:
-        UserError: a study that cannot be (all mistakes at once); ``jobs`` below 1.
+        UserError: ``jobs`` below 1.
     """
-    plan = load_plan(path, overrides, output=output, seeds=seeds, held_out=held_out, adapters=adapters)
     jobs = default_jobs() if jobs is None else jobs
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: at least one process has to do the work")

@@ -36,14 +36,13 @@ from disam_peft.evaluation.protocols import held_out_domains, validation_score
 from disam_peft.evaluation.results import write_mistakes, write_sharpness
 from disam_peft.experiments import run_folder
 from disam_peft.experiments.run_cache import Shared
-from disam_peft.experiments.run_folder import CHECKPOINTS, RECIPE
+from disam_peft.experiments.run_folder import ADAPTER, CHECKPOINTS, RECIPE, find_runs
 from disam_peft.export.merged import export_merged
 from disam_peft.export.peft import export_peft
 from disam_peft.training.accelerator import start_accelerator
 from disam_peft.training.checkpoint.manager import Checkpoints
 from disam_peft.training.trainer import FitResult, fit
 
-ADAPTER = "adapter"
 EVALUATION = "evaluation.json"
 EXPORTS = ("peft", "merged")
 
@@ -240,19 +239,6 @@ def export(folder: Path, to: str, output: Path, *, held_out: str | None = None) 
     else:
         export_peft(output, classifier, trained_with=read_record(source).trained_with)
     return output
-
-
-def find_runs(folder: Path) -> list[Path]:
-    """The run in ``folder``, or those one level below.
-
-    Raises:
-        UserError: there is none.
-    """
-    found = [cell for cell in [folder, *sorted(folder.glob("*/"))] if (cell / ADAPTER).is_dir()]
-    runs = [cell for cell in found if (cell / RECIPE).is_file()]
-    if not runs:
-        raise UserError(f"no finished run in {folder}: expected {RECIPE} and {ADAPTER}/ there or one folder below")
-    return runs
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,20 @@ import shutil
 import warnings
 from collections import defaultdict
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import yaml
 
 from disam_peft.common.records import RESULTS
 from disam_peft.config.recipe import Recipe, as_dict, differences, save_recipe
-from disam_peft.data.dataset import DomainDataset
 from disam_peft.errors import Notice, UserError
+
+if TYPE_CHECKING:
+    from disam_peft.data.dataset import DomainDataset
 
 RECIPE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
+ADAPTER = "adapter"
 # Settings that leave the weights as they are, bit for bit.
 HARMLESS = {
     "name": "the folder may have been renamed",
@@ -75,6 +78,19 @@ def changed(recipe: Recipe) -> list[str]:
     path = recipe.folder(recipe.protocol.held_out) / RECIPE
     before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     return [line for line in differences(before, as_dict(recipe)) if line.split(":")[0] not in HARMLESS]
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The run in ``folder``, or those one level below.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [cell for cell in [folder, *sorted(folder.glob("*/"))] if (cell / ADAPTER).is_dir()]
+    runs = [cell for cell in found if (cell / RECIPE).is_file()]
+    if not runs:
+        raise UserError(f"no finished run in {folder}: expected {RECIPE} and {ADAPTER}/ there or one folder below")
+    return runs
 
 
 def prepare(recipe: Recipe, *, anew: bool) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from disam_peft.config.data import DataConfig
 from disam_peft.config.overrides import apply_override, set_key
 from disam_peft.config.protocol import ALL
 from disam_peft.config.recipe import Recipe, all_mistakes, checked
@@ -19,7 +20,6 @@ from disam_peft.config.shapes import DOMAINS
 from disam_peft.config.study import PRESETS, Overrides, Study
 from disam_peft.config.training import TrainConfig
 from disam_peft.config.yaml import read_yaml
-from disam_peft.data.load import load
 from disam_peft.errors import UserError, did_you_mean
 from disam_peft.report.measures import MEASURES
 
@@ -215,7 +215,7 @@ class _Planner:
         if key not in self._domains:
             probe = {**values, "name": "probe", "protocol": {"held_out": ALL}}
             recipe = checked(probe, self.mistakes)
-            self._domains[key] = () if recipe is None else load(recipe.data).present_domains
+            self._domains[key] = () if recipe is None else _present_domains(recipe.data)
         return self._domains[key]
 
     def _with_adapters(self, adapters: Sequence[str]) -> dict[str, Overrides]:
@@ -263,6 +263,12 @@ def preset(name: str, values: Mapping[str, Any]) -> Overrides:
         if isinstance(value, int):
             stretched[f"train.{key}"] = 2 * value
     return stretched
+
+
+def _present_domains(config: DataConfig) -> tuple[str, ...]:
+    from disam_peft.data.load import load  # here, so that mistakes in a study are found before torch is imported
+
+    return load(config).present_domains
 
 
 def _shapes(values: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from disam_peft.adapters.peft.adapter import PeftAdapter
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.cli.app import app
-from disam_peft.cli.examination import print_examination
+from disam_peft.cli.output import print_examination
 from disam_peft.config.adapters import CoOpConfig, LinearProbeConfig, LoraAdapterConfig, PeftAdapterConfig
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.method import MethodConfig

@@ -1,0 +1,36 @@
+"""The verb that looks at data before anything is trained on them: ``check-data``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def check_data(
+    root: Annotated[Path, typer.Argument(help="A folder or archive of <domain>/<class>/*.jpg, a CSV or Parquet file.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the findings to this file.")] = None,
+    held_out: Annotated[str | None, typer.Option(help="Also look for leaks into this domain.")] = None,
+) -> None:
+    """Census of domains and classes, bad files, duplicates. Exits with 1 if a file cannot be used."""
+    from disam_peft.cli.output import print_data_report
+    from disam_peft.common.records import write_json
+    from disam_peft.config.data import DataConfig
+    from disam_peft.data.check import inspect
+    from disam_peft.data.load import load
+    from disam_peft.data.splits import check_no_leak, leave_out
+
+    is_table = root.suffix.lower() in (".csv", ".tsv", ".parquet")
+    # The data are shown as they are: what training would refuse is listed here, it is no error.
+    look = DataConfig(root=None if is_table else root, table=root if is_table else None, verify=False, classes="union")
+    dataset = load(look)
+    report = inspect(dataset)
+    print_data_report(report)
+    if json_file is not None:
+        write_json(json_file, report.to_dict())
+    if held_out is not None:
+        check_no_leak(*leave_out(dataset, held_out))
+        typer.echo(f"no file of '{held_out}' is in another domain")
+    if report.bad:
+        raise typer.Exit(1)

@@ -1,0 +1,62 @@
+"""The verbs for what runs have left: ``evaluate``, ``export`` and ``report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from disam_peft.cli.options import Overrides
+
+
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="A run, or a folder of runs.")],
+    overrides: Overrides = None,
+    data: Annotated[Path | None, typer.Option(help="Another folder of domains; short for data.root=FOLDER.")] = None,
+    sharpness: Annotated[bool, typer.Option("--sharpness", help="Also measure how sharp the loss is.")] = False,
+) -> None:
+    """Reload the adapter of a run and evaluate it again."""
+    from disam_peft.config.recipe import load_recipe
+    from disam_peft.experiments.run_folder import RECIPE, find_runs
+
+    given = [*(overrides or []), *([f"data.root={data}"] if data is not None else [])]
+    for cell in find_runs(folder):  # before the imports below, which take seconds
+        load_recipe(cell / RECIPE, given)
+    from disam_peft.cli.output import print_evaluation, print_sharpness
+    from disam_peft.common.processes import is_first_process
+    from disam_peft.common.records import SHARPNESS, read_results
+    from disam_peft.experiments import run
+
+    for outcome in run.evaluate(folder, given, sharpness=sharpness):
+        if is_first_process():
+            print_evaluation(outcome.rows, run.recorded(outcome.folder), str(outcome.folder))
+            if sharpness:
+                print_sharpness(read_results(outcome.folder / SHARPNESS))
+                typer.echo(f"wrote {outcome.folder / SHARPNESS}; disam-peft report {outcome.folder} shows it")
+
+
+def export(
+    folder: Annotated[Path, typer.Argument(help="A run.")],
+    to: Annotated[str, typer.Option(help="'peft': the adapter alone; 'merged': a complete checkpoint.")],
+    output: Annotated[Path, typer.Option(help="A new folder.")],
+    held_out: Annotated[str | None, typer.Option(help="Which run, if the folder holds several.")] = None,
+) -> None:
+    """Write the adapter, or the whole model with the adapter merged in, for use elsewhere."""
+    from disam_peft.experiments import run
+
+    typer.echo(f"wrote {run.export(folder, to, output, held_out=held_out)}")
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Runs, or folders of runs.")],
+    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Of the page.")] = "Results",
+    figures: Annotated[Path | None, typer.Option(help="Folder for figures and tables [default: beside it].")] = None,
+) -> None:
+    """Tables and figures of finished runs as one HTML page, rebuilt from their records."""
+    from disam_peft.report.page import build_report
+    from disam_peft.report.runs import read_runs
+
+    build_report(read_runs(folders), output, title=title, figures=figures)
+    typer.echo(f"wrote {output}")

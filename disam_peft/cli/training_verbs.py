@@ -1,0 +1,106 @@
+"""The verbs that train: ``train``, ``sweep`` and ``compare``.
+
+Each reads and checks its recipe or study file before it imports what trains: a mistake in a file is found within a
+second, and importing torch and the model libraries takes several.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from disam_peft.cli.options import Overrides, names, numbers
+
+if TYPE_CHECKING:
+    from disam_peft.experiments.run import Outcome
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace runs that are in the way.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with runs that did not finish, from their last checkpoints.")
+    ] = False,
+) -> None:
+    """Train an adapter without the held-out domain, and judge it there beside zero-shot CLIP."""
+    from disam_peft.config.recipe import load_recipe
+
+    checked = load_recipe(recipe, overrides or [])
+    from disam_peft.experiments import run
+
+    _print_outcomes(run.train(checked, overwrite=overwrite, resume=resume))
+
+
+def _print_outcomes(outcomes: list[Outcome]) -> None:
+    from disam_peft.cli.output import print_held_out
+    from disam_peft.common.processes import is_first_process
+
+    if not is_first_process():
+        return
+    for outcome in outcomes:
+        if outcome.fit is None:
+            typer.echo(f"{outcome.folder}: this very run is finished already; kept (--overwrite runs it again)")
+    print_held_out([row for outcome in outcomes for row in outcome.rows])
+    for outcome in outcomes:
+        if outcome.fit is not None:
+            fit = outcome.fit
+            typer.echo(
+                f"{outcome.folder}: loss {fit.first_loss:.4f} -> {fit.last_loss:.4f}, best step {fit.best_step}"
+                + (f", {fit.skipped_steps} steps skipped" if fit.skipped_steps else "")
+            )
+    first = outcomes[0].folder
+    typer.echo(f"next: disam-peft evaluate {first}   |   disam-peft export {first} --to peft --output DIR")
+
+
+def sweep(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe with a linear probe.")],
+    overrides: Overrides = None,
+    rho: Annotated[str, typer.Option(help="Radii, e.g. 0.02,0.05,0.1. Unset: the recipe's.")] = "",
+    variance_weight: Annotated[str, typer.Option(help="Values of lambda, e.g. 0,0.1,0.5.")] = "",
+    learning_rate: Annotated[str, typer.Option(help="Learning rates, e.g. 1e-3,1e-2.")] = "",
+) -> None:
+    """Try every combination for a linear probe in one run, judged on the source domains alone."""
+    from disam_peft.config.recipe import load_recipe
+
+    checked = load_recipe(recipe, overrides or [])
+    learning_rates = numbers("--learning-rate", learning_rate)
+    rhos = numbers("--rho", rho)
+    variance_weights = numbers("--variance-weight", variance_weight)
+    from disam_peft.cli.output import print_sweep
+    from disam_peft.experiments import sweep as sweeps
+
+    rows = sweeps.sweep(checked, learning_rates=learning_rates, rhos=rhos, variance_weights=variance_weights)
+    for held_out in dict.fromkeys(row.held_out for row in rows):
+        found = [row for row in rows if row.held_out == held_out]
+        print_sweep([vars(row) for row in found], f"without {held_out}: accuracy on held-back source data")
+        typer.echo(f"next: {sweeps.best_command(recipe, overrides or [], found[0])}")
+
+
+def compare(
+    study: Annotated[Path, typer.Argument(help="A study (recipes/studies/*.yaml), or a recipe.")],
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="A folder; by default comparisons/NAME.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes. By default one per core; one with a GPU.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="How many, in place of the study's.", min=1)] = None,
+    held_out: Annotated[str | None, typer.Option(help="Domains (a,b) or all, in place of the study's.")] = None,
+    adapters: Annotated[str | None, typer.Option(help="Adapters (lora,coop,linear_probe) to go through.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Run everything again.")] = False,
+) -> None:
+    """Compare methods over domains and seeds, with intervals and verdicts. Runs that are finished are kept."""
+    from disam_peft.experiments.study import load_plan
+
+    output = output if output is not None else Path("comparisons") / study.stem
+    plan = load_plan(
+        study, overrides or [], output=output, seeds=seeds, held_out=names(held_out), adapters=names(adapters)
+    )
+    from disam_peft.cli.output import print_comparison
+    from disam_peft.experiments.compare import run_plan
+
+    comparison = run_plan(plan, output, jobs=jobs, overwrite=overwrite)
+    print_comparison(comparison)
+    typer.echo(f"open {output / 'comparison.html'}")
+    if comparison.failed:
+        raise typer.Exit(1)
