@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from disam_peft.config.adapters import AdapterConfig
+from disam_peft.config.average import Averages, NoAverageConfig
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.base import Config
 from disam_peft.config.data import AugmentConfig, DataConfig, DomainsConfig, FeatureConfig
@@ -18,6 +19,7 @@ from disam_peft.config.method import MethodConfig
 from disam_peft.config.overrides import apply_override
 from disam_peft.config.prompts import PromptConfig
 from disam_peft.config.protocol import ProtocolConfig
+from disam_peft.config.selection import SelectionConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.config.yaml import read_yaml
 from disam_peft.errors import UserError, did_you_mean
@@ -35,6 +37,9 @@ class Recipe(Config):
     backbone: BackboneConfig
     adapter: AdapterConfig
     method: MethodConfig = MethodConfig()
+    average: Averages = NoAverageConfig()
+    """Averages of the weights over the steps, judged beside the weights themselves. A list is allowed."""
+    selection: SelectionConfig = SelectionConfig()
     data: DataConfig
     domains: DomainsConfig = DomainsConfig()
     augment: AugmentConfig = AugmentConfig()
