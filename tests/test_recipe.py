@@ -120,3 +120,14 @@ def test_differences_name_every_changed_setting():
     changed = base.model_copy(update={"seed": 3, "adapter": LoraAdapterConfig(rank=2)})
     assert differences(as_dict(base), as_dict(base)) == []
     assert differences(as_dict(base), as_dict(changed)) == ["adapter.rank: 8 -> 2", "seed: 0 -> 3"]
+
+
+def test_one_average_or_several_are_written_as_they_are_read(tmp_path):
+    one, several = ["average={kind: ema, decay: 0.9}"], ["average=[{kind: ema}, {kind: ema, decay: 0.5}]"]
+    for number, overrides in enumerate((one, several)):
+        recipe = load_recipe(write(tmp_path), overrides)
+        save_recipe(recipe, tmp_path / f"{number}.yaml")
+        assert load_recipe(tmp_path / f"{number}.yaml") == recipe
+    assert [average.decay for average in recipe.average] == [0.999, 0.5]
+    with pytest.raises(UserError, match=r"average"):
+        load_recipe(write(tmp_path), ["average={kind: ema, decay: 1}"])

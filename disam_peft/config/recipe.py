@@ -94,14 +94,16 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain values. Unset fields are left out: some configs refuse fields without a meaning for them."""
-    return {
-        key: value.model_dump(
-            mode="json", exclude_none=True, exclude_unset=isinstance(value, (DataConfig, AugmentConfig))
-        )
-        if isinstance(value, BaseModel)
-        else (str(value) if isinstance(value, Path) else value)
-        for key, value in recipe
-    }
+    return {key: _as_plain(value) for key, value in recipe}
+
+
+def _as_plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        refuses_unused = isinstance(value, (DataConfig, AugmentConfig))
+        return value.model_dump(mode="json", exclude_none=True, exclude_unset=refuses_unused)
+    if isinstance(value, list):
+        return [_as_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
