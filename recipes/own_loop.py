@@ -40,8 +40,7 @@ def main(folder: Path, held_out: str, backbone: str = "ViT-B-16", pretrained: st
 
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     batches = DomainBatches(sources.domain_ids, 36, 0, steps, **ranks)
-    sees = clip.preprocessing
-    transform = TrainTransform(sees.size, sees.mean, sees.std, sees.interpolation, AugmentConfig(), seed=0)
+    transform = TrainTransform(clip.preprocessing, AugmentConfig(), seed=0)
     params = list(model.trainable().values())
     optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(params, lr=1e-3))
     disam = DISAM(params, rho=0.05, variance_weight=0.1, backward=accelerator.backward, reduce_gradients=True)

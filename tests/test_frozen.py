@@ -81,8 +81,7 @@ def test_stored_features_are_those_of_the_image(make_classifier, dataset, stored
 def test_augmented_views_are_those_of_the_epochs_and_wrap_round(make_classifier, dataset, stored):
     classifier, augment = make_classifier(), AugmentConfig()
     store = training_store(classifier, dataset, augment, 3, stored.model_copy(update={"views": 2}), workers=0)
-    sees = classifier.backbone.preprocessing
-    transform = TrainTransform(sees.size, sees.mean, sees.std, sees.interpolation, augment, seed=3)
+    transform = TrainTransform(classifier.backbone.preprocessing, augment, seed=3)
     for epoch in (0, 1):
         expected = classifier.encode_frozen(transform(dataset.image(40), 40, epoch)[None])
         assert torch.allclose(store.rows([40], [epoch]), expected, atol=1e-5, rtol=0)

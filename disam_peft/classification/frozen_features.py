@@ -37,8 +37,7 @@ def training_store(
     Raises:
         UserError: augmentation without a number of views; not enough room on the disk.
     """
-    sees = classifier.backbone.preprocessing
-    transform = TrainTransform(sees.size, sees.mean, sees.std, sees.interpolation, augment, seed)
+    transform = TrainTransform(classifier.backbone.preprocessing, augment, seed)
     if config.views is None and not transform.deterministic:
         raise UserError(
             "features.store with augmentation keeps a fixed number of views of each image: choose features.views, for "

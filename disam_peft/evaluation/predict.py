@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.common.device import sent
+from disam_peft.common.device import to_device
 from disam_peft.common.progress import track
 from disam_peft.config.evaluation import EvaluationConfig
 from disam_peft.data.dataset import DomainDataset
@@ -72,7 +72,7 @@ def predict(
         own = np.arange(rank, len(dataset), world_size)
         pieces = [own[start : start + config.batch_size] for start in range(0, len(own), config.batch_size)]
         total = len(pieces)
-        batches = ((torch.from_numpy(piece), sent(store.rows(piece), like.device)) for piece in pieces)
+        batches = ((torch.from_numpy(piece), to_device(store.rows(piece), like.device)) for piece in pieces)
     else:
         loader = make_eval_loader(
             dataset,
@@ -84,7 +84,7 @@ def predict(
             world_size=world_size,
         )
         total = len(loader)
-        batches = ((batch["indices"], sent(batch["pixels"], like.device).to(like.dtype)) for batch in loader)
+        batches = ((batch["indices"], to_device(batch["pixels"], like.device).to(like.dtype)) for batch in loader)
     was_training = classifier.training
     classifier.eval()
     try:

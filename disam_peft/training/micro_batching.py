@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.common.device import sent
+from disam_peft.common.device import to_device
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.dataset import DomainDataset
@@ -135,7 +135,7 @@ class StepGradient:
         """The batch, this process's part of it, as a loader gives it."""
         way = self._pieces.way
         # domains stay on the host: the step would have to ask the device which pieces hold one domain only
-        labels_B, domains_B = sent(batch["labels"], self._accelerator.device), batch["domains"]
+        labels_B, domains_B = to_device(batch["labels"], self._accelerator.device), batch["domains"]
         if way == "whole":
             frozen = self._encoded(batch, slice(None)) if "frozen" in batch else self._encoded_in_pieces(batch)
             logits = self._classifier.repeated_logits(frozen)
@@ -157,9 +157,9 @@ class StepGradient:
         """The frozen part's output for these samples."""
         device = self._accelerator.device
         if "frozen" in batch:
-            return sent(_part(batch["frozen"], place), device)
+            return to_device(_part(batch["frozen"], place), device)
         with self._accelerator.autocast():
-            pixels_BCHW = sent(_part(batch["pixels"], place), device).to(self._dtype)
+            pixels_BCHW = to_device(_part(batch["pixels"], place), device).to(self._dtype)
             return self._classifier.encode_frozen(pixels_BCHW)
 
     def _per_sample_loss(self, logits: Callable[[], Tensor], labels_B: Tensor) -> Callable[[], Tensor]:
@@ -173,4 +173,4 @@ class StepGradient:
 
 def _part(tensor: Tensor, place: Place) -> Tensor:
     """``tensor[place]``; where one is on the device and the other is not, torch would wait for it."""
-    return tensor[place if isinstance(place, slice) else sent(place, tensor.device)]
+    return tensor[place if isinstance(place, slice) else to_device(place, tensor.device)]

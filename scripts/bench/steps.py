@@ -23,7 +23,7 @@ from disam_peft import DISAM
 from disam_peft.adapters.base import Autocast
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.common.device import sent_ahead
+from disam_peft.common.device import prefetch_to_device
 from disam_peft.objectives.losses import cross_entropy
 
 RHO = 0.05
@@ -109,7 +109,7 @@ class Pinned:
     def __init__(self, frozen: Tensor) -> None:
         rows = frozen.cpu()
         batch = {"rows": rows.pin_memory() if frozen.is_cuda else rows}
-        self._arriving = sent_ahead(repeat(batch), frozen.device, ("rows",))
+        self._arriving = prefetch_to_device(repeat(batch), frozen.device, ("rows",))
 
     def read(self) -> Tensor:
         return next(self._arriving)["rows"]

@@ -9,6 +9,7 @@ from PIL import Image
 from pydantic import ValidationError
 from torchvision import transforms as v1
 
+from disam_peft.common.preprocessing import Preprocessing
 from disam_peft.config.data import AugmentConfig
 from disam_peft.data.transforms.augment import TrainTransform
 
@@ -17,7 +18,7 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), d
 
 
 def transform(seed: int = 0, size: tuple[int, int] = (16, 16), **config) -> TrainTransform:
-    return TrainTransform(size, MEAN, STD, "bicubic", AugmentConfig(**config), seed)
+    return TrainTransform(Preprocessing(size, MEAN, STD, "bicubic"), AugmentConfig(**config), seed)
 
 
 def still(**config) -> dict:
@@ -99,7 +100,7 @@ def test_color_jitter_and_grayscale():
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_none_is_the_usual_clip_transform(image_size, interpolation):
     image = NOISE.resize(image_size)
-    apply = TrainTransform((16, 16), MEAN, STD, interpolation, AugmentConfig(kind="none"), seed=0)
+    apply = TrainTransform(Preprocessing((16, 16), MEAN, STD, interpolation), AugmentConfig(kind="none"), seed=0)
     usual = v1.Compose(
         [
             v1.Resize(16, interpolation=v1.InterpolationMode(interpolation)),

@@ -9,6 +9,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
+from disam_peft.common.preprocessing import Preprocessing
 from disam_peft.common.random import keyed_uniforms
 from disam_peft.config.data import AugmentConfig
 from disam_peft.data.transforms import color as colors
@@ -22,12 +23,12 @@ INDICES, EPOCHS = [5, 3, 11, 0, 7, 3], [0, 1, 0, 2, 0, 0]
 
 
 def augment(size: tuple[int, int] = (16, 16), seed: int = 0, **config) -> BatchAugment:
-    return BatchAugment(size, MEAN, STD, "bicubic", AugmentConfig(**config), seed)
+    return BatchAugment(Preprocessing(size, MEAN, STD, "bicubic"), AugmentConfig(**config), seed)
 
 
 def whole(apply: BatchAugment) -> torch.Tensor:
     """As on a device other than a CPU: all images in one go."""
-    draws = draw(apply._config, apply._seed, INDICES, EPOCHS)
+    draws = draw(apply.config, apply.seed, INDICES, EPOCHS)
     return apply._part(IMAGES, draws.boxes((40, 50), np.tile((40, 50), (6, 1))), draws, slice(None))
 
 

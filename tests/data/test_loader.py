@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
+from disam_peft.common.preprocessing import Preprocessing
 from disam_peft.config.data import AugmentConfig, DataConfig
 from disam_peft.data.load import load
 from disam_peft.data.loading import loader as loader_module
@@ -17,7 +18,7 @@ from disam_peft.data.transforms.augment import TrainTransform
 from disam_peft.data.transforms.decode import BadImage
 from disam_peft.errors import UserError
 
-TRANSFORM = TrainTransform((8, 8), (0.5,) * 3, (0.5,) * 3, "bicubic", AugmentConfig(), seed=1)
+TRANSFORM = TrainTransform(Preprocessing((8, 8), (0.5,) * 3, (0.5,) * 3, "bicubic"), AugmentConfig(), seed=1)
 
 
 def plain(image) -> torch.Tensor:

@@ -9,6 +9,7 @@ import pickle
 import shutil
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 from pydantic import ValidationError
 from tiny_images import write_image
 
+from disam_peft.common.preprocessing import Preprocessing
 from disam_peft.config.data import AugmentConfig, DataConfig
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.load import load
@@ -31,7 +33,8 @@ from disam_peft.data.transforms.batch_augment import BatchAugment
 from disam_peft.data.transforms.decode import BadImage
 from disam_peft.errors import UserError
 
-ARGUMENTS = ((8, 8), (0.5,) * 3, (0.5,) * 3, "bicubic", AugmentConfig(), 1)
+SEEN = Preprocessing((8, 8), (0.5,) * 3, (0.5,) * 3, "bicubic")
+ARGUMENTS = (SEEN, AugmentConfig(), 1)
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -90,7 +93,7 @@ def test_one_store_for_all_views(dataset, decoded, own_cache):
         sources, target = leave_out(dataset, held_out)
         for view in (sources, target.select([3, 1])):
             batches = DomainBatches(view.domain_ids, 2, seed=0, steps=4)
-            augment = BatchAugment((16, 16), *ARGUMENTS[1:4], AugmentConfig(kind="none"), 0)
+            augment = BatchAugment(replace(SEEN, size=(16, 16)), AugmentConfig(kind="none"), 0)
             for batch in make_stored_loader(view, batches, augment, workers=0):
                 for index, got in zip(batch["indices"].tolist(), batch["pixels"], strict=True):
                     stored, _ = store_of(dataset).read([dataset.keys.index(view.keys[index])])
@@ -288,7 +291,7 @@ def test_nearly_the_same_pictures_as_from_files(tmp_path):
         (tmp_path / "d" / "c").mkdir(parents=True, exist_ok=True)
         picture.save(tmp_path / "d" / "c" / f"{i}.png")
     dataset = load(DataConfig(root=tmp_path, pixel_store=72))
-    arguments = ((32, 32), *ARGUMENTS[1:])
+    arguments = (replace(SEEN, size=(32, 32)), *ARGUMENTS[1:])
     batches = DomainBatches(dataset.domain_ids, 4, seed=0, steps=3)
     (ours, theirs) = (
         torch.cat([batch["pixels"] for batch in loader])
@@ -348,7 +351,7 @@ def test_a_side_below_the_models_input(tree):
     dataset = load(DataConfig(root=tree(["a"], ["x"], 2), pixel_store=31))
     batches = DomainBatches(dataset.domain_ids, 2, seed=0, steps=1)
     with pytest.raises(UserError, match=r"data\.pixel_store=31 is smaller than .* 32 pixels; use 'auto' \(37\)"):
-        make_stored_loader(dataset, batches, BatchAugment((24, 32), *ARGUMENTS[1:]))
+        make_stored_loader(dataset, batches, BatchAugment(replace(SEEN, size=(24, 32)), *ARGUMENTS[1:]))
     assert auto_side((224, 224)) == 256
 
 
@@ -367,7 +370,7 @@ def test_a_table_may_name_its_rows_in_any_order(tmp_path):
     (tmp_path / "table.csv").write_text("\n".join(lines))
     dataset = load(DataConfig(table=tmp_path / "table.csv", pixel_store=8)).select([4, 0, 2])
     assert dataset.rows.tolist() != sorted(dataset.rows.tolist())
-    augment = BatchAugment((8, 8), *ARGUMENTS[1:4], AugmentConfig(kind="none"), 0)
+    augment = BatchAugment(SEEN, AugmentConfig(kind="none"), 0)
     batches = DomainBatches(dataset.domain_ids, 3, seed=0, steps=1)
     (batch,) = make_stored_loader(dataset, batches, augment, workers=0)
     for index, got in zip(batch["indices"].tolist(), batch["pixels"], strict=True):

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from disam_peft.common.device import constant, sent, sent_ahead
+from disam_peft.common.device import constant, prefetch_to_device, to_device
 from disam_peft.config.data import DataConfig
 from disam_peft.data.load import load
 from disam_peft.data.loading.feature_batches import feature_batches
@@ -109,9 +109,9 @@ def test_no_random_number_is_drawn():
 
 def test_on_a_cpu_nothing_is_copied():
     batch = {"pixels": torch.ones(2), "indices": torch.zeros(2)}
-    (out,) = sent_ahead([batch], torch.device("cpu"), ["pixels"])
+    (out,) = prefetch_to_device([batch], torch.device("cpu"), ["pixels"])
     assert all(out[name] is batch[name] for name in batch)
-    assert sent(batch["pixels"], torch.device("cpu")) is batch["pixels"]
+    assert to_device(batch["pixels"], torch.device("cpu")) is batch["pixels"]
     assert constant((1.0, 2.0), torch.float64, torch.device("cpu")).tolist() == [1.0, 2.0]
 
 
@@ -185,7 +185,7 @@ class TestOnAGpu:
         source = ({"pixels": torch.full((size,), float(k)).pin_memory()} for k in range(20))
         busy = torch.randn(4096, 4096, device=device)
         sums = []
-        for batch in sent_ahead(source, device, ["pixels"]):
+        for batch in prefetch_to_device(source, device, ["pixels"]):
             for _ in range(5):
                 busy = (busy @ busy).clamp_(-1, 1)
             sums.append(batch["pixels"].sum())

@@ -50,7 +50,7 @@ def test_golden_images_cover_every_domain():
 def test_an_image_is_the_same_in_another_process_whatever_was_painted_before():
     key = (3, "train", "photo", "heart", 7)
     code = (
-        "import hashlib; from disam_peft.data.shapes import draw_scene, paint;"
+        "import hashlib; from disam_peft.data.sources.shapes.scene import draw_scene, paint;"
         f"print(hashlib.sha256(paint(draw_scene(*{key!r})).tobytes()).hexdigest())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

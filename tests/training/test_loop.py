@@ -275,7 +275,7 @@ def test_row_30_precisions_that_the_device_does_not_have():
 
 def test_another_precision_in_the_same_process_is_an_error_that_says_so():
     script = (
-        "from disam_peft.training import start_accelerator\n"
+        "from disam_peft.training.accelerator import start_accelerator\n"
         "start_accelerator('no'), start_accelerator('no')\n"
         "start_accelerator('bf16')"
     )

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from disam_peft.common.device import sent, sent_ahead
+from disam_peft.common.device import prefetch_to_device, to_device
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.loading.prefetch import ahead
 from disam_peft.data.loading.sampler import DomainBatches
@@ -35,7 +35,9 @@ def feature_batches(
     pinned = ({name: tensor.pin_memory() for name, tensor in batch.items()} for batch in _read(store, dataset, batches))
     # a thread begins on the first device, whichever its process works on
     number = torch.cuda.current_device() if device.index is None else device.index
-    return sent_ahead(ahead(pinned, in_thread=partial(torch.cuda.set_device, number)), device, ("frozen", "labels"))
+    return prefetch_to_device(
+        ahead(pinned, in_thread=partial(torch.cuda.set_device, number)), device, ("frozen", "labels")
+    )
 
 
 def _read(store: FeatureStore, dataset: DomainDataset, batches: DomainBatches) -> Iterator[dict[str, Tensor]]:
@@ -47,9 +49,9 @@ def _picked(
     rows: Tensor, store: FeatureStore, dataset: DomainDataset, batches: DomainBatches, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
     for indices, epochs in _columns(batches):
-        rows_B = sent(torch.from_numpy(store.places(indices, epochs)), device)
+        rows_B = to_device(torch.from_numpy(store.places(indices, epochs)), device)
         batch = _names(dataset, indices)
-        yield {**batch, "frozen": rows.index_select(0, rows_B), "labels": sent(batch["labels"], device)}
+        yield {**batch, "frozen": rows.index_select(0, rows_B), "labels": to_device(batch["labels"], device)}
 
 
 def _columns(batches: DomainBatches) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from disam_peft.common.device import sent_ahead
+from disam_peft.common.device import prefetch_to_device
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.loading.sampler import DomainBatches
 from disam_peft.data.stores.pixels import PixelStore, auto_side, open_or_build
@@ -54,7 +54,7 @@ class StoredLoader(DataLoader):
         self._augment, self._device = augment, device
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
-        for batch in sent_ahead(super().__iter__(), self._device, ("pixels", "labels")):
+        for batch in prefetch_to_device(super().__iter__(), self._device, ("pixels", "labels")):
             sizes_B2, epochs_B = batch.pop("sizes"), batch.pop("epochs")
             if self._device.type != "cpu":
                 of_images = batch["indices"].tolist(), epochs_B.tolist(), sizes_B2.numpy()
@@ -109,13 +109,14 @@ def make_stored_loader(
     plan = dataset.pixel_plan
     if plan is None:
         raise UserError(f"{dataset.origin} was loaded without data.pixel_store; set it, or use make_train_loader")
-    side = auto_side(augment.size) if plan.side == "auto" else plan.side
-    if side < max(augment.size):
+    wanted = augment.preprocessing
+    side = auto_side(wanted.size) if plan.side == "auto" else plan.side
+    if side < max(wanted.size):
         raise UserError(
-            f"data.pixel_store={side} is smaller than the model's input of {max(augment.size)} pixels; "
-            f"use 'auto' ({auto_side(augment.size)}) or more"
+            f"data.pixel_store={side} is smaller than the model's input of {max(wanted.size)} pixels; "
+            f"use 'auto' ({auto_side(wanted.size)}) or more"
         )
-    store = open_or_build(plan.whole, side, augment.interpolation)
+    store = open_or_build(plan.whole, side, wanted.interpolation)
     device = torch.device(device)
     samples = _StoredSamples(dataset, store, augment if device.type == "cpu" else None)
     options = _options(batches, workers, pin_memory, start_method, reused=False)

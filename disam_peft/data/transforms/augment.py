@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from disam_peft.common.preprocessing import Preprocessing
 from disam_peft.common.random import keyed_seed
 from disam_peft.config.data import AugmentConfig
 
@@ -21,24 +22,16 @@ class TrainTransform:
     state is left as it was.
 
     Args:
-        size: height and width of the result, in pixels.
-        mean, std: per channel, for values in 0 to 1.
-        interpolation: how images are resized.
+        preprocessing: size and normalisation of the result, and how images are resized.
+        config: which changes are made, and how strong they are.
         seed: of the run.
     """
 
-    def __init__(
-        self,
-        size: tuple[int, int],
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
-        interpolation: Literal["bicubic", "bilinear"],
-        config: AugmentConfig,
-        seed: int,
-    ) -> None:
+    def __init__(self, preprocessing: Preprocessing, config: AugmentConfig, seed: int) -> None:
         from torchvision.transforms import InterpolationMode, v2
 
-        resampling = InterpolationMode(interpolation)
+        self.preprocessing, self.config, self.seed = preprocessing, config, seed
+        size, resampling = preprocessing.size, InterpolationMode(preprocessing.interpolation)
         steps: list[Any]
         if config.kind == "none":
             steps = [_Cover(size, resampling), v2.CenterCrop(list(size))]
@@ -50,14 +43,13 @@ class TrainTransform:
                 steps.append(v2.ColorJitter(*[config.color_jitter] * 4))
             if config.grayscale > 0:
                 steps.append(v2.RandomGrayscale(config.grayscale))
-        steps += [v2.PILToTensor(), _to_unit, v2.Normalize(list(mean), list(std))]
+        steps += [v2.PILToTensor(), _to_unit, v2.Normalize(list(preprocessing.mean), list(preprocessing.std))]
         self._steps = v2.Compose(steps)
-        self._seed = seed
         self.deterministic = config.kind == "none"
         """Whether the result is the same in every epoch, so that features of it may be stored."""
 
     def __call__(self, image: Image, index: int, epoch: int) -> Tensor:
-        with _cpu_rng(keyed_seed(self._seed, epoch, index)):
+        with _cpu_rng(keyed_seed(self.seed, epoch, index)):
             return self._steps(image)
 
 

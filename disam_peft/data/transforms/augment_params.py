@@ -16,7 +16,7 @@ ASPECTS = (3 / 4, 4 / 3)
 
 
 @dataclass(frozen=True)
-class Draws:
+class AugmentParams:
     """Uniform numbers turned into choices; the box alone needs to know an image's size, see ``boxes``."""
 
     area_BA: np.ndarray
@@ -61,7 +61,7 @@ class Draws:
         return np.column_stack([corner_B2, high_B, wide_B]).astype(np.int64)
 
 
-def draw(config: AugmentConfig, seed: int, indices: Sequence[int], epochs: Sequence[int]) -> Draws:
+def draw(config: AugmentConfig, seed: int, indices: Sequence[int], epochs: Sequence[int]) -> AugmentParams:
     """The draws of these samples; each depends on its own key and on nothing else in the batch."""
     count = 2 * ATTEMPTS + 2 + 1 + 4 + 4 + 1
     uniform = np.stack(
@@ -73,7 +73,7 @@ def draw(config: AugmentConfig, seed: int, indices: Sequence[int], epochs: Seque
     low, high = config.scale
     narrow, wide = (math.log(aspect) for aspect in ASPECTS)
     strength_B4 = config.color_jitter * (2 * strength_B4 - 1)
-    return Draws(
+    return AugmentParams(
         area_BA=low + (high - low) * area_BA,
         aspect_BA=np.exp(narrow + (wide - narrow) * aspect_BA),
         place_B2=place_B2,

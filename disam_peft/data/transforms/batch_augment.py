@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from disam_peft.common.device import constant, sent
+from disam_peft.common.device import constant, to_device
+from disam_peft.common.preprocessing import Preprocessing
 from disam_peft.config.data import AugmentConfig
 from disam_peft.data.transforms import color as colors
-from disam_peft.data.transforms.augment_params import Draws, draw, middle_boxes
-from disam_peft.data.transforms.resize import Interpolation, crop_resize
+from disam_peft.data.transforms.augment_params import AugmentParams, draw, middle_boxes
+from disam_peft.data.transforms.resize import crop_resize
 
 _CHANGES = (colors.brightness, colors.contrast, colors.saturation, colors.hue)
 
@@ -27,21 +28,11 @@ class BatchAugment:
     process; on a CPU to the bit, elsewhere up to the rounding of a device's products.
 
     Args:
-        size, mean, std, interpolation, config, seed: as for TrainTransform.
+        preprocessing, config, seed: as for ``TrainTransform``.
     """
 
-    def __init__(
-        self,
-        size: tuple[int, int],
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
-        interpolation: Interpolation,
-        config: AugmentConfig,
-        seed: int,
-    ) -> None:
-        self.size, self.interpolation = size, interpolation
-        self._mean, self._std = tuple(mean), tuple(std)
-        self._config, self._seed = config, seed
+    def __init__(self, preprocessing: Preprocessing, config: AugmentConfig, seed: int) -> None:
+        self.preprocessing, self.config, self.seed = preprocessing, config, seed
 
     def __call__(
         self, images: Tensor, indices: Sequence[int], epochs: Sequence[int], sizes_B2: np.ndarray | None = None
@@ -54,30 +45,30 @@ class BatchAugment:
         """
         grid = (images.shape[2], images.shape[3])
         sizes_B2 = np.tile(grid, (len(images), 1)) if sizes_B2 is None else sizes_B2
-        if self._config.kind == "none":
-            draws, boxes_B4 = None, middle_boxes(grid, sizes_B2, self.size)
+        if self.config.kind == "none":
+            draws, boxes_B4 = None, middle_boxes(grid, sizes_B2, self.preprocessing.size)
         else:
-            draws = draw(self._config, self._seed, indices, epochs)
+            draws = draw(self.config, self.seed, indices, epochs)
             boxes_B4 = draws.boxes(grid, sizes_B2)
         if images.device.type != "cpu":
             return self._part(images, boxes_B4, draws, slice(None))
         # One by one: an image and what is computed of it fit the processor's cache, a batch does not.
-        result = torch.empty((len(images), 3, *self.size))
+        result = torch.empty((len(images), 3, *self.preprocessing.size))
         for i in range(len(images)):
             result[i] = self._part(images, boxes_B4, draws, slice(i, i + 1))[0]
         return result
 
-    def _part(self, images: Tensor, boxes_B4: np.ndarray, draws: Draws | None, part: slice) -> Tensor:
-        boxes = boxes_B4[part]
+    def _part(self, images: Tensor, boxes_B4: np.ndarray, draws: AugmentParams | None, part: slice) -> Tensor:
+        wanted, boxes = self.preprocessing, boxes_B4[part]
         flip_B = np.zeros(len(boxes), dtype=bool) if draws is None else draws.flip_B[part]
-        pixels = crop_resize(images[part], boxes, flip_B, self.size, self.interpolation).div_(255)
+        pixels = crop_resize(images[part], boxes, flip_B, wanted.size, wanted.interpolation).div_(255)
         if draws is not None:
             pixels = self._recolored(pixels, draws.order_B4[part], draws.strength_B4[part], draws.grey_B[part])
-        mean, std = (constant(v, pixels.dtype, pixels.device).view(1, 3, 1, 1) for v in (self._mean, self._std))
+        mean, std = (constant(v, pixels.dtype, pixels.device).view(1, 3, 1, 1) for v in (wanted.mean, wanted.std))
         return pixels.sub_(mean).div_(std)
 
     def _recolored(self, pixels: Tensor, order_B4: np.ndarray, strength_B4: np.ndarray, grey_B: np.ndarray) -> Tensor:
-        if self._config.color_jitter > 0:
+        if self.config.color_jitter > 0:
             for turn_B in order_B4.T:
                 for number, change in enumerate(_CHANGES):
                     pixels = _changed(pixels, turn_B == number, change, strength_B4[:, number])
@@ -91,8 +82,8 @@ def _changed(
     chosen = np.flatnonzero(who_B)
     if len(chosen) == 0:
         return pixels
-    strength = sent(torch.from_numpy(strength_B[chosen]).to(pixels.dtype), pixels.device)
+    strength = to_device(torch.from_numpy(strength_B[chosen]).to(pixels.dtype), pixels.device)
     if len(chosen) == len(pixels):
         return change(pixels, strength)
-    places = sent(torch.from_numpy(chosen), pixels.device)
+    places = to_device(torch.from_numpy(chosen), pixels.device)
     return pixels.index_copy_(0, places, change(pixels[places], strength))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from disam_peft.common.device import sent
+from disam_peft.common.device import to_device
 
 Interpolation = Literal["bicubic", "bilinear"]
 
@@ -46,8 +46,8 @@ def _by_kernel(
 def _by_product(
     images: Tensor, boxes_B4: np.ndarray, flip_B: np.ndarray, size: tuple[int, int], interpolation: Interpolation
 ) -> Tensor:
-    boxes = sent(torch.from_numpy(boxes_B4).float(), images.device)
-    flip = sent(torch.from_numpy(flip_B), images.device)
+    boxes = to_device(torch.from_numpy(boxes_B4).float(), images.device)
+    flip = to_device(torch.from_numpy(flip_B), images.device)
     rows = _weights(boxes[:, 0], boxes[:, 2], images.shape[2], size[0], interpolation)
     columns = _weights(boxes[:, 1], boxes[:, 3], images.shape[3], size[1], interpolation)
     columns = torch.where(flip[:, None, None], columns.flip(1), columns)
