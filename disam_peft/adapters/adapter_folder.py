@@ -25,19 +25,19 @@ from torch import Tensor
 from disam_peft import __version__
 from disam_peft.adapters.base import Adapter
 from disam_peft.adapters.manifest import (
+    MANIFEST_NAME,
     MAX_TENSOR_BYTES,
     PEFT_CONFIG_NAME,
-    RECORD_NAME,
     TENSORS_NAME,
-    AdapterRecord,
-    BackboneRecord,
-    TensorRecord,
+    AdapterManifest,
+    BackboneEntry,
+    TensorEntry,
     read_json,
-    read_record,
+    read_manifest,
     require_inside,
     write_json,
 )
-from disam_peft.adapters.peft.adapter import PeftAdapter, plan, to_json
+from disam_peft.adapters.peft.peft_adapter import PeftAdapter, plan, to_json
 from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
@@ -68,20 +68,20 @@ def write_adapter(
     if broken:
         raise UserError(f"{len(broken)} tensors of the adapter hold NaN or infinity ({broken[0]}); nothing was saved")
     content = save_tensors(tensors, metadata={"format": "pt"})
-    record = AdapterRecord(
+    manifest = AdapterManifest(
         kind=adapter.kind,
         config=adapter.config,  # type: ignore[arg-type]  # checked by pydantic
-        backbone=BackboneRecord(**backbone.describe()),
+        backbone=BackboneEntry(**backbone.describe()),
         classes=list(prompts.class_names),
         templates=list(prompts.templates),
         logit_scale=float(backbone.logit_scale),
-        tensors={name: _tensor_record(tensor) for name, tensor in tensors.items()},
+        tensors={name: _tensor_entry(tensor) for name, tensor in tensors.items()},
         sha256=hashlib.sha256(content).hexdigest(),
         trained_with=dict(trained_with),
         versions=_versions(),
     )
     (directory / TENSORS_NAME).write_bytes(content)
-    write_json(directory / RECORD_NAME, record.model_dump(mode="json"))
+    write_json(directory / MANIFEST_NAME, manifest.model_dump(mode="json"))
     if isinstance(adapter, PeftAdapter) and backbone.family == "transformers":
         write_json(directory / PEFT_CONFIG_NAME, adapter.peft_json)
 
@@ -98,25 +98,25 @@ def read_adapter(
     Raises:
         UserError: not an adapter folder, pickled weights, another backbone than the recorded one, tensors that are
             missing, extra, misshapen, non-finite or damaged, or a peft config that says something else than the
-            record. A ``backbone`` that was passed in is left as it was.
+            manifest. A ``backbone`` that was passed in is left as it was.
     """
-    record = read_record(directory)
-    state = _read_tensors(directory, record)
+    manifest = read_manifest(directory)
+    state = _read_tensors(directory, manifest)
     if backbone is None:
-        backbone = load_backbone(record.backbone.config())
-    if backbone.base_hash != record.backbone.sha256:
+        backbone = load_backbone(manifest.backbone.config())
+    if backbone.base_hash != manifest.backbone.sha256:
         raise UserError(
-            f"the adapter in {directory} was trained on {record.backbone.name} with weights "
-            f"{record.backbone.sha256}, but {backbone.config.name} has {backbone.base_hash}; load the backbone that "
+            f"the adapter in {directory} was trained on {manifest.backbone.name} with weights "
+            f"{manifest.backbone.sha256}, but {backbone.config.name} has {backbone.base_hash}; load the backbone that "
             "it was trained on"
         )
     if device is not None:
         backbone.to(device)
-    _check_peft_config(directory, record, backbone)
-    _require_size(directory, record, backbone)
-    prompts = ClassPrompts(tuple(record.classes), tuple(record.templates))
+    _check_peft_config(directory, manifest, backbone)
+    _require_size(directory, manifest, backbone)
+    prompts = ClassPrompts(tuple(manifest.classes), tuple(manifest.templates))
     with torch.random.fork_rng(devices=[]):  # building draws initial weights that are overwritten at once
-        adapter = build_adapter(record.config, backbone, prompts)
+        adapter = build_adapter(manifest.config, backbone, prompts)
     try:
         adapter.load_state(state)
     except BaseException:
@@ -125,7 +125,7 @@ def read_adapter(
     return backbone, adapter, prompts
 
 
-def _read_tensors(directory: Path, record: AdapterRecord) -> dict[str, Tensor]:
+def _read_tensors(directory: Path, manifest: AdapterManifest) -> dict[str, Tensor]:
     path = directory / TENSORS_NAME
     require_inside(directory, path)
     if not path.is_file():
@@ -134,55 +134,55 @@ def _read_tensors(directory: Path, record: AdapterRecord) -> dict[str, Tensor]:
         raise UserError(f"{path} has {size} bytes; more than {MAX_TENSOR_BYTES} is no adapter of a CLIP. {_UNREAD}")
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
-    if digest != record.sha256:
+    if digest != manifest.sha256:
         raise UserError(
-            f"{path} is not the file that was saved: sha256 {record.sha256} expected, {digest} found; copy it again"
+            f"{path} is not the file that was saved: sha256 {manifest.sha256} expected, {digest} found; copy it again"
         )
     try:
         tensors = load_tensors(content)
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} is not a safetensors file: {error}") from error
-    found = {name: _tensor_record(tensor) for name, tensor in tensors.items()}
-    if found != record.tensors:
+    found = {name: _tensor_entry(tensor) for name, tensor in tensors.items()}
+    if found != manifest.tensors:
         differing = sorted(
-            name for name in found.keys() | record.tensors.keys() if found.get(name) != record.tensors.get(name)
+            name for name in found.keys() | manifest.tensors.keys() if found.get(name) != manifest.tensors.get(name)
         )
-        raise UserError(f"{path} does not hold the tensors that {RECORD_NAME} lists: {', '.join(differing[:5])}")
+        raise UserError(f"{path} does not hold the tensors that {MANIFEST_NAME} lists: {', '.join(differing[:5])}")
     return tensors
 
 
-def _check_peft_config(directory: Path, record: AdapterRecord, backbone: ClipBackbone) -> None:
-    """``adapter_config.json`` is for peft. Here it must say the same as the record; nothing in it is acted upon."""
+def _check_peft_config(directory: Path, manifest: AdapterManifest, backbone: ClipBackbone) -> None:
+    """``adapter_config.json`` is for peft. Here it must say the same as the manifest; nothing in it is acted upon."""
     path = directory / PEFT_CONFIG_NAME
     require_inside(directory, path)
     if not path.is_file():
         return
     found = read_json(path)
-    if not isinstance(record.config, LoraAdapterConfig | PeftAdapterConfig):
-        raise UserError(f"{path} does not belong to a '{record.kind}' adapter; remove it")
+    if not isinstance(manifest.config, LoraAdapterConfig | PeftAdapterConfig):
+        raise UserError(f"{path} does not belong to a '{manifest.kind}' adapter; remove it")
     if not isinstance(found, dict):
         raise UserError(f"{path} must be a JSON object")
     if isinstance(found.get("target_modules"), str):
         raise UserError(
             f"{path} chooses its modules by the pattern {found['target_modules']!r}; only a list of names is "
-            f"accepted, and {RECORD_NAME} has it. Remove {PEFT_CONFIG_NAME} or export the adapter again"
+            f"accepted, and {MANIFEST_NAME} has it. Remove {PEFT_CONFIG_NAME} or export the adapter again"
         )
-    _, peft_config = plan(record.config, backbone)
+    _, peft_config = plan(manifest.config, backbone)
     expected = json.loads(json.dumps(to_json(peft_config, backbone)))
     # Fields that the file leaves out are the business of its version of peft; these two are never left out.
     keys = (found.keys() | {"peft_type", "target_modules"}) - _INCIDENTAL
     differing = sorted(key for key in keys if _canonical(found.get(key)) != _canonical(expected.get(key)))
     if differing:
         raise UserError(
-            f"{path} disagrees with {RECORD_NAME} in {', '.join(differing)} "
+            f"{path} disagrees with {MANIFEST_NAME} in {', '.join(differing)} "
             f"(found {differing[0]}: {str(found.get(differing[0]))[:200]}); it was changed after the export. "
-            f"Nothing was loaded; export the adapter again, or remove {PEFT_CONFIG_NAME} if you trust {RECORD_NAME}"
+            f"Nothing was loaded; export the adapter again, or remove {PEFT_CONFIG_NAME} if you trust {MANIFEST_NAME}"
         )
 
 
-def _require_size(directory: Path, record: AdapterRecord, backbone: ClipBackbone) -> None:
+def _require_size(directory: Path, manifest: AdapterManifest, backbone: ClipBackbone) -> None:
     """Before anything is built: a config may ask for far more memory than the file beside it fills."""
-    config, classes = record.config, len(record.classes)
+    config, classes = manifest.config, len(manifest.classes)
     if isinstance(config, LoraAdapterConfig):
         targets, _ = plan(config, backbone)
         layers: list[Any] = [backbone.model.get_submodule(target.name) for target in targets]
@@ -193,10 +193,10 @@ def _require_size(directory: Path, record: AdapterRecord, backbone: ClipBackbone
         expected = classes * backbone.token_width  # at least: for each context token
     else:
         return  # MAX_RANK and the backbone's layers bound it
-    found = sum(math.prod(tensor.shape) for tensor in record.tensors.values())
+    found = sum(math.prod(tensor.shape) for tensor in manifest.tensors.values())
     if expected > _SLACK * found:
         raise UserError(
-            f"the '{record.kind}' adapter in {directory} needs {expected} numbers by its config and classes, but "
+            f"the '{manifest.kind}' adapter in {directory} needs {expected} numbers by its config and classes, but "
             f"{TENSORS_NAME} holds {found}; nothing was loaded, export it again where it was trained"
         )
 
@@ -208,8 +208,8 @@ def _canonical(value: Any) -> Any:
     return value or None
 
 
-def _tensor_record(tensor: Tensor) -> TensorRecord:
-    return TensorRecord(shape=list(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
+def _tensor_entry(tensor: Tensor) -> TensorEntry:
+    return TensorEntry(shape=list(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
 
 
 def _versions() -> dict[str, str]:

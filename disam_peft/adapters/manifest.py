@@ -14,7 +14,7 @@ from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.base import Config
 from disam_peft.errors import UserError
 
-RECORD_NAME = "disam_peft.json"
+MANIFEST_NAME = "disam_peft.json"
 TENSORS_NAME = "adapter_model.safetensors"
 PEFT_CONFIG_NAME = "adapter_config.json"
 MAX_JSON_BYTES = 16 * 2**20  # tens of thousands of class names fit
@@ -24,7 +24,7 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class BackboneRecord(BackboneConfig):
+class BackboneEntry(BackboneConfig):
     """``ClipBackbone.describe()``: what was asked for, and the fingerprint of what came."""
 
     sha256: Sha256
@@ -35,41 +35,41 @@ class BackboneRecord(BackboneConfig):
         return BackboneConfig(**self.model_dump(include=set(BackboneConfig.model_fields)))
 
 
-class TensorRecord(Config):
+class TensorEntry(Config):
     shape: list[Annotated[int, Field(ge=0)]] = Field(max_length=8)
     dtype: str
 
 
-class AdapterRecord(Config):
+class AdapterManifest(Config):
     """The content of ``disam_peft.json``."""
 
     format: Literal["disam_peft.adapter"] = "disam_peft.adapter"
     format_version: Literal[1] = 1
     kind: str
     config: AdapterConfig
-    backbone: BackboneRecord
+    backbone: BackboneEntry
     classes: list[str] = Field(min_length=1, max_length=100_000)
     """Names as they stand in the prompts, one per label."""
     templates: list[str] = Field(min_length=1, max_length=1_000)
     logit_scale: float
-    tensors: dict[str, TensorRecord]
+    tensors: dict[str, TensorEntry]
     sha256: Sha256
     """Of the file ``adapter_model.safetensors``."""
     trained_with: dict[str, JsonValue]
     versions: dict[str, str]
 
     @model_validator(mode="after")
-    def _same_kind(self) -> AdapterRecord:
+    def _same_kind(self) -> AdapterManifest:
         if self.kind != self.config.kind:
             raise ValueError(f"kind '{self.kind}' and config.kind '{self.config.kind}' differ")
         return self
 
 
-def read_record(directory: Path) -> AdapterRecord:
+def read_manifest(directory: Path) -> AdapterManifest:
     """Read and check ``disam_peft.json``; opens no other file.
 
     Raises:
-        UserError: no adapter folder, pickled weights in it, or a record that does not fit the schema.
+        UserError: no adapter folder, pickled weights in it, or a manifest that does not fit the schema.
     """
     directory = Path(directory)
     if directory.suffix.lower() in PICKLES and not directory.is_dir():
@@ -82,12 +82,12 @@ def read_record(directory: Path) -> AdapterRecord:
             f"{directory} holds pickled weights ({', '.join(pickles)}), which can run code when loaded; nothing was "
             f"opened. {_WANTED}"
         )
-    path = directory / RECORD_NAME
+    path = directory / MANIFEST_NAME
     require_inside(directory, path)
     if not path.is_file():
-        raise UserError(f"{directory} has no {RECORD_NAME}, so disam_peft did not write it. {_WANTED}")
+        raise UserError(f"{directory} has no {MANIFEST_NAME}, so disam_peft did not write it. {_WANTED}")
     try:
-        return AdapterRecord.model_validate(read_json(path))
+        return AdapterManifest.model_validate(read_json(path))
     except ValidationError as error:
         faults = "; ".join(
             f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in error.errors()[:5]
@@ -95,7 +95,9 @@ def read_record(directory: Path) -> AdapterRecord:
         raise UserError(f"{path} does not fit its schema: {faults}. {_WANTED}") from error
 
 
-_WANTED = f"Give a folder with {RECORD_NAME} and {TENSORS_NAME}, as training or `disam-peft export --to peft` writes it"
+_WANTED = (
+    f"Give a folder with {MANIFEST_NAME} and {TENSORS_NAME}, as training or `disam-peft export --to peft` writes it"
+)
 
 
 def read_json(path: Path) -> Any:

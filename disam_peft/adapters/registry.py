@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from disam_peft.adapters.base import Adapter
-from disam_peft.adapters.coop.adapter import CoOpAdapter
+from disam_peft.adapters.coop.coop_adapter import CoOpAdapter
 from disam_peft.adapters.linear_probe import LinearProbeAdapter
-from disam_peft.adapters.peft.adapter import LoraAdapter, PeftAdapter
+from disam_peft.adapters.peft.peft_adapter import LoraAdapter, PeftAdapter
 from disam_peft.adapters.prompts import ClassPrompts, fill_templates
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.config.adapters import AdapterConfig

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from disam_peft.backbones.blocks import BlockParts
 from disam_peft.backbones.fingerprint import weights_hash
-from disam_peft.backbones.packed_prompts import PromptRows
-from disam_peft.backbones.pass_cache import Memory
+from disam_peft.backbones.packed_prompts import PackedPrompts
+from disam_peft.backbones.pass_cache import PassCache
 from disam_peft.common.preprocessing import Preprocessing
 from disam_peft.config.backbone import BackboneConfig
 
@@ -116,13 +116,14 @@ class ClipBackbone(ABC):
         """
 
     @abstractmethod
-    def image_head(self, hidden: Tensor, blocks: int, memory: Memory | None = None) -> Tensor:
+    def image_head(self, hidden: Tensor, blocks: int, cache: PassCache | None = None) -> Tensor:
         """The rest of the image tower after ``image_trunk(..., blocks)``: features (B, E), bit-identical for any
         split of the same tower.
 
         Args:
-            memory: of several calls with the same ``hidden`` and the same frozen weights, empty at the first: what
-                frozen layers of the first block make of it is not computed again.
+            cache: an empty dictionary at the first of several calls with the same ``hidden`` and the same frozen
+                weights, and the same dictionary at the others: the outputs of the frozen layers inside the first block
+                are then computed once and kept in it.
         """
 
     @abstractmethod
@@ -174,29 +175,29 @@ class ClipBackbone(ABC):
         ends_C = self._pooled_positions(tokens_CL) if self._is_causal_text() else None
         return tokens_CL if ends_C is None else tokens_CL[:, : int(ends_C.max()) + 1]
 
-    def prompt_rows(self, tokens_CL: Tensor, shared: int) -> PromptRows | None:
-        """The layout for ``encode_prompt_rows`` of prompts whose first ``shared`` tokens are the same embeddings;
+    def pack_prompts(self, tokens_CL: Tensor, shared: int) -> PackedPrompts | None:
+        """The layout for ``encode_packed_prompts`` of prompts whose first ``shared`` tokens are the same embeddings;
         None where the text tower is not causal, or not made of standard blocks."""
         blocks = self._text_parts() if self._is_causal_text() else None
         ends_C = self._pooled_positions(tokens_CL)
         if shared < 1 or blocks is None or ends_C is None or int(ends_C.min()) < shared:
             return None
-        return PromptRows((ends_C + 1 - shared).tolist(), shared).to(tokens_CL.device)
+        return PackedPrompts((ends_C + 1 - shared).tolist(), shared).to(tokens_CL.device)
 
-    def encode_prompt_rows(
-        self, prefix_PW: Tensor, suffix_NW: Tensor, rows: PromptRows, recomputed_blocks: int = 0
+    def encode_packed_prompts(
+        self, prefix_PW: Tensor, suffix_NW: Tensor, packed: PackedPrompts, recomputed_blocks: int = 0
     ) -> Tensor:
         """``encode_text_embeddings`` of prompts that begin with the same embeddings, which are run once for all, and
-        without padding: token embeddings of the shared part and of all suffixes (``rows.pack``) to features (C, E).
+        without padding: token embeddings of the shared part and of all suffixes (``packed.pack``) to features (C, E).
 
         Args:
-            rows: from ``prompt_rows``.
+            packed: from ``pack_prompts``.
             recomputed_blocks: leading blocks whose forward pass backward repeats, to save memory.
         """
         blocks = self._text_parts()
-        assert blocks is not None  # prompt_rows gave the layout
-        hidden_RW = torch.cat([prefix_PW, suffix_NW]).to(self.dtype) + self._text_positions()[rows.positions()]
-        return self._text_output(rows(blocks, hidden_RW, recomputed_blocks))
+        assert blocks is not None  # pack_prompts gave the layout
+        hidden_RW = torch.cat([prefix_PW, suffix_NW]).to(self.dtype) + self._text_positions()[packed.positions()]
+        return self._text_output(packed(blocks, hidden_RW, recomputed_blocks))
 
     @abstractmethod
     def _is_causal_text(self) -> bool:

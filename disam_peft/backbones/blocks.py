@@ -1,4 +1,4 @@
-"""A transformer block by its parts, and computed only where its output is used.
+"""Transformer blocks: their parts, copies of them that share their parameters, and a block for one position alone.
 
 Both families' standard pre-norm blocks are seen as ``BlockParts``: the block's own modules, with whatever adapters
 are attached to them by now. Shapes in this file: B batch, L tokens, W token width, H heads, D width of a head.
@@ -32,6 +32,38 @@ class BlockParts:
         hidden = residual + (attended if self.scale1 is None else self.scale1(attended))
         update = self.mlp(self.norm2(hidden))
         return hidden + (update if self.scale2 is None else self.scale2(update))
+
+
+def shallow_clone(module: nn.Module, **children: nn.Module) -> Any:
+    """A module with the same parameters, hooks and flags, in which some children are exchanged.
+
+    It is built for one call: what an adapter or ``train()`` changes later would not reach a clone that is kept.
+    """
+    clone = copy.copy(module)
+    clone._modules = {**module._modules, **children}
+    return clone
+
+
+class QuickGelu(nn.Module):
+    """``x * sigmoid(1.702 x)`` of any shape (Hendrycks and Gimpel, arXiv 1606.08415, section 4), up to rounding.
+
+    Both families write it as that product, which keeps ``x`` and the sigmoid for backward: the widest activations of a
+    block. Here it is ``silu(1.702 x) / 1.702``, and silu keeps its input alone.
+    """
+
+    SLOPE = 1.702
+
+    def forward(self, x: Tensor) -> Tensor:
+        # In place: silu's backward needs its input, not its output.
+        return nn.functional.silu(self.SLOPE * x).mul_(1 / self.SLOPE)
+
+
+def replace_quick_gelu(root: nn.Module, theirs: type[nn.Module]) -> None:
+    """Replace, in place, every module of the family's own class ``theirs`` below ``root``; it holds no weights."""
+    for parent in list(root.modules()):
+        for name, child in parent.named_children():
+            if type(child) is theirs:
+                setattr(parent, name, QuickGelu())
 
 
 def at_one_position(block: nn.Module, parts: BlockParts, position_B: Tensor | None, causal: bool) -> Any:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from disam_peft.backbones.blocks import BlockParts
 
 
-class PromptRows(nn.Module):
+class PackedPrompts(nn.Module):
     """Where each prompt's tokens stand once the shared ones are kept once and nothing is padded.
 
     A module, so that its indices move to the device together with whatever owns it.

@@ -1,8 +1,7 @@
-"""What frozen layers of a trained block make of a frozen input, computed in the first pass of a step and kept for the
-second.
+"""Outputs of the frozen layers inside the first trained block, kept from pass 1 of a step for pass 2.
 
-The frozen part of a tower ends in the middle of the first block that is trained: its first norm and the base layers of
-its projections see the same tensors in every pass.
+The frozen part of a tower ends in the middle of the first block that is trained: the first norm of that block and the
+base layers of its projections see the same tensors in every pass of a step.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from disam_peft.backbones.clones import shallow_clone
+from disam_peft.backbones.blocks import shallow_clone
 
 
 class Call:
@@ -40,30 +39,30 @@ class Call:
         )
 
 
-Memory = dict[str, Call]
+PassCache = dict[str, Call]
 """Path of a layer -> its last call. The caller keeps it for as long as no frozen weight changes: one step."""
 
 
-def remembering(block: nn.Module, memory: Memory) -> nn.Module:
-    """A clone of ``block``, with the same parameters, whose frozen layers look into ``memory`` first.
+def with_cache(block: nn.Module, cache: PassCache) -> nn.Module:
+    """A clone of ``block``, with the same parameters, whose frozen layers look into ``cache`` first.
 
     A layer's result is taken from there only where every tensor that it is called with is the very one of before, under
     the same autocast, and none has a graph. So it is exact whatever an adapter does around the layer; what comes after
     a trained weight is computed as always. A compiled block is left whole: one kernel more is cheaper than an
     interruption.
     """
-    return block if block._compiled_call_impl is not None else _clone(block, memory, "")
+    return block if block._compiled_call_impl is not None else _clone(block, cache, "")
 
 
-def _clone(module: nn.Module, memory: Memory, path: str) -> nn.Module:
+def _clone(module: nn.Module, cache: PassCache, path: str) -> nn.Module:
     parameters = list(module.parameters())
     if parameters and not any(p.requires_grad for p in parameters) and not _draws(module):
-        return _remembered(module, memory, path)
-    children = {name: _clone(child, memory, f"{path}.{name}") for name, child in module.named_children()}
+        return _cached(module, cache, path)
+    children = {name: _clone(child, cache, f"{path}.{name}") for name, child in module.named_children()}
     return shallow_clone(module, **children)
 
 
-def _remembered(module: nn.Module, memory: Memory, path: str) -> nn.Module:
+def _cached(module: nn.Module, cache: PassCache, path: str) -> nn.Module:
     # A clone and no wrapper: adapters ask their base layer for its class and weights.
     clone: Any = copy.copy(module)
     compute: Callable[..., Any] = module.forward
@@ -75,9 +74,9 @@ def _remembered(module: nn.Module, memory: Memory, path: str) -> nn.Module:
         inference = torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in tensors)
         if inference or any(tensor.requires_grad for tensor in tensors):
             return compute(*args, **kwargs)
-        before = memory.get(path)
+        before = cache.get(path)
         if before is None or not before.is_of(values):
-            before = memory[path] = Call(values, compute(*args, **kwargs))
+            before = cache[path] = Call(values, compute(*args, **kwargs))
         return before.returned
 
     clone.forward = forward

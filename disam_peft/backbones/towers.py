@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from disam_peft.backbones.base import Target, TowerName
-from disam_peft.backbones.pass_cache import Memory, remembering
+from disam_peft.backbones.pass_cache import PassCache, with_cache
 from disam_peft.errors import UserError
 
 
@@ -24,19 +24,19 @@ class Given(nn.Module):
 
 
 def some_blocks(
-    stack: Iterable[nn.Module], which: slice, last: nn.Module | None, memory: Memory | None
+    stack: Iterable[nn.Module], which: slice, last: nn.Module | None, cache: PassCache | None
 ) -> nn.ModuleList:
     """Some blocks of a stack, among which ``last`` (if any) stands for the last of all.
 
     Args:
-        memory: see ``ClipBackbone.image_head``; None: every block computes everything.
+        cache: see ``ClipBackbone.image_head``; None: every block computes everything.
     """
     blocks = list(stack)
     if last is not None:
         blocks[-1] = last
     chosen = blocks[which]
-    if memory is not None and chosen and chosen[0] is not last:  # that one hardly computes anything
-        chosen[0] = remembering(chosen[0], memory)
+    if cache is not None and chosen and chosen[0] is not last:  # that one hardly computes anything
+        chosen[0] = with_cache(chosen[0], cache)
     return nn.ModuleList(chosen)
 
 

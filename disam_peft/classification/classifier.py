@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from disam_peft.adapters.base import Adapter, Autocast, cosine_logits
 from disam_peft.adapters.prompts import ClassPrompts, FrozenText, fill_templates, text_trunk, zero_shot_features
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.backbones.pass_cache import Memory
+from disam_peft.backbones.pass_cache import PassCache
 
 
 class ClipClassifier(nn.Module):
@@ -99,9 +99,9 @@ class ClipClassifier(nn.Module):
                 return self.backbone.encode_image(pixels_BCHW)
             return self.backbone.image_trunk(pixels_BCHW, self.image_split)
 
-    def features(self, frozen: Tensor, memory: Memory | None = None) -> Tensor:
+    def features(self, frozen: Tensor, cache: PassCache | None = None) -> Tensor:
         """Image features (B, E), not normalised, from the output of ``encode_frozen``."""
-        return frozen if self.image_split is None else self.backbone.image_head(frozen, self.image_split, memory)
+        return frozen if self.image_split is None else self.backbone.image_head(frozen, self.image_split, cache)
 
     def class_features(self) -> Tensor:
         """Normalised class features (C, E), with a graph where the text side is trained."""
@@ -115,21 +115,24 @@ class ClipClassifier(nn.Module):
         """See ``Adapter.captured``; to be open around the steps of a training loop, on the device where they run."""
         return nullcontext() if self.adapter is None else self.adapter.captured(self.backbone, autocast)
 
-    def repeated_logits(self, frozen: Tensor) -> Callable[[], Tensor]:
-        """``logits(frozen)``, to be called in each pass of one step: what frozen layers of the first trained block make
-        of ``frozen`` is computed in the first and kept, four activations for each image, until this is let go."""
-        memory: Memory = {}
-        return lambda: self.logits(frozen, memory)
+    def cached_logits(self, frozen: Tensor) -> Callable[[], Tensor]:
+        """A function that returns ``logits(frozen)``, to be called once in each pass of one step.
 
-    def logits(self, frozen: Tensor, memory: Memory | None = None, class_features_CE: Tensor | None = None) -> Tensor:
+        Its first call keeps the outputs of the frozen layers inside the first trained block (four activations for each
+        image), and later calls use them. They are freed together with the function.
+        """
+        cache: PassCache = {}
+        return lambda: self.logits(frozen, cache)
+
+    def logits(self, frozen: Tensor, cache: PassCache | None = None, class_features_CE: Tensor | None = None) -> Tensor:
         """Logits (B, C) from the output of ``encode_frozen``; the part of the model that a training pass repeats.
 
         Args:
-            memory: see ``ClipBackbone.image_head``.
+            cache: see ``ClipBackbone.image_head``.
             class_features_CE: what ``class_features`` gave, of several batches between which nothing is trained; unset:
                 they are computed.
         """
-        features_BE = self.features(frozen, memory)
+        features_BE = self.features(frozen, cache)
         class_features_CE = self.class_features() if class_features_CE is None else class_features_CE
         scale, bias = self.backbone.logit_scale, self.backbone.logit_bias
         if self.adapter is None:

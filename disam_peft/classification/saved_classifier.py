@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from disam_peft.adapters.adapter_folder import read_adapter, write_adapter
-from disam_peft.adapters.manifest import RECORD_NAME
+from disam_peft.adapters.manifest import MANIFEST_NAME
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.common.files import published
@@ -29,7 +29,7 @@ def save_adapter(directory: str | Path, classifier: ClipClassifier, *, trained_w
     """
     if classifier.adapter is None:
         raise UserError("zero-shot classification has no adapter to save; train one first")
-    with published(Path(directory), replaces=RECORD_NAME) as folder:
+    with published(Path(directory), replaces=MANIFEST_NAME) as folder:
         write_adapter(folder, classifier.adapter, classifier.backbone, classifier.prompts, trained_with=trained_with)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from disam_peft.adapters.manifest import read_record
+from disam_peft.adapters.manifest import read_manifest
 from disam_peft.adapters.prompts import ClassPrompts, prompt_templates
 from disam_peft.adapters.registry import build_adapter, planned_image_split
 from disam_peft.backbones.families import load_backbone
@@ -237,7 +237,7 @@ def export(folder: Path, to: str, output: Path, *, held_out: str | None = None) 
     if to == "merged":
         export_merged(output, classifier)
     else:
-        export_peft(output, classifier, trained_with=read_record(source).trained_with)
+        export_peft(output, classifier, trained_with=read_manifest(source).trained_with)
     return output
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save as save_tensors
 
 from disam_peft.adapters.adapter_folder import write_adapter
-from disam_peft.adapters.coop.adapter import CoOpAdapter
+from disam_peft.adapters.coop.coop_adapter import CoOpAdapter
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.common.files import published
 from disam_peft.errors import UserError

@@ -138,7 +138,7 @@ class StepGradient:
         labels_B, domains_B = to_device(batch["labels"], self._accelerator.device), batch["domains"]
         if way == "whole":
             frozen = self._encoded(batch, slice(None)) if "frozen" in batch else self._encoded_in_pieces(batch)
-            logits = self._classifier.repeated_logits(frozen)
+            logits = self._classifier.cached_logits(frozen)
             return self._disam.backward(self._per_sample_loss(logits, labels_B), domains_B)
         places = self._pieces.cut(domains_B)
         # Pieces are there to save memory: nothing is kept from pass to pass but the frozen part's output.

@@ -144,7 +144,7 @@ def ours(
             return classifier.encode_frozen(batch.pixels_BCHW)
 
     def launched() -> None:
-        logits = classifier.repeated_logits(encoded() if stored is None else stored.read())
+        logits = classifier.cached_logits(encoded() if stored is None else stored.read())
 
         def per_sample_loss() -> Tensor:
             with autocast():

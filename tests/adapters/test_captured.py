@@ -98,7 +98,7 @@ def test_what_cannot_be_recorded_is_launched_as_ever(twins: tuple[str, str], mon
 
     classifier: Any = tiny_classifier(tiny_backbone(twins, "open_clip"), "coop-shared").train()
     expected = classifier(pixels())
-    monkeypatch.setattr("disam_peft.adapters.coop.adapter._recorded", impossible)
+    monkeypatch.setattr("disam_peft.adapters.coop.coop_adapter._recorded", impossible)
     with monkeypatch.context() as on_a_gpu:
         on_a_gpu.setitem(vars(classifier.adapter), "context", SimpleNamespace(is_cuda=True))
         with pytest.warns(UserWarning, match="launched one by one, with the same result.*stream is capturing$"):

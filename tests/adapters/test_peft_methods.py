@@ -7,8 +7,8 @@ import torch
 from adapter_cells import ALL_LINEAR, CELLS, FAMILIES, PEFT_CELLS, PROMPTS, pixels, tiny_backbone, tiny_classifier
 from pydantic import ValidationError
 
-from disam_peft.adapters.peft.adapter import PeftAdapter
 from disam_peft.adapters.peft.methods import METHODS
+from disam_peft.adapters.peft.peft_adapter import PeftAdapter
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.config.adapters import LoraAdapterConfig, PeftAdapterConfig

@@ -11,11 +11,11 @@ from adapter_cells import FAMILIES, LABELS, PROMPTS, pixels, tiny_backbone, tiny
 from tiny import tiny_openclip
 from torch import Tensor, nn
 
-from disam_peft.adapters.coop.chunks import plan_chunks
+from disam_peft.adapters.coop.class_chunks import plan_chunks
 from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.backbones.clones import shallow_clone
+from disam_peft.backbones.blocks import shallow_clone
 from disam_peft.backbones.families import load_backbone
 from disam_peft.backbones.towers import Given
 from disam_peft.classification.classifier import ClipClassifier
@@ -102,7 +102,7 @@ def test_a_tower_that_sees_both_ways_gets_whole_prompts(tmp_path: Path, class_sp
 def budgets(backbone: ClipBackbone, names: tuple[str, ...], shared: int) -> dict[str, float]:
     """In 10^9 bytes: what everything takes, half of it, and what not even the inputs of the blocks fit into."""
     tokens = backbone.cut_prompts(backbone.tokenize([f"{'x ' * 5}{name}." for name in names]))
-    rows = backbone.prompt_rows(tokens, shared)
+    rows = backbone.pack_prompts(tokens, shared)
     assert rows is not None
     everything = 3 * rows.kept_widths() * 32 * backbone.dtype.itemsize / 1e9
     return {"all": everything, "blocks": 0.5 * everything, "chunks": 0.05 * everything}

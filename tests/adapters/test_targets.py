@@ -11,7 +11,7 @@ import torch
 from adapter_cells import CELLS, FAMILIES, PROMPTS, tiny_backbone
 from tiny import tiny_openclip
 
-from disam_peft.adapters.peft.adapter import PeftAdapter
+from disam_peft.adapters.peft.peft_adapter import PeftAdapter
 from disam_peft.adapters.peft.targets import frozen_blocks, select_targets
 from disam_peft.adapters.registry import build_adapter, planned_image_split
 from disam_peft.backbones.base import ClipBackbone

@@ -8,7 +8,7 @@ from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 from transformers.activations import QuickGELUActivation
 
-from disam_peft.backbones.activation import QuickGelu, replace_quick_gelu
+from disam_peft.backbones.blocks import QuickGelu, replace_quick_gelu
 
 X = torch.linspace(-12, 12, 1001, dtype=torch.float64)
 

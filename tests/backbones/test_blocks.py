@@ -13,14 +13,12 @@ from peft import IA3Config, LoraConfig, PeftConfig, inject_adapter_in_model
 from tiny import tiny_openclip
 from torch import Tensor, nn
 
-from disam_peft.backbones.activation import replace_quick_gelu
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.backbones.blocks import BlockParts
-from disam_peft.backbones.clones import shallow_clone
+from disam_peft.backbones.blocks import BlockParts, replace_quick_gelu, shallow_clone
 from disam_peft.backbones.families import load_backbone
 from disam_peft.backbones.open_clip.attention import split_attention
 from disam_peft.backbones.open_clip.backbone import _parts
-from disam_peft.backbones.packed_prompts import PromptRows
+from disam_peft.backbones.packed_prompts import PackedPrompts
 from disam_peft.backbones.towers import Given
 from disam_peft.config.backbone import BackboneConfig
 
@@ -215,7 +213,7 @@ def test_text_towers_of_other_kinds(tmp_path: Path, name: str) -> None:
     assert_same(lambda: backbone.encode_text(tokens), lambda: whole_text(backbone, tokens), [weight], 1e-12)
     assert (backbone.cut_prompts(tokens).shape[1] < 20) is cut
     assert (shapes[0] == 1) is alone
-    assert (backbone.prompt_rows(tokens, 1) is not None) is shares
+    assert (backbone.pack_prompts(tokens, 1) is not None) is shares
     for blocks in range(4):
         trunk = backbone.text_trunk(tokens, blocks)
         assert torch.equal(backbone.text_head(trunk, tokens, blocks), backbone.encode_text(tokens))
@@ -239,14 +237,14 @@ def test_shared_tokens_run_once(backbone: ClipBackbone, texts: list[str], shared
     backbone.to(dtype=dtype)
     tokens = backbone.tokenize([f"one two three {text}" for text in texts])
     prefix, suffix = embedded(backbone, tokens, shared)
-    rows = backbone.prompt_rows(tokens, shared)
+    rows = backbone.pack_prompts(tokens, shared)
     assert rows is not None and rows.lengths == tuple((tokens.argmax(dim=1) + 1 - shared).tolist())
 
     def theirs() -> Tensor:
         return whole_text(backbone, tokens, torch.cat([prefix.expand(len(texts), -1, -1), suffix], dim=1))
 
     def ours() -> Tensor:
-        return backbone.encode_prompt_rows(prefix, rows.pack(suffix), rows)
+        return backbone.encode_packed_prompts(prefix, rows.pack(suffix), rows)
 
     assert_same(ours, theirs, [prefix, suffix], TOLERANCE[dtype])
 
@@ -255,10 +253,10 @@ def test_shared_tokens_with_an_adapter_in_the_text_tower(backbone: ClipBackbone)
     trained = adapt(backbone, "lora", "text", {0, 2}, torch.float64)
     tokens = backbone.tokenize([f"one two three {text}" for text in TEXTS])
     prefix, suffix = embedded(backbone, tokens, 4)
-    rows = backbone.prompt_rows(tokens, 4)
+    rows = backbone.pack_prompts(tokens, 4)
     assert rows is not None
     assert_same(
-        lambda: backbone.encode_prompt_rows(prefix, rows.pack(suffix), rows),
+        lambda: backbone.encode_packed_prompts(prefix, rows.pack(suffix), rows),
         lambda: whole_text(backbone, tokens),
         trained,
         1e-12,
@@ -269,7 +267,7 @@ def test_shared_tokens_with_an_adapter_in_the_text_tower(backbone: ClipBackbone)
 def test_blocks_computed_again_change_no_bit(backbone: ClipBackbone, recomputed: int) -> None:
     tokens = backbone.tokenize([f"one two three {text}" for text in TEXTS])
     prefix, suffix = embedded(backbone, tokens, 4)
-    rows = backbone.prompt_rows(tokens, 4)
+    rows = backbone.pack_prompts(tokens, 4)
     assert rows is not None
     calls: list[str] = []
     for target in backbone.targets():
@@ -279,7 +277,7 @@ def test_blocks_computed_again_change_no_bit(backbone: ClipBackbone, recomputed:
 
     def run(blocks: int) -> tuple[Tensor, ...]:
         calls.clear()
-        features = backbone.encode_prompt_rows(prefix, rows.pack(suffix), rows, blocks)
+        features = backbone.encode_packed_prompts(prefix, rows.pack(suffix), rows, blocks)
         return (features, *torch.autograd.grad(features.square().sum(), [prefix, suffix]))
 
     plain = run(0)
@@ -290,9 +288,9 @@ def test_blocks_computed_again_change_no_bit(backbone: ClipBackbone, recomputed:
 
 def test_prompts_that_end_within_the_shared_part_are_no_layout(backbone: ClipBackbone) -> None:
     tokens = backbone.tokenize(["a dog", "a"])  # 4 and 3 tokens with the markers
-    assert backbone.prompt_rows(tokens, 2) is not None
-    assert backbone.prompt_rows(tokens, 3) is None
-    assert backbone.prompt_rows(tokens, 0) is None
+    assert backbone.pack_prompts(tokens, 2) is not None
+    assert backbone.pack_prompts(tokens, 3) is None
+    assert backbone.pack_prompts(tokens, 0) is None
 
 
 @pytest.mark.parametrize("activation", [nn.GELU, QuickGELU])
@@ -304,7 +302,7 @@ def test_memory_for_backward_is_what_it_is_taken_for(activation: type[nn.Module]
     blocks.requires_grad_(False)
     parts = [part for part in map(_parts, blocks) if part is not None]
     assert len(parts) == 3 and isinstance(parts[0], BlockParts)
-    rows = PromptRows([3, 4, 6, 3, 5] * 12, 17)
+    rows = PackedPrompts([3, 4, 6, 3, 5] * 12, 17)
     hidden = torch.randn(17 + sum(rows.lengths), 256, requires_grad=True)
     weights = {p.untyped_storage().data_ptr() for p in blocks.parameters()}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.backbones.pass_cache import Memory, remembering
+from disam_peft.backbones.pass_cache import PassCache, with_cache
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.config.adapters import LoraAdapterConfig
 
@@ -63,7 +63,7 @@ def calls_of(backbone: ClipBackbone, block: int) -> Counter[str]:
 def test_every_pass_has_the_bits_of_a_pass_alone(twins: tuple[str, str], family: str, cell: str) -> None:
     classifier = make(twins, family, CELLS[cell])
     frozen = frozen_of(classifier)
-    repeated = classifier.repeated_logits(frozen)
+    repeated = classifier.cached_logits(frozen)
     for _ in range(3):
         alone, again = classifier.logits(frozen), repeated()
         assert torch.equal(again, alone)
@@ -77,13 +77,13 @@ def test_frozen_layers_of_the_first_trained_block_run_once(twins: tuple[str, str
     classifier = make(twins, family)
     frozen = frozen_of(classifier)
     calls = calls_of(classifier.backbone, 1)
-    repeated = classifier.repeated_logits(frozen)
+    repeated = classifier.cached_logits(frozen)
     for _ in range(3):
         repeated()
     assert calls == {"norm1": 1, "q": 1, "k": 1, "v": 1, "out": 3, "norm2": 3, "fc1": 3, "fc2": 3}
     calls.clear()
     classifier.logits(frozen)
-    classifier.repeated_logits(frozen)()  # another step: nothing is left over
+    classifier.cached_logits(frozen)()  # another step: nothing is left over
     assert set(calls.values()) == {2}
 
 
@@ -92,7 +92,7 @@ def test_all_of_the_attention_is_kept_where_the_mlp_alone_is_trained(twins: tupl
     classifier = make(twins, family, LoraAdapterConfig(projections=["fc2"], rank=2, seed=1, blocks=[1, 2]))
     frozen = frozen_of(classifier)
     calls = calls_of(classifier.backbone, 1)
-    repeated = classifier.repeated_logits(frozen)
+    repeated = classifier.cached_logits(frozen)
     first, second = repeated(), repeated()
     assert torch.equal(first, second) and torch.equal(first, classifier.logits(frozen))
     assert {name: calls[name] for name in ("norm1", "q", "out")} == {"norm1": 2, "q": 2, "out": 2}
@@ -107,13 +107,13 @@ def test_dropout_draws_in_every_pass(twins: tuple[str, str], family: str) -> Non
         torch.manual_seed(0)
         return logits(), logits(), torch.rand(())
 
-    repeated = classifier.repeated_logits(frozen)
+    repeated = classifier.cached_logits(frozen)
     ours, theirs = two(repeated), two(lambda: classifier.logits(frozen))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert not torch.equal(ours[0], ours[1])
 
 
-def block_and_input() -> tuple[nn.Sequential, Tensor, Memory]:
+def block_and_input() -> tuple[nn.Sequential, Tensor, PassCache]:
     torch.manual_seed(0)
     block = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).double()
     block[0].requires_grad_(False)
@@ -121,9 +121,9 @@ def block_and_input() -> tuple[nn.Sequential, Tensor, Memory]:
 
 
 def test_a_change_in_place_of_input_or_result_is_noticed() -> None:
-    block, x, memory = block_and_input()
-    kept = remembering(block, memory)
-    assert torch.equal(kept(x), block(x)) and list(memory) == [".0"]
+    block, x, cache = block_and_input()
+    kept = with_cache(block, cache)
+    assert torch.equal(kept(x), block(x)) and list(cache) == [".0"]
     x.add_(1)
     assert torch.equal(kept(x), block(x))
     kept[0](x).mul_(2)
@@ -131,8 +131,8 @@ def test_a_change_in_place_of_input_or_result_is_noticed() -> None:
 
 
 def test_another_tensor_precision_or_graph_is_no_repetition() -> None:
-    block, x, memory = block_and_input()
-    kept = remembering(block.float(), memory)
+    block, x, cache = block_and_input()
+    kept = with_cache(block.float(), cache)
     x = x.float()
     for given in (x, x.clone(), 2 * x, x):
         assert torch.equal(kept(given), block(given))
@@ -140,17 +140,17 @@ def test_another_tensor_precision_or_graph_is_no_repetition() -> None:
         assert kept(x).dtype == torch.bfloat16
     assert kept(x).dtype == torch.float32
     with_graph = x.clone().requires_grad_()
-    before = memory[".0"]
+    before = cache[".0"]
     kept(with_graph).sum().backward()
-    assert with_graph.grad is not None and memory[".0"] is before
+    assert with_graph.grad is not None and cache[".0"] is before
 
 
 def test_inference_mode_leaves_nothing_that_training_could_stumble_over() -> None:
-    block, x, memory = block_and_input()
-    kept = remembering(block, memory)
+    block, x, cache = block_and_input()
+    kept = with_cache(block, cache)
     with torch.inference_mode():
         kept(x.clone())
-    assert not memory
+    assert not cache
     with torch.inference_mode():
         kept(x)
     kept(x).sum().backward()
@@ -158,6 +158,6 @@ def test_inference_mode_leaves_nothing_that_training_could_stumble_over() -> Non
 
 
 def test_a_compiled_block_is_left_whole() -> None:
-    block, _, memory = block_and_input()
+    block, _, cache = block_and_input()
     block.compile(backend="eager")
-    assert remembering(block, memory) is block
+    assert with_cache(block, cache) is block

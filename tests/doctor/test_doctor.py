@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from disam_peft.adapters.peft.adapter import PeftAdapter
+from disam_peft.adapters.peft.peft_adapter import PeftAdapter
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.cli.app import app
 from disam_peft.cli.output import print_examination

@@ -16,8 +16,8 @@ from adapter_cells import CELLS, FAMILIES, PEFT_CELLS, PROMPTS, pixels, tiny_bac
 from safetensors.torch import load_file, save_file
 from tiny import tiny_transformers
 
-from disam_peft.adapters import manifest as record_module
-from disam_peft.adapters.manifest import read_record
+from disam_peft.adapters import manifest as manifest_module
+from disam_peft.adapters.manifest import read_manifest
 from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.families import load_backbone
@@ -96,7 +96,7 @@ def test_the_recorded_backbone_is_found_again(twins: tuple[str, str], family: st
 
 
 def test_the_record_says_what_was_trained_on_what(folder: Path, backbone: ClipBackbone) -> None:
-    record = read_record(folder)
+    record = read_manifest(folder)
     assert record.kind == "lora" and record.config == CELLS["lora-image"]
     assert record.backbone.sha256 == backbone.base_hash and record.backbone.name == backbone.config.name
     assert record.classes == list(PROMPTS.class_names) and record.templates == list(PROMPTS.templates)
@@ -200,7 +200,7 @@ def test_coop_exports_its_class_features_with_names(twins: tuple[str, str], tmp_
     with safe_open(tmp_path / "adapter" / "class_features.safetensors", "pt") as stored:
         features_CE = stored.get_tensor("class_features").double()
         assert json.loads(stored.metadata()["classes"]) == list(PROMPTS.class_names)
-    record = read_record(tmp_path / "adapter")
+    record = read_manifest(tmp_path / "adapter")
     image_BE = torch.nn.functional.normalize(backbone.encode_image(pixels()), dim=-1)
     by_hand = record.logit_scale * image_BE @ features_CE.T
     assert (by_hand - classifier(pixels())).abs().max() < 1e-5
@@ -221,7 +221,7 @@ def test_a_probe_exports_its_head(twins: tuple[str, str], tmp_path: Path) -> Non
 
 def test_row_40_another_backbone(folder: Path, tmp_path: Path) -> None:
     other = load_backbone(BackboneConfig(family="transformers", name=tiny_transformers(tmp_path / "other", seed=9)))
-    expected = read_record(folder).backbone.sha256
+    expected = read_manifest(folder).backbone.sha256
     refused(folder, other, f"weights {expected}, but .*other has {other.base_hash}")
 
 
@@ -327,7 +327,7 @@ def test_row_42_a_peft_config_beside_an_adapter_that_has_none(twins: tuple[str, 
 def test_a_record_that_is_none(
     folder: Path, backbone: ClipBackbone, content: bytes, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(record_module, "MAX_JSON_BYTES", 4_000_000)
+    monkeypatch.setattr(manifest_module, "MAX_JSON_BYTES", 4_000_000)
     (folder / RECORD).write_bytes(content)
     refused(folder, backbone, message)
 

@@ -18,7 +18,7 @@ import torch
 from adapter_cells import tiny_backbone, tiny_classifier
 from safetensors.torch import load_file, save_file
 
-from disam_peft.adapters import manifest as record_module
+from disam_peft.adapters import manifest as manifest_module
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.classification.saved_classifier import load_adapter, save_adapter
 from disam_peft.errors import UserError
@@ -257,7 +257,7 @@ def test_row_40_damage_anywhere_in_the_tensors(folder: Path, backbone: ClipBackb
 def test_row_40_a_file_too_large_to_be_read(folder: Path, backbone: ClipBackbone, monkeypatch: Any) -> None:
     with open(folder / TENSORS, "r+b") as file:
         file.truncate(5 * 2**30)  # a hole, which costs its sender nothing
-    refused(folder, backbone, f"has 5368709120 bytes; more than {record_module.MAX_TENSOR_BYTES} is no adapter")
+    refused(folder, backbone, f"has 5368709120 bytes; more than {manifest_module.MAX_TENSOR_BYTES} is no adapter")
 
 
 def test_row_40_tensors_of_another_type(folder: Path, backbone: ClipBackbone) -> None:

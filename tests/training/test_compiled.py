@@ -57,7 +57,7 @@ def afresh() -> None:
 def gradients(classifier: ClipClassifier, around: Any) -> dict[str, Tensor]:
     disam = DISAM(classifier.trainable().values(), rho=0.3, variance_weight=0.6)
     with around:
-        logits = classifier.repeated_logits(classifier.encode_frozen(pixels()))
+        logits = classifier.cached_logits(classifier.encode_frozen(pixels()))
         disam.backward(lambda: cross_entropy(logits(), LABELS), DOMAINS)
     return {name: p.grad.clone() for name, p in classifier.trainable().items()}
 

@@ -1,6 +1,6 @@
 """CLIPs of open_clip: built-in names with pretrained tags, local folders, hub repositories.
 
-With ``openclip_weights.py`` the only file that imports open_clip. The text tower is always the module ``model.text``
+With ``weights.py`` the only file that imports open_clip. The text tower is always the module ``model.text``
 (open_clip's "custom text" layout), so that names do not depend on the checkpoint; ``save`` goes back to the
 checkpoint's own layout. Shapes: B images, C prompts, L tokens, W token width, E embedding width.
 """
@@ -23,13 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from disam_peft.backbones import towers
-from disam_peft.backbones.activation import replace_quick_gelu
 from disam_peft.backbones.base import ClipBackbone, Target, TowerName, warn_random_weights
-from disam_peft.backbones.blocks import BlockParts, at_one_position
-from disam_peft.backbones.clones import shallow_clone
+from disam_peft.backbones.blocks import BlockParts, at_one_position, replace_quick_gelu, shallow_clone
 from disam_peft.backbones.open_clip.attention import SplitAttention, fused_state, split_attention
 from disam_peft.backbones.open_clip.weights import create, is_custom_text, preprocessing, resolve
-from disam_peft.backbones.pass_cache import Memory
+from disam_peft.backbones.pass_cache import PassCache
 from disam_peft.config.backbone import RANDOM_WEIGHTS, BackboneConfig
 from disam_peft.errors import UserError
 
@@ -91,21 +89,21 @@ class OpenClipBackbone(ClipBackbone):
         hidden = visual._embeds(pixels_BCHW.to(self.dtype))
         return self._image_part(slice(None, blocks))(hidden)
 
-    def image_head(self, hidden: Tensor, blocks: int, memory: Memory | None = None) -> Tensor:
+    def image_head(self, hidden: Tensor, blocks: int, cache: PassCache | None = None) -> Tensor:
         towers.check_split(blocks, self.image_blocks, "image")
         visual: Any = self.model.visual
         if not self._visual_splits:
             return _pooled(visual(hidden.to(self.dtype)))
-        rest = shallow_clone(visual, transformer=self._image_part(slice(blocks, None), memory))
+        rest = shallow_clone(visual, transformer=self._image_part(slice(blocks, None), cache))
         rest._embeds = lambda given: given
         return _pooled(rest(hidden))
 
-    def _image_part(self, which: slice, memory: Memory | None = None) -> Any:
+    def _image_part(self, which: slice, cache: PassCache | None = None) -> Any:
         """Some blocks of the tower, the last one for the class token alone where only that is pooled."""
         visual: Any = self.model.visual
         class_token = visual.attn_pool is None and visual.pool_type == "tok"
         last = _at_one_position(visual.transformer, None, causal=False) if class_token else None
-        return _with_blocks(visual.transformer, which, last, memory)
+        return _with_blocks(visual.transformer, which, last, cache)
 
     def blocks(self, tower: TowerName) -> list[nn.Module]:
         splits = self._visual_splits if tower == "image" else self._text_splits
@@ -252,8 +250,8 @@ def imagenet_templates() -> tuple[str, ...]:
     return tuple(sentence("{}") for sentence in open_clip.OPENAI_IMAGENET_TEMPLATES)
 
 
-def _with_blocks(transformer: Any, which: slice, last: nn.Module | None, memory: Memory | None = None) -> Any:
-    return shallow_clone(transformer, resblocks=towers.some_blocks(transformer.resblocks, which, last, memory))
+def _with_blocks(transformer: Any, which: slice, last: nn.Module | None, cache: PassCache | None = None) -> Any:
+    return shallow_clone(transformer, resblocks=towers.some_blocks(transformer.resblocks, which, last, cache))
 
 
 def _at_one_position(transformer: Any, position_B: Tensor | None, *, causal: bool) -> Any:

@@ -19,12 +19,10 @@ from transformers.activations import QuickGELUActivation
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 
 from disam_peft.backbones import towers
-from disam_peft.backbones.activation import replace_quick_gelu
 from disam_peft.backbones.base import ClipBackbone, Target, TowerName, warn_random_weights
-from disam_peft.backbones.blocks import BlockParts, at_one_position
-from disam_peft.backbones.clones import shallow_clone
+from disam_peft.backbones.blocks import BlockParts, at_one_position, replace_quick_gelu, shallow_clone
 from disam_peft.backbones.hub import hub_folder
-from disam_peft.backbones.pass_cache import Memory
+from disam_peft.backbones.pass_cache import PassCache
 from disam_peft.common.preprocessing import Preprocessing
 from disam_peft.config.backbone import RANDOM_WEIGHTS, BackboneConfig
 from disam_peft.errors import UserError
@@ -100,14 +98,14 @@ class HfBackbone(ClipBackbone):
         )
         return trunk(pixel_values=pixels_BCHW.to(self.dtype)).last_hidden_state
 
-    def image_head(self, hidden: Tensor, blocks: int, memory: Memory | None = None) -> Tensor:
+    def image_head(self, hidden: Tensor, blocks: int, cache: PassCache | None = None) -> Tensor:
         towers.check_split(blocks, self.image_blocks, "image")
         vision: Any = self.model.vision_model
         head = shallow_clone(
             vision,
             embeddings=towers.Given(hidden),
             pre_layrnorm=nn.Identity(),
-            encoder=_with_layers(vision.encoder, slice(blocks, None), _at_one_position(vision.encoder, None), memory),
+            encoder=_with_layers(vision.encoder, slice(blocks, None), _at_one_position(vision.encoder, None), cache),
         )
         # The embeddings stand in for the pixels, which this part has not got.
         return self._project("visual_projection", head(pixel_values=hidden).pooler_output)
@@ -324,8 +322,8 @@ def _preprocessing(processor: Any) -> Preprocessing:
     return Preprocessing((height, width), mean, std, interpolation)  # type: ignore[arg-type]
 
 
-def _with_layers(encoder: Any, which: slice, last: nn.Module | None, memory: Memory | None = None) -> Any:
-    return shallow_clone(encoder, layers=towers.some_blocks(encoder.layers, which, last, memory))
+def _with_layers(encoder: Any, which: slice, last: nn.Module | None, cache: PassCache | None = None) -> Any:
+    return shallow_clone(encoder, layers=towers.some_blocks(encoder.layers, which, last, cache))
 
 
 def _at_one_position(encoder: Any, position_B: Tensor | None) -> Any:

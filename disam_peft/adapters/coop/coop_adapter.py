@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from disam_peft.adapters.base import Adapter, Autocast, parameter_dtype, require_matching_state
-from disam_peft.adapters.coop.chunks import plan_chunks
+from disam_peft.adapters.coop.class_chunks import plan_chunks
 from disam_peft.adapters.prompts import ClassPrompts, FrozenText, ensemble
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.backbones.packed_prompts import PromptRows
+from disam_peft.backbones.packed_prompts import PackedPrompts
 from disam_peft.config.adapters import CoOpConfig
 from disam_peft.config.base import Config
 from disam_peft.errors import UserError
@@ -66,8 +66,8 @@ class CoOpAdapter(Adapter):
         tokens_CL = backbone.cut_prompts(tokens_CL)
         with torch.no_grad():
             embeddings_CLW = backbone.embed_tokens(tokens_CL)
-        rows = slice(None) if config.class_specific else 0
-        context = embeddings_CLW[rows, start : start + length].to(parameter_dtype(backbone), copy=True)
+        classes = slice(None) if config.class_specific else 0
+        context = embeddings_CLW[classes, start : start + length].to(parameter_dtype(backbone), copy=True)
         if config.init is None:
             context.copy_(_draw(context.shape, config.seed))
         shared = start if config.class_specific else start + length
@@ -78,7 +78,7 @@ class CoOpAdapter(Adapter):
                 tokens_CL[part],
                 before_CSW[part],
                 after_CLW[part],
-                backbone.prompt_rows(tokens_CL[part], shared),
+                backbone.pack_prompts(tokens_CL[part], shared),
                 plan.recomputed_blocks,
             )
             for part in plan.chunks
@@ -111,7 +111,7 @@ class CoOpAdapter(Adapter):
         """On a GPU, where all classes go through the tower at once and nothing is computed again: the prompts are many
         small kernels, of always the same shapes, that take a host longer to launch than a device to run."""
         first, *more = (chunk for chunk in self._chunks if isinstance(chunk, _Chunk))
-        if not self.context.is_cuda or first.rows is None or more or first.recomputed_blocks:
+        if not self.context.is_cuda or first.packed is None or more or first.recomputed_blocks:
             return nullcontext()
         try:
             return _Replaying(self, _recorded(partial(first, backbone), self.context, autocast))
@@ -136,7 +136,7 @@ class _Chunk(nn.Module):
 
     Args:
         before_CSW, after_CLW: embeddings of the tokens in front of the context and behind it.
-        rows: their layout where the tower can run what they share once.
+        packed: their layout where the tower can run what they share once.
     """
 
     tokens_CL: Tensor
@@ -148,11 +148,11 @@ class _Chunk(nn.Module):
         tokens_CL: Tensor,
         before_CSW: Tensor,
         after_CLW: Tensor,
-        rows: PromptRows | None,
+        packed: PackedPrompts | None,
         recomputed_blocks: int,
     ) -> None:
         super().__init__()
-        self.classes, self.rows, self.recomputed_blocks = len(tokens_CL), rows, recomputed_blocks
+        self.classes, self.packed, self.recomputed_blocks = len(tokens_CL), packed, recomputed_blocks
         tensors = {"tokens_CL": tokens_CL, "before_CSW": before_CSW, "after_CLW": after_CLW}
         for name, tensor in tensors.items():
             # Not persistent: they follow from the backbone and the class names. Copies, or all would be kept.
@@ -161,7 +161,7 @@ class _Chunk(nn.Module):
     def forward(self, backbone: ClipBackbone, context: Tensor) -> Tensor:
         """Context (M, W), or (C, M, W), to features (C, E), not normalised."""
         context, own = context.to(self.before_CSW.dtype), context.ndim == 3
-        if self.rows is None:
+        if self.packed is None:
             context_CMW = context if own else context.expand(self.classes, -1, -1)
             embeddings_CLW = torch.cat([self.before_CSW, context_CMW, self.after_CLW], dim=1)
             return backbone.encode_text_embeddings(embeddings_CLW, self.tokens_CL)
@@ -170,7 +170,9 @@ class _Chunk(nn.Module):
             suffix_CLW = torch.cat([context, suffix_CLW], dim=1)
         else:
             prefix_PW = torch.cat([prefix_PW, context])
-        return backbone.encode_prompt_rows(prefix_PW, self.rows.pack(suffix_CLW), self.rows, self.recomputed_blocks)
+        return backbone.encode_packed_prompts(
+            prefix_PW, self.packed.pack(suffix_CLW), self.packed, self.recomputed_blocks
+        )
 
 
 class _Replaying(AbstractContextManager[None]):

@@ -34,14 +34,14 @@ def plan_chunks(backbone: ClipBackbone, tokens_CL: Tensor, shared: int, budget_g
     whole = ChunkPlan((slice(0, classes),), 0)
     if budget_gb is None:
         return whole
-    rows = backbone.prompt_rows(tokens_CL, shared)
-    tokens = tokens_CL.numel() if rows is None else shared + sum(rows.lengths)
-    widths = _PLAIN_WIDTHS * tokens if rows is None else rows.kept_widths()
+    packed = backbone.pack_prompts(tokens_CL, shared)
+    tokens = tokens_CL.numel() if packed is None else shared + sum(packed.lengths)
+    widths = _PLAIN_WIDTHS * tokens if packed is None else packed.kept_widths()
     width_bytes = backbone.token_width * backbone.dtype.itemsize
     block_bytes, input_bytes, budget = widths * width_bytes, tokens * width_bytes, budget_gb * 1e9
     if block_bytes * blocks <= budget:
         return whole
-    if rows is not None:
+    if packed is not None:
         # Besides what is kept there is one block that is being computed again.
         kept_blocks = int((budget - input_bytes * blocks - block_bytes) // block_bytes)
         if kept_blocks >= 0:
