@@ -78,7 +78,7 @@ def test_row_46_all_mistakes_at_once_each_with_the_nearest_key(tmp_path):
         ("adapter.kind=lorra", "adapter.*'lora', 'peft', 'coop', 'linear_probe'"),
         ("method.rho=nan", "method.rho"),
         ("method.variance_weight=-0.1", "method.variance_weight.*greater than or equal to 0"),
-        ("train.gradient_accumulation_steps=33", "batch_size=32 images into more pieces.*use at most 32"),
+        ("train.gradient_accumulation_steps=33", "batch_size=32 images into more micro-batches.*use at most 32"),
         ("train.warmup_steps=1000", "warmup_steps=1000 must be less than steps=1000"),
         ("name=a/b", "name"),
         ("train=5", "train"),

@@ -35,9 +35,10 @@ class TrainConfig(Config):
     """Run transformer blocks through torch.compile in training steps: the same up to rounding, and on a GPU about 1.5
     times faster and with less memory, after some ten seconds that compiling takes."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Pieces in which each process takes its images of a step through the model: less memory, the same result up to
-    rounding. ``batch_size`` stays the images of a step, and the variance over domains that of the whole batch.
-    (Dropout draws other masks.) Where the image tower is frozen, only the encoding of images goes in pieces."""
+    """Number of micro-batches in which each process takes its images of a step through the model: less memory, the same
+    result up to rounding. ``batch_size`` stays the number of images of a step, and the variance over domains stays that
+    of the whole batch. (Dropout draws other masks.) Where the image tower is frozen, only the encoding of images runs
+    in micro-batches."""
     validate_every: int | None = Field(default=None, ge=1)
     """Steps between validations on the sources; unset: ten times a run. The last step is always validated."""
     save_every: int | None = Field(default=None, ge=1)
@@ -64,12 +65,12 @@ class TrainConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _pieces_hold_images(self) -> TrainConfig:
+    def _micro_batches_hold_images(self) -> TrainConfig:
         if self.gradient_accumulation_steps > self.batch_size:
             raise ValueError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} cuts a step of "
-                f"batch_size={self.batch_size} images into more pieces than it has; use at most {self.batch_size} "
-                "(batch_size is not multiplied by it)"
+                f"batch_size={self.batch_size} images into more micro-batches than it has; use at most "
+                f"{self.batch_size} (batch_size is not multiplied by it)"
             )
         return self
 

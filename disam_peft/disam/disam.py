@@ -6,6 +6,7 @@ Shapes in this file: B samples, D domains.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import get_args
@@ -17,7 +18,7 @@ from torch import Tensor
 from disam_peft.disam.domain_sums import DomainSums
 from disam_peft.disam.micro_batches import EffectiveBatch, PerSampleLoss
 from disam_peft.disam.parameters import all_sharded, trainable
-from disam_peft.disam.passes import Ascent, AscentWay, Passes, Way
+from disam_peft.disam.passes import Ascent, AscentMode, Mode, Passes
 from disam_peft.disam.perturbation import AscentDirection, by_device_and_dtype, restored
 from disam_peft.disam.ranks import NoSync, Ranks
 from disam_peft.disam.sharding import local, perturbation_arrived
@@ -43,7 +44,7 @@ class StepReport:
             gradients hold NaN (a loss scaler skips and backs off by itself); without a scaler, skip the step.
         ascent_cosine: cosine between the ascent direction and plain SAM's on the same batch, shape (); None unless
             asked for.
-        way: how pass 1 went over the micro-batches, see ``DISAM.backward_accumulated``.
+        mode: how pass 1 went over the micro-batches, see ``DISAM.backward_accumulated``.
     """
 
     loss: Tensor
@@ -55,7 +56,12 @@ class StepReport:
     ascent_norm: Tensor
     is_finite: Tensor
     ascent_cosine: Tensor | None = None
-    way: AscentWay = "two_phase"
+    mode: AscentMode = "two_phase"
+
+    @property
+    def way(self) -> AscentMode:
+        """The former name of ``mode``; it goes away in the release after next."""
+        return self.mode
 
 
 @dataclass
@@ -149,7 +155,9 @@ class DISAM:
         """Put the gradient of this batch into ``p.grad``, in place of what was there.
 
         ``per_sample_loss`` is called once per pass and must compute the same function both times: it sees the same
-        random numbers of torch (dropout masks), so only the weights differ. Any autocast belongs inside it.
+        random numbers of torch's global generators (dropout masks), so only the weights differ. A loss that draws from
+        a ``torch.Generator`` of its own, or from NumPy, is not replayed and would differ between the passes. Any
+        autocast belongs inside it.
 
         Over several ranks each hands over its own samples, as many as it has, and the result is the gradient of them
         all together. A rank without samples returns losses of shape (0,). These need a graph only where the model is
@@ -168,7 +176,7 @@ class DISAM:
             ValueError: losses that are not a (B,) tensor with a graph, or domains that do not match them.
             torch.OutOfMemoryError: as it came, with a note that suggests a size of micro-batches.
         """
-        return self._step([per_sample_loss], [domains], [mask], way="two_phase", no_sync=None)
+        return self._step([per_sample_loss], [domains], [mask], mode="two_phase", no_sync=None)
 
     def backward_accumulated(
         self,
@@ -176,8 +184,9 @@ class DISAM:
         domains: Sequence[Tensor],
         masks: Sequence[Tensor | None] | None = None,
         *,
-        way: Way = "auto",
+        mode: Mode = "auto",
         no_sync: NoSync | None = None,
+        way: Mode | None = None,
     ) -> StepReport:
         """``backward`` on a batch that goes through the model in micro-batches: the same gradient, in less memory.
 
@@ -186,12 +195,12 @@ class DISAM:
 
         .. code-block:: python
 
-            pieces = [(images, labels, domains), ...]
-            losses = [lambda x=x, y=y: cross_entropy(model(x), y, reduction="none") for x, y, _ in pieces]
-            report = disam.backward_accumulated(losses, [domains for _, _, domains in pieces])
+            micro_batches = [(images, labels, domains), ...]
+            losses = [lambda x=x, y=y: cross_entropy(model(x), y, reduction="none") for x, y, _ in micro_batches]
+            report = disam.backward_accumulated(losses, [domains for _, _, domains in micro_batches])
             optimizer.step()
 
-        Ways of pass 1, which differ in cost alone:
+        Modes of pass 1, which differ in cost alone:
 
         - ``two_phase``: a pass without a graph for the losses, then the weighted gradients. One forward more.
         - ``per_domain``: all samples of a micro-batch are of one domain; one gradient per domain is kept, and no
@@ -205,18 +214,22 @@ class DISAM:
             domains: one tensor per micro-batch. On the host (with ``num_domains``) they let ``per_domain`` see, without
                 asking the device, which domain a micro-batch is of.
             masks: one per micro-batch, or None for all.
-            way: see above.
+            mode: see above.
             no_sync: of a wrapper that reduces gradients, such as ``DistributedDataParallel.no_sync``: all micro-batches
                 run inside it, and the gradients are added up here, once per pass. Without it a wrapper communicates in
                 every micro-batch, and every rank needs the same number of them. With it, or with ``reduce_gradients``,
                 a rank may have any number, or none.
+            way: the former name of ``mode``; it goes away in the release after next.
 
         Raises:
-            ValueError: see ``backward``; a way that is not possible.
+            ValueError: see ``backward``; a mode that is not possible.
         """
-        if way not in get_args(Way):
-            raise ValueError(f"way must be one of {', '.join(get_args(Way))}, not {way!r}")
-        return self._step(per_sample_losses, domains, masks, way=way, no_sync=no_sync)
+        if way is not None:
+            warnings.warn("backward_accumulated(way=...) is now called mode=...", DeprecationWarning, stacklevel=2)
+            mode = way
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r}")
+        return self._step(per_sample_losses, domains, masks, mode=mode, no_sync=no_sync)
 
     # -- the step, in order ----------------------------------------------------------------------------------
 
@@ -226,7 +239,7 @@ class DISAM:
         domains: Sequence[Tensor],
         masks: Sequence[Tensor | None] | None,
         *,
-        way: Way,
+        mode: Mode,
         no_sync: NoSync | None,
     ) -> StepReport:
         ranks = Ranks.of(self._group, self.reduce_gradients, no_sync)
@@ -239,7 +252,7 @@ class DISAM:
         try:
             ascent = passes.ascent(
                 self.variance_weight if self.rho > 0 else 0.0,
-                way,
+                mode,
                 with_plain_gradients=self.ascent_cosine and self.rho > 0,
             )
             if self.rho == 0:
@@ -337,7 +350,7 @@ class DISAM:
             ascent_norm=norm,
             is_finite=is_finite,
             ascent_cosine=cosine,
-            way=ascent.way,
+            mode=ascent.mode,
         )
 
 

@@ -1,4 +1,4 @@
-"""The samples of one step, in the pieces in which they go through the model.
+"""The micro-batches of one step: the parts of a batch that go through the model one after another.
 
 Shapes in this file: B samples of a micro-batch, M micro-batches of this rank, D domains.
 """
@@ -169,8 +169,8 @@ class EffectiveBatch:
         """Samples per domain in each micro-batch, (M, D)."""
         return torch.stack([m.counts() for m in self.micro_batches])
 
-    def places(self) -> list[int]:
-        """The position of each micro-batch's one domain among the ids; ``SEVERAL`` where it has more.
+    def single_domains(self) -> list[int]:
+        """For each micro-batch the index of its only domain among the ids; ``SEVERAL`` where it holds more than one.
 
         Waits for the device, unless num_domains is given, the domains were handed over on the host, and all samples
         count.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from disam_peft.disam.sharding import is_sharded
+from disam_peft.disam.sharding import is_sharded, local
 
 
 def trainable(params: Iterable[Tensor]) -> list[Tensor]:
@@ -27,6 +27,7 @@ def trainable(params: Iterable[Tensor]) -> list[Tensor]:
         raise ValueError(f"none of the {len(found)} parameters requires a gradient: there is nothing to train")
     if len({id(p) for p in chosen}) != len(chosen):
         raise ValueError("a parameter appears twice in params")
+    _require_memory_of_their_own(chosen)
     for p in chosen:
         if not p.is_leaf:
             raise ValueError(f"a parameter of shape {tuple(p.shape)} is the result of a computation, not a leaf")
@@ -36,6 +37,19 @@ def trainable(params: Iterable[Tensor]) -> list[Tensor]:
                 "keep what is trained in float32 and use autocast"
             )
     return chosen
+
+
+def _require_memory_of_their_own(params: Sequence[Tensor]) -> None:
+    """Two parameters over the same memory would be perturbed, and stepped, twice."""
+    first_at: dict[tuple[torch.device, int], Tensor] = {}
+    for p in params:
+        address = p.device, local(p).data_ptr()  # 0 where there is no memory: empty tensors and the meta device
+        first = first_at.setdefault(address, p)
+        if address[1] and first is not p:
+            raise ValueError(
+                f"two parameters, of shapes {tuple(first.shape)} and {tuple(p.shape)}, share their memory: each would "
+                "be perturbed and trained by itself; tie weights by using one Parameter in both places"
+            )
 
 
 def all_sharded(params: Sequence[Tensor], *, reduce_gradients: bool, ascent_cosine: bool) -> bool:

@@ -18,8 +18,8 @@ from disam_peft.disam.micro_batches import SEVERAL, EffectiveBatch, MicroBatch
 from disam_peft.disam.ranks import Ranks
 from disam_peft.disam.sharding import is_sharded
 
-Way = Literal["auto", "two_phase", "per_domain"]
-AscentWay = Literal["mean", "two_phase", "per_domain"]
+Mode = Literal["auto", "two_phase", "per_domain"]
+AscentMode = Literal["mean", "two_phase", "per_domain"]
 
 # Above this, ``auto`` does not keep one gradient per domain. LoRA of rank 16 on ViT-L/14 in four domains: 66 MiB.
 MAX_STORED_GRADIENT_BYTES = 256 * 2**20
@@ -32,13 +32,13 @@ class Ascent:
     Attributes:
         sums: sums of losses at w, over all ranks.
         weight_D: c_d.
-        way: how it was computed.
+        mode: how it was computed.
         plain_gradients: of the mean loss over all ranks, one for each parameter; None if nobody asked.
     """
 
     sums: DomainSums
     weight_D: Tensor
-    way: AscentWay
+    mode: AscentMode
     plain_gradients: list[Tensor | None] | None = None
 
 
@@ -76,28 +76,28 @@ class Passes:
         self._ranks.add_up_gradients_(self._params)
         return self._ranks.all_sums(sums)
 
-    def ascent(self, variance_weight: float, way: Way, *, with_plain_gradients: bool) -> Ascent:
-        """The gradient of ``L - lambda * Var(L_d)``, by the given way; ``auto``: by the cheapest that is possible."""
-        if way == "two_phase":
+    def ascent(self, variance_weight: float, mode: Mode, *, with_plain_gradients: bool) -> Ascent:
+        """The gradient of ``L - lambda * Var(L_d)``, in a mode; ``auto`` takes the cheapest one that is possible."""
+        if mode == "two_phase":
             return self._two_phase(variance_weight, with_plain_gradients)
         count_MD = self._batch.counts()
         num_mixed = (count_MD.count_nonzero(dim=1) > 1).sum()
         # one collective; what is decided on its result is decided alike on every rank
         *count_D, num_mixed = self._ranks.summed(torch.cat([count_MD.sum(0), num_mixed.to(count_MD).reshape(1)]))
         total = torch.stack(count_D).sum()
-        if way == "auto" and variance_weight == 0:
+        if mode == "auto" and variance_weight == 0:
             sums = self.mean(total)
             plain = [p.grad for p in self._params] if with_plain_gradients else None
             return Ascent(sums, ascent_weights(sums.mean_D, sums.count_D, 0.0), "mean", plain)
-        places = self._batch.places()
+        domain_M = self._batch.single_domains()
         # of several ranks each must decide on what is reduced, and wait for it
-        mixed = places.count(SEVERAL) if self._ranks.size == 1 else int(num_mixed)
+        mixed = domain_M.count(SEVERAL) if self._ranks.size == 1 else int(num_mixed)
         obstacle = self._obstacle_to_gradients_per_domain(mixed)
-        if way == "per_domain" and obstacle is not None:
-            raise ValueError(f"way='per_domain' is not possible: {obstacle}; use way='two_phase', or 'auto'")
+        if mode == "per_domain" and obstacle is not None:
+            raise ValueError(f"mode='per_domain' is not possible: {obstacle}; use mode='two_phase', or 'auto'")
         stored_bytes = len(count_D) * sum(p.numel() * p.element_size() for p in self._params)
-        if obstacle is None and (way == "per_domain" or stored_bytes <= MAX_STORED_GRADIENT_BYTES):
-            return self._per_domain(variance_weight, total, places, with_plain_gradients)
+        if obstacle is None and (mode == "per_domain" or stored_bytes <= MAX_STORED_GRADIENT_BYTES):
+            return self._per_domain(variance_weight, total, domain_M, with_plain_gradients)
         return self._two_phase(variance_weight, with_plain_gradients)
 
     def _two_phase(self, variance_weight: float, with_plain_gradients: bool) -> Ascent:
@@ -130,20 +130,20 @@ class Passes:
         )
 
     def _per_domain(
-        self, variance_weight: float, total: Tensor, places: Sequence[int], with_plain_gradients: bool
+        self, variance_weight: float, total: Tensor, domain_M: Sequence[int], with_plain_gradients: bool
     ) -> Ascent:
         """One forward for each micro-batch, all of whose samples are of one domain: G_d, the gradient of S_d, is kept
         for each domain (here over N, as in any other pass, so that a loss scale suits both) and weighted at the end."""
         gradients: dict[int, list[Tensor | None]] = {}
         sums = self._batch.no_sums()
         with self._ranks.no_sync():
-            for micro_batch, place in zip(self._batch.micro_batches, places, strict=True):
+            for micro_batch, domain in zip(self._batch.micro_batches, domain_M, strict=True):
                 # the backward adds to what is there: to this domain's
-                self._set_gradients(gradients.get(place, [None] * len(self._params)))
+                self._set_gradients(gradients.get(domain, [None] * len(self._params)))
                 loss_B = micro_batch.losses()
                 sums = sums + micro_batch.sums(loss_B)
                 self._weighted_backward(loss_B, _each(1.0 / total, loss_B))
-                gradients[place] = [p.grad for p in self._params]
+                gradients[domain] = [p.grad for p in self._params]
                 del loss_B
         sums = self._ranks.all_sums(sums)
         weight_D = ascent_weights(sums.mean_D, sums.count_D, variance_weight)
@@ -204,7 +204,7 @@ def _added(some: Sequence[Tensor | None], more: Sequence[Tensor | None]) -> list
 def _combined(gradients: dict[int, list[Tensor | None]], factor_D: Tensor) -> list[Tensor | None]:
     """Weighted sum over the domains, parameter by parameter; None where no domain has a gradient."""
     combined: list[Tensor | None] = [None] * len(next(iter(gradients.values())))
-    for place, of_domain in gradients.items():
-        weighted = [None if g is None else g * factor_D[place].to(g) for g in of_domain]
+    for domain, of_domain in gradients.items():
+        weighted = [None if g is None else g * factor_D[domain].to(g) for g in of_domain]
         combined = _added(combined, weighted)
     return combined

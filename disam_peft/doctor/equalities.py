@@ -92,18 +92,18 @@ def sam(subject: Subject) -> Finding:
 
 
 def accumulating(subject: Subject) -> Finding:
-    """The gradient from pieces, by both ways, against that from the whole batch."""
+    """The gradient from micro-batches, in both modes, against that from the whole batch."""
     subject.use(subject.exact_dtype)
     disam, domains_B = subject.disam(), subject.domains_B
     disam.backward(subject.losses(), domains_B)
     wanted_P, errors = subject.gradient(), []
     mixed = list(torch.arange(len(domains_B), device=subject.device).tensor_split(3))
     of_one_domain = [(domains_B == domain).nonzero()[:, 0] for domain in domains_B.unique()]
-    for way, pieces in (("two_phase", mixed), ("per_domain", of_one_domain)):
-        losses = [subject.losses(of) for of in pieces]
-        disam.backward_accumulated(losses, [domains_B[of] for of in pieces], way=way)  # type: ignore[arg-type]
+    for mode, micro_batches in (("two_phase", mixed), ("per_domain", of_one_domain)):
+        losses = [subject.losses(of) for of in micro_batches]
+        disam.backward_accumulated(losses, [domains_B[of] for of in micro_batches], mode=mode)  # type: ignore[arg-type]
         errors.append(largest_relative(subject.gradient(), wanted_P))
-    what = f"difference of gradients by both ways, relative, {subject.precision}"
+    what = f"difference of gradients in both modes, relative, {subject.precision}"
     return judged(ACCUMULATED, what, max(errors), ROUNDING[subject.exact_dtype])
 
 

@@ -1,4 +1,4 @@
-"""The gradient of a step, from a batch to ``p.grad``; piece by piece where all at once would not fit into memory.
+"""The gradient of one step: from a batch to ``p.grad``, in micro-batches where the batch would not fit into memory.
 
 Shapes in this file: B samples of this process's part of a batch, C classes.
 """
@@ -27,139 +27,146 @@ from disam_peft.disam.passes import MAX_STORED_GRADIENT_BYTES
 from disam_peft.errors import UserError
 from disam_peft.objectives.losses import cross_entropy
 
-Place = slice | Tensor
+Indices = slice | Tensor
+"""Which samples of a batch belong to a micro-batch."""
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """How each process takes its part of a batch through the model.
+class MicroBatches:
+    """How each process divides its part of a batch into micro-batches.
 
     Attributes:
-        count: pieces of a part.
-        size: images in the largest piece.
-        way: of pass 1 over the pieces, see ``DISAM.backward_accumulated``. ``per_domain``: each piece is of one domain,
-            and there may be more than ``count``. ``whole``: the trained part takes all at once, at most the frozen
-            part goes in pieces.
+        count: number of micro-batches of a part.
+        size: images in the largest micro-batch.
+        mode: how pass 1 goes over the micro-batches, see ``DISAM.backward_accumulated``. In the mode ``per_domain``
+            every micro-batch holds one domain, and there may be more than ``count``. ``whole`` means that the trained
+            part of the model takes all images at once; only the frozen part runs in micro-batches.
     """
 
     count: int
     size: int
-    way: Literal["whole", "mean", "two_phase", "per_domain"]
+    mode: Literal["whole", "mean", "two_phase", "per_domain"]
 
-    def cut(self, domains_B: Tensor) -> list[Place]:
-        """Where the samples of each piece stand in the part; each sample is in one piece."""
-        if self.way == "per_domain":
-            groups = [(domains_B == domain).nonzero()[:, 0] for domain in domains_B.unique()]
-            return [piece for of in groups for piece in of.tensor_split(math.ceil(len(of) / self.size))]
+    def indices(self, domains_B: Tensor) -> list[Indices]:
+        """The samples of each micro-batch, as indices into the part; every sample is in exactly one micro-batch."""
+        if self.mode == "per_domain":
+            of_each_domain = [(domains_B == domain).nonzero()[:, 0] for domain in domains_B.unique()]
+            return [chunk for rows in of_each_domain for chunk in rows.tensor_split(math.ceil(len(rows) / self.size))]
         bounds = [len(domains_B) * k // self.count for k in range(self.count + 1)]
         return [slice(*pair) for pair in pairwise(bounds)]
 
     @property
     def memory_remedy(self) -> str:
-        """What needs less memory than these."""
+        """A change of the recipe that needs less memory."""
         if self.size == 1:
             return "Lower train.batch_size."
         more = min(2 * self.count, self.count * self.size)
         return f"Set train.gradient_accumulation_steps={more}, with the same result, or lower train.batch_size."
 
 
-def choose_pieces(
+def choose_micro_batches(
     classifier: ClipClassifier,
     dataset: DomainDataset,
     config: TrainConfig,
     method: MethodConfig,
     num_processes: int,
-) -> Pieces:
-    """The pieces of a run, from the recipe's sizes alone: the same on every process, in every step.
+) -> MicroBatches:
+    """The micro-batches of a run. They follow from the recipe alone and are the same on every process, in every step.
 
-    Where the image tower is frozen (CoOp, a linear probe), what the trained part keeps for backward does not grow with
-    the images, and pieces would repeat its text side: only the frozen part goes in pieces then.
+    Where the image tower is frozen (CoOp, a linear probe), the memory of the trained part does not grow with the number
+    of images, and each micro-batch would repeat the text side. Only the frozen part runs in micro-batches then.
 
-    ``per_domain`` saves the forward passes of ``two_phase``'s first phase (N - 1 of N pieces), keeps a gradient for
-    each domain, and needs more pieces where domains do not fill them. Small pieces cost what their number is, so it is
-    chosen where M of them cost no more: 6 M <= 7 N - 1 forwards, a backward being two.
+    The mode ``per_domain`` saves the forward passes of ``two_phase``'s first phase (N - 1 of N micro-batches). It keeps
+    one gradient for each domain, and it needs more micro-batches where the images of a domain do not fill them. The
+    cost of small micro-batches grows with their number, so the mode is chosen where M of them cost no more:
+    6 M <= 7 N - 1 forward passes, where a backward pass counts as two.
 
     Raises:
-        UserError: more pieces than a process has images.
+        UserError: there are more micro-batches than a process has images.
     """
     count = config.gradient_accumulation_steps
     smallest, largest = config.batch_size // num_processes, math.ceil(config.batch_size / num_processes)
     if count > max(1, smallest):
         raise UserError(
-            f"train.gradient_accumulation_steps={count} cuts the images that each process has of a step into {count} "
-            f"pieces, but there are {smallest} (train.batch_size={config.batch_size} over {num_processes} "
-            f"process{'es' if num_processes > 1 else ''}); use at most {max(1, smallest)}, or a larger batch_size"
+            f"train.gradient_accumulation_steps={count} divides the images that each process has of a step into "
+            f"{count} micro-batches, but there are {smallest} (train.batch_size={config.batch_size} over "
+            f"{num_processes} process{'es' if num_processes > 1 else ''}); use at most {max(1, smallest)}, or a larger "
+            "batch_size"
         )
     size = math.ceil(largest / count)
     assert classifier.adapter is not None  # fit checked
     if count == 1 or classifier.adapter.image_split is None:
-        return Pieces(count, size, "whole")
+        return MicroBatches(count, size, "whole")
     if method.effective_variance_weight == 0 or method.effective_rho == 0:
-        return Pieces(count, size, "mean")
+        return MicroBatches(count, size, "mean")
     by_domain = sum(math.ceil(images / size) for images in _images_per_domain(dataset, config, num_processes))
     stored_bytes = len(dataset.domains) * sum(p.numel() * p.element_size() for p in classifier.trainable().values())
     pays = 6 * by_domain <= 7 * count - 1 and stored_bytes <= MAX_STORED_GRADIENT_BYTES
-    return Pieces(count, size, "per_domain" if pays else "two_phase")
+    return MicroBatches(count, size, "per_domain" if pays else "two_phase")
 
 
 def _images_per_domain(dataset: DomainDataset, config: TrainConfig, num_processes: int) -> list[int]:
-    """Images of each source domain in a process's part; expected ones where sampling is proportional."""
+    """Images of each source domain in a process's part; their expected number where sampling is proportional."""
     _, counts = np.unique(dataset.domain_ids, return_counts=True)
     share_of = np.full(len(counts), 1 / len(counts)) if config.sampling == "balanced" else counts / counts.sum()
     return [math.ceil(config.batch_size * float(share) / num_processes) for share in share_of]
 
 
 class StepGradient:
-    """Leaves the gradient of one batch after another in ``p.grad``, over all processes and pieces.
+    """Leaves the gradient of one batch after another in ``p.grad``, over all processes and micro-batches.
 
-    The frozen part runs once for each piece, without a graph and outside of the passes. Its outputs are kept for the
-    step: they are one activation per image, of the dozens that a block keeps for backward.
+    The frozen part of the model runs once for each micro-batch, without a graph and outside of the passes. Its outputs
+    are kept for the whole step: they are one activation per image, while a trained block keeps dozens for backward.
 
     Args:
-        accelerator: gives device and precision; its own accumulation must be off, since it divides every loss.
+        accelerator: gives device and precision. Its own gradient accumulation must be off, since it divides every loss.
 
     Raises:
-        UserError: it is on.
+        UserError: the accelerator's gradient accumulation is on.
     """
 
-    def __init__(self, classifier: ClipClassifier, disam: DISAM, pieces: Pieces, accelerator: Accelerator) -> None:
+    def __init__(
+        self, classifier: ClipClassifier, disam: DISAM, micro_batches: MicroBatches, accelerator: Accelerator
+    ) -> None:
         if accelerator.gradient_accumulation_steps != 1:
             raise UserError(
                 f"the accelerator has gradient_accumulation_steps={accelerator.gradient_accumulation_steps} and would "
                 "divide every loss by it; leave it at 1 there and set train.gradient_accumulation_steps"
             )
-        self._classifier, self._disam, self._pieces, self._accelerator = classifier, disam, pieces, accelerator
+        self._classifier, self._disam, self._accelerator = classifier, disam, accelerator
+        self._micro_batches = micro_batches
         self._dtype = next(classifier.model.parameters()).dtype
 
     def __call__(self, batch: dict[str, Tensor]) -> StepReport:
-        """The batch, this process's part of it, as a loader gives it."""
-        way = self._pieces.way
-        # domains stay on the host: the step would have to ask the device which pieces hold one domain only
+        """The gradient of ``batch``, which is this process's part of a batch as a loader gives it."""
+        mode = self._micro_batches.mode
+        # domains stay on the host: otherwise the step would ask the device which micro-batches hold a single domain
         labels_B, domains_B = to_device(batch["labels"], self._accelerator.device), batch["domains"]
-        if way == "whole":
-            frozen = self._encoded(batch, slice(None)) if "frozen" in batch else self._encoded_in_pieces(batch)
+        if mode == "whole":
+            frozen = self._encoded(batch, slice(None)) if "frozen" in batch else self._encoded_in_micro_batches(batch)
             logits = self._classifier.cached_logits(frozen)
             return self._disam.backward(self._per_sample_loss(logits, labels_B), domains_B)
-        places = self._pieces.cut(domains_B)
-        # Pieces are there to save memory: nothing is kept from pass to pass but the frozen part's output.
-        heads = [partial(self._classifier.logits, self._encoded(batch, place)) for place in places]
-        losses = [self._per_sample_loss(of, _part(labels_B, at)) for of, at in zip(heads, places, strict=True)]
+        indices = self._micro_batches.indices(domains_B)
+        # Micro-batches are there to save memory: only the output of the frozen part is kept between the passes.
+        logits_of = [partial(self._classifier.logits, self._encoded(batch, rows)) for rows in indices]
+        labels = [_rows(labels_B, rows) for rows in indices]
+        losses = [self._per_sample_loss(*of_one) for of_one in zip(logits_of, labels, strict=True)]
         # "auto" is one pass here; of the others it would ask the device, every step, which one is possible
         return self._disam.backward_accumulated(
-            losses, [domains_B[place] for place in places], way="auto" if way == "mean" else way
+            losses, [domains_B[rows] for rows in indices], mode="auto" if mode == "mean" else mode
         )
 
-    def _encoded_in_pieces(self, batch: dict[str, Tensor]) -> Tensor:
-        pieces = [self._encoded(batch, place) for place in self._pieces.cut(batch["domains"])]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    def _encoded_in_micro_batches(self, batch: dict[str, Tensor]) -> Tensor:
+        outputs = [self._encoded(batch, rows) for rows in self._micro_batches.indices(batch["domains"])]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _encoded(self, batch: dict[str, Tensor], place: Place) -> Tensor:
-        """The frozen part's output for these samples."""
+    def _encoded(self, batch: dict[str, Tensor], rows: Indices) -> Tensor:
+        """The output of the frozen part for these samples."""
         device = self._accelerator.device
         if "frozen" in batch:
-            return to_device(_part(batch["frozen"], place), device)
+            return to_device(_rows(batch["frozen"], rows), device)
         with self._accelerator.autocast():
-            pixels_BCHW = to_device(_part(batch["pixels"], place), device).to(self._dtype)
+            pixels_BCHW = to_device(_rows(batch["pixels"], rows), device).to(self._dtype)
             return self._classifier.encode_frozen(pixels_BCHW)
 
     def _per_sample_loss(self, logits: Callable[[], Tensor], labels_B: Tensor) -> Callable[[], Tensor]:
@@ -171,6 +178,6 @@ class StepGradient:
         return per_sample_loss
 
 
-def _part(tensor: Tensor, place: Place) -> Tensor:
-    """``tensor[place]``; where one is on the device and the other is not, torch would wait for it."""
-    return tensor[place if isinstance(place, slice) else to_device(place, tensor.device)]
+def _rows(tensor: Tensor, rows: Indices) -> Tensor:
+    """``tensor[rows]``; where one is on the device and the other is not, torch would wait for it."""
+    return tensor[rows if isinstance(rows, slice) else to_device(rows, tensor.device)]

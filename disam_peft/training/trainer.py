@@ -28,7 +28,7 @@ from disam_peft.training.checkpoint.state import TrainingState
 from disam_peft.training.compiled_blocks import CompiledBlocks
 from disam_peft.training.feed import feed
 from disam_peft.training.guarded_optimizer import Taken, Updates
-from disam_peft.training.micro_batching import StepGradient, choose_pieces
+from disam_peft.training.micro_batching import StepGradient, choose_micro_batches
 from disam_peft.training.optimizers import learning_rate_factor
 from disam_peft.training.selection import BestState
 from disam_peft.training.step_metrics import StepCounters
@@ -106,7 +106,7 @@ def fit(
     optimizer = _optimizer(params, config, accelerator)
     scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(config, step))
     stepper = accelerator.prepare_optimizer(optimizer)
-    pieces = choose_pieces(classifier, dataset, config, method, accelerator.num_processes)
+    pieces = choose_micro_batches(classifier, dataset, config, method, accelerator.num_processes)
     disam = _disam(params, method, config, dataset, accelerator)
     gradient = StepGradient(classifier, disam, pieces, accelerator)
     counters = StepCounters(dataset.domains, len(dataset.present_domains), method)
@@ -140,7 +140,7 @@ def fit(
     )
     classifier.train()
     if pieces.count > 1 and state.step == 0:
-        emit("accumulation", pieces=pieces.count, images_at_once=pieces.size, way=pieces.way)
+        emit("accumulation", pieces=pieces.count, images_at_once=pieces.size, way=pieces.mode)
     compiled = CompiledBlocks.of(classifier) if config.compile else nullcontext()
     # the cosine takes a second backward through each forward, which what is recorded does not have
     captured = nullcontext() if config.log_ascent_cosine else classifier.captured(accelerator.autocast)

@@ -12,7 +12,7 @@ from disam_peft import DISAM
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.config.adapters import LoraAdapterConfig
-from disam_peft.disam.passes import Way
+from disam_peft.disam.passes import Mode
 from disam_peft.objectives.losses import cross_entropy
 
 from .measure import Row, interleaved, ratios
@@ -40,10 +40,10 @@ def accumulation_steps(folder: Path, batch_size: int, device: torch.device) -> d
     def losses(rows_B: Tensor) -> Callable[[], Tensor]:
         return lambda: cross_entropy(classifier.logits(frozen[rows_B]), batch.labels_B[rows_B])
 
-    def step(pieces: list[Tensor], way: Way) -> Step:
+    def step(pieces: list[Tensor], mode: Mode) -> Step:
         domains = [batch.domains_B[rows_B] for rows_B in pieces]
         return Step(
-            lambda: disam.backward_accumulated([losses(rows_B) for rows_B in pieces], domains, way=way), trainable
+            lambda: disam.backward_accumulated([losses(rows_B) for rows_B in pieces], domains, mode=mode), trainable
         )
 
     everything_B = torch.arange(batch_size, device=device)

@@ -189,7 +189,7 @@ def test_sam_that_is_not(subject, monkeypatch):
 def test_a_variance_of_each_piece(subject, monkeypatch, exact):
     """The mean of the pieces' own steps, as plain gradient accumulation would take it."""
 
-    def naive(self, losses, domains, way):
+    def naive(self, losses, domains, mode):
         summed = [torch.zeros_like(p) for p in self.params]
         total = sum(len(d) for d in domains)
         for loss, of in zip(losses, domains, strict=True):

@@ -88,7 +88,7 @@ def train(rank, world_size, *, how="plain", steps=STEPS, dtype=torch.float64, nu
             no_sync = wrapped.no_sync if world_size > 1 else None
             calls = [lambda of=of: losses(of) for of in pieces]
             report = disam.backward_accumulated(calls, [domains[p] for p in pieces], no_sync=no_sync)
-            assert report.way == "per_domain"
+            assert report.mode == "per_domain"
         else:
             everything = torch.arange(len(mine))
             report = disam.backward(lambda of=everything: losses(of), domains, mask)
@@ -131,16 +131,16 @@ def every_rank_empty(rank, world_size):
 
 
 def per_domain_under_a_wrapper(rank, world_size):
-    """Asked for, it is refused; ``auto`` goes another way."""
+    """Asked for, it is refused; ``auto`` takes another mode."""
     model = make_model()
     wrapped = DistributedDataParallel(model)
     [(x, y, domains)] = global_batches(1)
     of = [domains == rank]
     call = [lambda: cross_entropy(wrapped(x[of[0]]), y[of[0]], reduction="none")]
     disam = DISAM(model.parameters(), RHO, LAMBDA)
-    message = message_of(ValueError, lambda: disam.backward_accumulated(call, [domains[of[0]]], way="per_domain"))
+    message = message_of(ValueError, lambda: disam.backward_accumulated(call, [domains[of[0]]], mode="per_domain"))
     report = disam.backward_accumulated(call, [domains[of[0]]])
-    return {"message": message, "way": torch.tensor(report.way == "two_phase")}
+    return {"message": message, "mode": torch.tensor(report.mode == "two_phase")}
 
 
 # -- FSDP2 -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Micro-batches against the whole batch: the same gradient, by every way."""
+"""Micro-batches against the whole batch: the same gradient, in every mode."""
 
 import pytest
 import torch
@@ -42,8 +42,8 @@ def gradients(model):
     return torch.cat([p.grad.reshape(-1) for p in model.parameters()])
 
 
-def accumulated(disam, loss_of, pieces, way="auto", masks=None):
-    return disam.backward_accumulated([loss_of(p) for p in pieces], [DOMAINS[p] for p in pieces], masks, way=way)
+def accumulated(disam, loss_of, pieces, mode="auto", masks=None):
+    return disam.backward_accumulated([loss_of(p) for p in pieces], [DOMAINS[p] for p in pieces], masks, mode=mode)
 
 
 def disam_for(model, **options):
@@ -51,17 +51,17 @@ def disam_for(model, **options):
 
 
 @pytest.mark.parametrize(
-    ("way", "pieces"),
+    ("mode", "pieces"),
     [("two_phase", mixed(k)) for k in (1, 2, 4, 7)] + [("per_domain", of_one_domain(k)) for k in (3, 4, 6, 7)],
     ids=lambda value: value if isinstance(value, str) else str(len(value)),
 )
 @pytest.mark.parametrize("options", [{}, {"adaptive": True}, {"ascent_cosine": True, "num_domains": 5}])
-def test_micro_batches_equal_the_whole_batch(way, pieces, options):
+def test_micro_batches_equal_the_whole_batch(mode, pieces, options):
     model, loss_of = problem()
     whole = disam_for(model, **options).backward(loss_of(torch.arange(BATCH)), DOMAINS)
     expected = gradients(model)
-    report = accumulated(disam_for(model, **options), loss_of, pieces, way)
-    assert report.way == way
+    report = accumulated(disam_for(model, **options), loss_of, pieces, mode)
+    assert report.mode == mode
     assert (gradients(model) - expected).abs().max() <= 1e-12
     for name in ("loss", "perturbed_loss", "domain_losses", "domain_weights", "domain_counts", "ascent_norm"):
         torch.testing.assert_close(getattr(report, name), getattr(whole, name), rtol=0, atol=1e-12, equal_nan=True)
@@ -81,8 +81,8 @@ def test_a_step_per_micro_batch_would_be_seen():
     assert (naive - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("way", "pieces"), [("two_phase", mixed(4)), ("per_domain", of_one_domain(6))])
-def test_every_micro_batch_sees_its_own_dropout_masks_in_every_pass(way, pieces):
+@pytest.mark.parametrize(("mode", "pieces"), [("two_phase", mixed(4)), ("per_domain", of_one_domain(6))])
+def test_every_micro_batch_sees_its_own_dropout_masks_in_every_pass(mode, pieces):
     """With rho near 0 both passes compute one function; its gradient is the one of M forwards drawn in order."""
     model, loss_of = problem(dropout=0.5)
     seen = [[] for _ in pieces]
@@ -97,7 +97,7 @@ def test_every_micro_batch_sees_its_own_dropout_masks_in_every_pass(way, pieces)
 
     torch.manual_seed(3)
     disam = disam_for(model, rho=1e-12)
-    disam.backward_accumulated([recorded(k) for k in range(len(pieces))], [DOMAINS[p] for p in pieces], way=way)
+    disam.backward_accumulated([recorded(k) for k in range(len(pieces))], [DOMAINS[p] for p in pieces], mode=mode)
     after, ours = torch.rand(1), gradients(model)
     for losses in seen:
         assert len(losses) in (2, 3)
@@ -131,32 +131,32 @@ def test_forwards_of_each_way():
         ("auto", 0.8, 0.0): 4,  # ERM
     }
     pieces = of_one_domain(4)
-    for (way, variance_weight, rho), forwards in expected.items():
+    for (mode, variance_weight, rho), forwards in expected.items():
         calls = 0
         disam = disam_for(model, variance_weight=variance_weight, rho=rho)
-        disam.backward_accumulated([counted(p) for p in pieces], [DOMAINS[p] for p in pieces], way=way)
-        assert calls == forwards, (way, variance_weight, rho)
+        disam.backward_accumulated([counted(p) for p in pieces], [DOMAINS[p] for p in pieces], mode=mode)
+        assert calls == forwards, (mode, variance_weight, rho)
 
 
 def test_auto_keeps_gradients_per_domain_where_they_fit(monkeypatch):
     model, loss_of = problem()
     disam = disam_for(model)
-    assert accumulated(disam, loss_of, mixed(4)).way == "two_phase"
-    assert accumulated(disam, loss_of, of_one_domain(6)).way == "per_domain"
+    assert accumulated(disam, loss_of, mixed(4)).mode == "two_phase"
+    assert accumulated(disam, loss_of, of_one_domain(6)).mode == "per_domain"
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     monkeypatch.setattr(passes, "MAX_STORED_GRADIENT_BYTES", 3 * num_bytes)
-    assert accumulated(disam, loss_of, of_one_domain(6)).way == "per_domain"
+    assert accumulated(disam, loss_of, of_one_domain(6)).mode == "per_domain"
     monkeypatch.setattr(passes, "MAX_STORED_GRADIENT_BYTES", 3 * num_bytes - 1)
-    assert accumulated(disam, loss_of, of_one_domain(6)).way == "two_phase"
+    assert accumulated(disam, loss_of, of_one_domain(6)).mode == "two_phase"
 
 
-@pytest.mark.parametrize("way", ["auto", "two_phase", "per_domain"])
+@pytest.mark.parametrize("mode", ["auto", "two_phase", "per_domain"])
 @pytest.mark.parametrize(("rho", "variance_weight"), [(0.0, 0.8), (0.3, 0.0)])
-def test_row_25_erm_and_sam_in_micro_batches(way, rho, variance_weight):
+def test_row_25_erm_and_sam_in_micro_batches(mode, rho, variance_weight):
     model, loss_of = problem()
     disam_for(model, rho=rho, variance_weight=variance_weight).backward(loss_of(torch.arange(BATCH)), DOMAINS)
     expected = gradients(model)
-    accumulated(disam_for(model, rho=rho, variance_weight=variance_weight), loss_of, of_one_domain(6), way)
+    accumulated(disam_for(model, rho=rho, variance_weight=variance_weight), loss_of, of_one_domain(6), mode)
     assert (gradients(model) - expected).abs().max() <= 1e-12
 
 
@@ -169,8 +169,8 @@ def test_one_micro_batch_is_the_plain_step_bit_for_bit():
     assert torch.equal(gradients(model), expected)
 
 
-@pytest.mark.parametrize("way", ["two_phase", "per_domain"])
-def test_masked_samples_count_nowhere(way):
+@pytest.mark.parametrize("mode", ["two_phase", "per_domain"])
+def test_masked_samples_count_nowhere(mode):
     """Padding, of any domain and with a loss of any size, and a micro-batch that is empty."""
     model, loss_of = problem()
     pieces = of_one_domain(6)
@@ -186,7 +186,7 @@ def test_masked_samples_count_nowhere(way):
         padded.append(call)
         masks.append(torch.arange(len(piece) + 1) > 0 if len(piece) else None)
         domains.append(torch.cat([torch.tensor([k % 3]), DOMAINS[piece]]) if len(piece) else DOMAINS[piece])
-    report = disam_for(model).backward_accumulated(padded, domains, masks, way=way)
+    report = disam_for(model).backward_accumulated(padded, domains, masks, mode=mode)
     assert report.domain_counts.sum() == BATCH
     assert (gradients(model) - expected).abs().max() <= 1e-12
     report = disam_for(model).backward(padded[0], domains[0], masks[0])
@@ -201,8 +201,8 @@ def test_parameters_of_one_domain_alone_are_weighted_too():
     calls = [lambda p=p, d=d: loss_of(p)() * (only_1 if d == 1 else 1.0) for d, p in enumerate(pieces)]
     params = [*model.parameters(), only_1, unused]
     found = []
-    for way in ("two_phase", "per_domain"):
-        DISAM(params, 0.3, 0.8).backward_accumulated(calls, [DOMAINS[p] for p in pieces], way=way)
+    for mode in ("two_phase", "per_domain"):
+        DISAM(params, 0.3, 0.8).backward_accumulated(calls, [DOMAINS[p] for p in pieces], mode=mode)
         found.append(torch.cat([gradients(model), only_1.grad.reshape(1)]))
         assert unused.grad is None
     assert (found[0] - found[1]).abs().max() <= 1e-12
@@ -229,9 +229,9 @@ def test_an_autocast_around_all_micro_batches_is_one_per_forward():
 
 
 @pytest.mark.parametrize(
-    ("way", "stop_at"), [*(("two_phase", k) for k in range(1, 12)), *(("per_domain", k) for k in range(1, 9))]
+    ("mode", "stop_at"), [*(("two_phase", k) for k in range(1, 12)), *(("per_domain", k) for k in range(1, 9))]
 )
-def test_weights_are_restored_when_any_forward_raises(way, stop_at):
+def test_weights_are_restored_when_any_forward_raises(mode, stop_at):
     model, loss_of = problem()
     before, calls = [p.detach().clone() for p in model.parameters()], 0
 
@@ -247,9 +247,18 @@ def test_weights_are_restored_when_any_forward_raises(way, stop_at):
 
     pieces = of_one_domain(4)
     with pytest.raises(KeyboardInterrupt):
-        disam_for(model).backward_accumulated([failing(p) for p in pieces], [DOMAINS[p] for p in pieces], way=way)
+        disam_for(model).backward_accumulated([failing(p) for p in pieces], [DOMAINS[p] for p in pieces], mode=mode)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_former_name_of_mode_still_works():
+    model, loss_of = problem()
+    pieces = of_one_domain(6)
+    calls, domains = [loss_of(p) for p in pieces], [DOMAINS[p] for p in pieces]
+    with pytest.warns(DeprecationWarning, match=r"now called mode="):
+        report = disam_for(model).backward_accumulated(calls, domains, way="two_phase")
+    assert report.mode == report.way == "two_phase", "auto would keep a gradient for each domain"
 
 
 def test_arguments_that_do_not_fit_are_errors():
@@ -282,9 +291,9 @@ def test_the_host_knows_of_domains_what_the_device_would_say():
 
     on_host = batch(None, 3)
     assert on_host.index_on_host_MB is not None
-    assert on_host.places() == [2, SEVERAL, 0, 1, SEVERAL, 0]
+    assert on_host.single_domains() == [2, SEVERAL, 0, 1, SEVERAL, 0]
     for other in (batch(None, None), batch([None] * len(pieces), 3)):
         assert other.index_on_host_MB is None
-        assert other.places() == on_host.places()
+        assert other.single_domains() == on_host.single_domains()
     one_counts = [None, torch.tensor([False, True]), None, None, torch.tensor([True, True, False]), None]
-    assert batch(one_counts, 3).places() == [2, 2, 0, 1, 0, 0]
+    assert batch(one_counts, 3).single_domains() == [2, 2, 0, 1, 0, 0]

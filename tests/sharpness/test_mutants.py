@@ -79,7 +79,7 @@ MUTANTS = {
         f"{STEP}::test_two_quadratics_by_hand",
     ),
     "no restore on an interrupt in the restore": Mutant(
-        "step.py",
+        "disam.py",
         "            weights.copy_back()  # an interrupt may have hit the exit of the block above\n",
         "",
         f"{STEP}::test_weights_are_restored_by_an_interrupt_at_any_line_of_pass_2",
@@ -93,49 +93,49 @@ MUTANTS = {
         f"{STEP}::test_row_24_unused_parameters_are_no_error_and_are_restored",
     ),
     "one autocast around both passes": Mutant(
-        "step.py",
+        "disam.py",
         "        torch.clear_autocast_cache()\n",
         "",
         f"{PRECISION}::test_bfloat16_autocast_recasts_the_weights_in_pass_2",
     ),
     "unbiased variance": Mutant(
-        "domains.py",
+        "ascent.py",
         "(2.0 * variance_weight / num_present)",
         "(2.0 * variance_weight / (num_present - 1))",
         f"{STEP}::test_two_quadratics_by_hand",
     ),
     "variance with the other sign": Mutant(
-        "domains.py",
+        "ascent.py",
         "1.0 / count_D.sum() - pull_D",
         "1.0 / count_D.sum() + pull_D",
         f"{STEP}::test_two_quadratics_by_hand",
     ),
     "absent domains count": Mutant(
-        "domains.py",
+        "ascent.py",
         "present_D = count_D > 0",
         "present_D = count_D >= 0",
         f"{STEP}::test_domain_ids_and_num_domains_do_not_change_the_gradient",
     ),
     "variance in both passes": Mutant(
-        "step.py",
+        "disam.py",
         "perturbed = passes.mean(ascent.sums.total)",
         "perturbed = passes.ascent(self.variance_weight, 'two_phase', with_plain_gradients=False).sums",
         "tests/sharpness/test_reference.py::test_trajectory",
     ),
     "gradients of both passes added": Mutant(
-        "step.py",
+        "disam.py",
         "            self._clear_gradients()\n\n            with weights:",
         "            with weights:",
         "tests/sharpness/test_reference.py::test_trajectory",
     ),
     "no replay of random numbers": Mutant(
-        "microbatches.py",
+        "micro_batches.py",
         "            self._random_state.restore()\n",
         "            pass\n",
         f"{STEP}::test_both_passes_draw_the_same_dropout_and_the_stream_advances_by_one_forward",
     ),
     "random numbers of the first micro-batch for all": Mutant(
-        "microbatches.py",
+        "micro_batches.py",
         "    _random_state: RandomState | None = None\n",
         "    _random_state: RandomState | None = None\n\n"
         "    def __post_init__(self):\n        self._random_state = RandomState.of(self.params)\n",
@@ -156,7 +156,7 @@ MUTANTS = {
         f"{ACCUMULATION}::test_micro_batches_equal_the_whole_batch",
     ),
     "an overflow of pass 1 forgotten": Mutant(
-        "step.py",
+        "disam.py",
         "            self._poison_unless(direction.is_finite)\n",
         "",
         f"{PRECISION}::test_row_29_an_overflow_changes_nothing_but_the_scale",
@@ -220,13 +220,13 @@ def copy_of_the_project(folder: Path, mutant: Mutant | None) -> Path:
     package = folder / "disam_peft"
     package.mkdir(parents=True)
     shutil.copy(ROOT / "disam_peft/__init__.py", package)
-    shutil.copytree(ROOT / "disam_peft/sharpness", package / "sharpness", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "disam_peft/disam", package / "disam", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "tests").mkdir()
     os.symlink(ROOT / "tests/sharpness", folder / "tests/sharpness")
     os.symlink(ROOT / "tests/reference", folder / "tests/reference")
     (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: device\n    slow: long\npythonpath = .\n")
     if mutant is not None:
-        file = package / "sharpness" / mutant.file
+        file = package / "disam" / mutant.file
         source = file.read_text(encoding="utf-8")
         assert source.count(mutant.old) == 1, f"{mutant.file} holds {mutant.old!r} {source.count(mutant.old)} times"
         file.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")

@@ -266,7 +266,7 @@ def test_micro_batches_and_their_dropout_on_a_device():
         return loss_B
 
     disam = DISAM(model.parameters(), 1e-12, 0.8, num_domains=3)
-    disam.backward_accumulated([lambda p=p: call(p) for p in parts], [domains[p] for p in parts], way="two_phase")
+    disam.backward_accumulated([lambda p=p: call(p) for p in parts], [domains[p] for p in parts], mode="two_phase")
     values, again = torch.cat(seen[:3]), torch.cat([*seen[3:5], seen[2]])
     assert torch.allclose(values, again, atol=1e-9)
     assert torch.allclose(values, torch.cat(seen[5:]), atol=1e-9)

@@ -146,7 +146,7 @@ def test_row_04_a_batch_without_a_sample_on_any_rank_has_no_effect(ranks):
 def test_gradients_per_domain_are_not_left_to_a_wrapper(ranks):
     for rank in ranks(2):
         assert "hand over its no_sync" in text(rank["per_domain_under_a_wrapper"]["message"])
-        assert rank["per_domain_under_a_wrapper"]["way"], "auto goes the other way"
+        assert rank["per_domain_under_a_wrapper"]["mode"], "auto takes the other mode"
 
 
 def test_row_04_an_empty_rank_may_not_leave_a_wrapper_waiting(monkeypatch):

@@ -352,6 +352,14 @@ def test_a_parameter_given_twice_is_an_error():
         DISAM([p, p])
 
 
+def test_two_parameters_over_the_same_memory_are_an_error():
+    weight, flat = torch.zeros(4, 3), torch.zeros(6)
+    with pytest.raises(ValueError, match=r"shapes \(4, 3\) and \(3,\), share their memory"):
+        DISAM([nn.Parameter(weight), nn.Parameter(weight[0])])
+    parts = [nn.Parameter(part) for part in (flat[:4], flat[4:], torch.zeros(0), torch.zeros(0))]
+    assert len(DISAM(parts).params) == 4, "neighbours in one buffer share nothing"
+
+
 @pytest.mark.parametrize(
     ("loss", "domains", "message"),
     [

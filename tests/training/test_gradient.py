@@ -21,7 +21,7 @@ from disam_peft.data.load import load
 from disam_peft.errors import UserError
 from disam_peft.training import micro_batching as gradient
 from disam_peft.training.accelerator import start_accelerator
-from disam_peft.training.micro_batching import Pieces, StepGradient, choose_pieces
+from disam_peft.training.micro_batching import MicroBatches, StepGradient, choose_micro_batches
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_the_frozen_part_runs_once_a_piece_and_no_pass_takes_more_than_a_piece(r
 
 
 def test_a_text_side_that_is_trained_runs_once_a_pass(run, monkeypatch):
-    """Pieces would repeat CoOp's prompts for each: the images, which are frozen there, are encoded in pieces alone."""
+    """Only the images, which are frozen there, are encoded in micro-batches: each would repeat CoOp's prompts."""
     from disam_peft.classification.classifier import ClipClassifier
 
     encoded, computed = [], []
@@ -179,7 +179,7 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         # the check of the domains is left out on a GPU
-        on_cpu_alone = ("microbatches.py", "_checked_domains")
+        on_cpu_alone = ("micro_batches.py", "_checked_domains")
         if func is torch.ops.aten._local_scalar_dense.default and on_cpu_alone not in {
             (Path(frame.filename).name, frame.name) for frame in traceback.extract_stack()
         }:
@@ -202,11 +202,11 @@ def test_a_step_waits_for_the_device_once(run, monkeypatch, pieces, a_step):
 
 def test_pieces_of_one_domain_hold_every_sample_once():
     domains_B = torch.tensor([2, 0, 0, 2, 0, 2, 2, 0, 0, 1])
-    pieces = Pieces(3, 4, "per_domain").cut(domains_B)
+    pieces = MicroBatches(3, 4, "per_domain").indices(domains_B)
     assert sorted(torch.cat(pieces).tolist()) == list(range(10))
     assert [len(piece) for piece in pieces] == [3, 2, 1, 4]
     assert all(len(domains_B[piece].unique()) == 1 for piece in pieces)
-    assert [s.stop - s.start for s in Pieces(4, 3, "two_phase").cut(domains_B)] == [2, 3, 2, 3]
+    assert [s.stop - s.start for s in MicroBatches(4, 3, "two_phase").indices(domains_B)] == [2, 3, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -224,26 +224,26 @@ def test_pieces_of_one_domain_hold_every_sample_once():
 def test_the_way_follows_from_the_sizes(twins, domains_folder, pieces, batch, processes, way, size):
     classifier = tiny_classifier(tiny_backbone(twins, "open_clip"), "lora-image")
     config = TrainConfig(batch_size=batch, gradient_accumulation_steps=pieces)
-    chosen = choose_pieces(classifier, load(DataConfig(root=domains_folder)), config, MethodConfig(), processes)
-    assert (chosen.way, chosen.size) == (way, size)
+    chosen = choose_micro_batches(classifier, load(DataConfig(root=domains_folder)), config, MethodConfig(), processes)
+    assert (chosen.mode, chosen.size) == (way, size)
 
 
 def test_more_pieces_than_images_are_an_error(run, twins, domains_folder):
     classifier = tiny_classifier(tiny_backbone(twins, "open_clip"), "lora-image")
     config = TrainConfig(batch_size=13, gradient_accumulation_steps=7)
-    message = r"=7 cuts .* but there are 6 \(train.batch_size=13 over 2 processes\); use at most 6"
+    message = r"=7 divides .* but there are 6 \(train.batch_size=13 over 2 processes\); use at most 6"
     with pytest.raises(UserError, match=message):
-        choose_pieces(classifier, load(DataConfig(root=domains_folder)), config, MethodConfig(), 2)
-    with pytest.raises(ValueError, match="13 images into more pieces than it has; use at most 13"):
+        choose_micro_batches(classifier, load(DataConfig(root=domains_folder)), config, MethodConfig(), 2)
+    with pytest.raises(ValueError, match="13 images into more micro-batches than it has; use at most 13"):
         TrainConfig(batch_size=13, gradient_accumulation_steps=14)
     with pytest.raises(ValueError, match="greater than or equal to 1"):
         TrainConfig(gradient_accumulation_steps=0)
 
 
 def test_row_31_the_remedy_for_too_little_memory_can_be_followed():
-    assert "gradient_accumulation_steps=8, with the same result" in Pieces(4, 3, "two_phase").memory_remedy
-    assert "gradient_accumulation_steps=10," in Pieces(5, 2, "mean").memory_remedy
-    assert Pieces(8, 1, "two_phase").memory_remedy == "Lower train.batch_size."
+    assert "gradient_accumulation_steps=8, with the same result" in MicroBatches(4, 3, "two_phase").memory_remedy
+    assert "gradient_accumulation_steps=10," in MicroBatches(5, 2, "mean").memory_remedy
+    assert MicroBatches(8, 1, "two_phase").memory_remedy == "Lower train.batch_size."
 
 
 def test_nobody_else_accumulates(run, monkeypatch):
@@ -254,7 +254,7 @@ def test_nobody_else_accumulates(run, monkeypatch):
     with pytest.raises(UserError, match="gradient_accumulation_steps=2 and would divide every loss"):
         monkeypatch.delenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
         accelerator = Accelerator(gradient_accumulation_steps=2)
-        StepGradient(None, None, Pieces(1, 1, "whole"), accelerator)
+        StepGradient(None, None, MicroBatches(1, 1, "whole"), accelerator)
     start_accelerator()
 
 
