@@ -13,6 +13,7 @@ import torch
 from disam_peft.cli.app import main
 from disam_peft.common.records import read_events, read_results
 from disam_peft.experiments import run
+from disam_peft.experiments.run_folder import find_runs
 
 ROOT = Path(__file__).parents[1]
 PACS_MINI = ROOT.parent / "shared" / "data" / "pacs_mini"
@@ -91,7 +92,7 @@ def test_every_adapter_trains_and_reloads(cli, arguments, tmp_path, name):
         "train.tracker=tensorboard",
     )
     assert code == 0, err
-    [folder] = run.find_runs(tmp_path / "runs" / f"pacs-{name.replace('_', '-')}")
+    [folder] = find_runs(tmp_path / "runs" / f"pacs-{name.replace('_', '-')}")
     assert list((folder.parent / "tensorboard/art").iterdir())
     code, _, err = cli("evaluate", folder)
     assert code == 0, err

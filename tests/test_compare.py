@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from disam_peft.cli import app as cli
 from disam_peft.common.records import METRICS, read_events
-from disam_peft.experiments import run
-from disam_peft.experiments import run_cache as shared
+from disam_peft.evaluation.results import Evaluator
+from disam_peft.experiments import run, run_cache
 from disam_peft.experiments.compare import compare
 from disam_peft.report.comparison import judge, read_comparison
 from disam_peft.report.comparison_page import write_comparison
@@ -140,9 +140,9 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, study):
 
 def test_data_and_zero_shot_are_done_once_for_all_arms(tmp_path, study, monkeypatch):
     loaded, judged = [], []
-    load, rows = shared.load, run._Judge.rows
-    monkeypatch.setattr(shared, "load", lambda config: loaded.append(config) or load(config))
-    monkeypatch.setattr(run._Judge, "rows", lambda *a, **k: judged.append(k["method"]) or rows(*a, **k))
+    load, predict = run_cache.load, Evaluator.predict_splits
+    monkeypatch.setattr(run_cache, "load", lambda config: loaded.append(config) or load(config))
+    monkeypatch.setattr(Evaluator, "predict_splits", lambda *a, **k: judged.append(k["label"]) or predict(*a, **k))
     compare(study, tmp_path / "out", jobs=1)
     assert len(loaded) == 2, "a set of images per seed, for two held-out domains and two arms"
     assert sorted(judged) == ["disam"] * 4 + ["erm"] * 4 + ["zero_shot"] * 4

@@ -9,8 +9,9 @@ import pytest
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.config.recipe import Recipe
 from disam_peft.data.dataset import DomainDataset
-from disam_peft.experiments import run
-from disam_peft.experiments.run_cache import Shared
+from disam_peft.evaluation.results import Evaluator
+from disam_peft.experiments import build, run
+from disam_peft.experiments.run_cache import RunCache
 
 ADAPTERS = {
     "lora": {"kind": "lora", "blocks": {"last": 1}},
@@ -84,25 +85,25 @@ def test_every_image_is_decoded_once(make_recipe, monkeypatch, adapter):
 def test_zero_shot_from_the_adapters_store_has_the_same_bits(make_recipe, monkeypatch, adapter):
     [shared] = run.train(make_recipe(adapter, "shared"))
     [images] = run.train(make_recipe(adapter, "images", store=False))
-    monkeypatch.setattr(run, "planned_image_split", lambda config, backbone: None)
+    monkeypatch.setattr(build, "planned_image_split", lambda config, backbone: None)
     [apart] = run.train(make_recipe(adapter, "apart"))
     assert shared.rows == apart.rows
     assert [row for row in shared.rows if row.method == "zero_shot"] == images.rows[: len(images.rows) // 2]
 
 
 def test_without_a_store_nobody_asks_for_the_split(make_recipe, monkeypatch):
-    monkeypatch.setattr(run, "planned_image_split", None)
+    monkeypatch.setattr(build, "planned_image_split", None)
     run.train(make_recipe(ADAPTERS["lora"], store=False))
 
 
 def test_zero_shot_numbers_are_kept_per_split(make_recipe, monkeypatch):
     """In batches unlike the store's, where the frozen part ends is a matter of rounding."""
-    shared, judged = Shared(), []
-    rows = run._Judge.rows
-    monkeypatch.setattr(run._Judge, "rows", lambda *a, **k: judged.append(k["method"]) or rows(*a, **k))
+    cache, judged = RunCache(), []
+    predict = Evaluator.predict_splits
+    monkeypatch.setattr(Evaluator, "predict_splits", lambda *a, **k: judged.append(k["label"]) or predict(*a, **k))
     for name, adapter in ADAPTERS.items():
         recipe = make_recipe(adapter, name, batch_size=7)
-        [together] = run.train(recipe, shared=shared)
+        [together] = run.train(recipe, cache=cache)
         [alone] = run.train(recipe, overwrite=True)
         assert together.rows == alone.rows
     # lora (2), lora-all (0), ln_tuning (1), and one for the three that leave the whole tower as it is

@@ -26,11 +26,12 @@ def evaluate(
     from disam_peft.cli.output import print_evaluation, print_sharpness
     from disam_peft.common.processes import is_first_process
     from disam_peft.common.records import SHARPNESS, read_results
-    from disam_peft.experiments import run
+    from disam_peft.experiments.evaluate import evaluate as evaluate_again
+    from disam_peft.experiments.evaluate import recorded_rows
 
-    for outcome in run.evaluate(folder, given, sharpness=sharpness):
+    for outcome in evaluate_again(folder, given, sharpness=sharpness):
         if is_first_process():
-            print_evaluation(outcome.rows, run.recorded(outcome.folder), str(outcome.folder))
+            print_evaluation(outcome.rows, recorded_rows(outcome.folder), str(outcome.folder))
             if sharpness:
                 print_sharpness(read_results(outcome.folder / SHARPNESS))
                 typer.echo(f"wrote {outcome.folder / SHARPNESS}; disam-peft report {outcome.folder} shows it")
@@ -43,9 +44,9 @@ def export(
     held_out: Annotated[str | None, typer.Option(help="Which run, if the folder holds several.")] = None,
 ) -> None:
     """Write the adapter, or the whole model with the adapter merged in, for use elsewhere."""
-    from disam_peft.experiments import run
+    from disam_peft.experiments.export_run import export_run
 
-    typer.echo(f"wrote {run.export(folder, to, output, held_out=held_out)}")
+    typer.echo(f"wrote {export_run(folder, to, output, held_out=held_out)}")
 
 
 def report(

@@ -8,18 +8,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from disam_peft.adapters.prompts import ClassPrompts, prompt_templates
-from disam_peft.adapters.registry import build_adapter
-from disam_peft.backbones.families import load_backbone
+from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.recipe import Recipe
 from disam_peft.disam.disam import DISAM
+from disam_peft.experiments.build import load_pretrained
 from disam_peft.objectives.losses import cross_entropy
 
 CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
@@ -162,11 +162,10 @@ def build_subject(recipe: Recipe, device: torch.device) -> Subject:
     Raises:
         UserError: a backbone, adapter or prompt that cannot be used.
     """
-    backbone = load_backbone(recipe.backbone)
-    prompts = ClassPrompts(CLASSES, prompt_templates(recipe.prompts)[:TEMPLATES])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        classifier = ClipClassifier(backbone, build_adapter(recipe.adapter, backbone, prompts), prompts)
+    pretrained = load_pretrained(recipe, CLASSES)
+    prompts = ClassPrompts(CLASSES, pretrained.prompts.templates[:TEMPLATES])
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as if nothing had been built
+        classifier = replace(pretrained, prompts=prompts).with_new_adapter()
     return Subject(classifier, recipe.method, device)
 
 

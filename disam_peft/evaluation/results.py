@@ -1,16 +1,107 @@
-"""What a run records besides its results: what was taken for what, the surest errors, the sharpness."""
+"""From a classifier to what a run records of it: rows of results, mistakes, sharpness."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.classification.frozen_features import evaluation_store
 from disam_peft.common.records import CONFUSION, ERRORS, LOSS_SLICE, SHARPNESS, ResultRow, write_list, write_results
 from disam_peft.config.evaluation import EvaluationConfig, SharpnessConfig
+from disam_peft.config.recipe import Recipe
 from disam_peft.data.dataset import DomainDataset
+from disam_peft.evaluation.metrics import metrics_by_domain
 from disam_peft.evaluation.mistakes import confident_errors, confusion
-from disam_peft.evaluation.predict import Predictions
+from disam_peft.evaluation.predict import Predictions, predict
 from disam_peft.evaluation.sharpness.rows import sharpness_rows
+
+POOLED_OVER_DOMAINS = ("mean", "worst")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What all rows of one classifier have in common. The fields are those of ``ResultRow``."""
+
+    backbone: str
+    adapter: str
+    method: str
+    held_out: str
+    seed: int
+
+    @classmethod
+    def of_zero_shot(cls, recipe: Recipe) -> Identity:
+        """The recipe's pretrained model, before an adapter was trained."""
+        return cls(_backbone_label(recipe), "none", "zero_shot", recipe.protocol.held_out, recipe.seed)
+
+    @classmethod
+    def of_trained(cls, recipe: Recipe) -> Identity:
+        """The recipe's model with its trained adapter."""
+        method = recipe.method.name
+        return cls(_backbone_label(recipe), recipe.adapter.kind, method, recipe.protocol.held_out, recipe.seed)
+
+
+def _backbone_label(recipe: Recipe) -> str:
+    """Name and pretrained tag, as they stand in tables."""
+    name, tag = recipe.backbone.name, recipe.backbone.pretrained
+    return name if tag is None else f"{name}:{tag}"
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Predicts with every classifier of a run in the same way, so that their numbers can be compared.
+
+    Attributes:
+        recipe: its ``evaluation`` and ``features`` say how predictions are computed.
+        autocast: makes the context of a forward pass, for example ``accelerator.autocast``.
+    """
+
+    recipe: Recipe
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    def predict(self, classifier: ClipClassifier, dataset: DomainDataset, description: str) -> Predictions:
+        """The predictions for one data set, from a feature store where the recipe asks for one.
+
+        Raises:
+            UserError: an empty data set, or labels that the classifier has no class for.
+        """
+        config, features, store = self.recipe.evaluation, self.recipe.features, None
+        if features.store:
+            store = evaluation_store(classifier, dataset, features, autocast=self.autocast, workers=config.workers)
+        return predict(classifier, dataset, config, store=store, autocast=self.autocast, description=description)
+
+    def predict_splits(
+        self, classifier: ClipClassifier, splits: Mapping[str, DomainDataset], label: str
+    ) -> dict[str, Predictions]:
+        """The predictions for several data sets, by split. ``label`` names the classifier in the progress bar."""
+        return {
+            split: self.predict(classifier, dataset, f"{label}: {split.replace('_', ' ')}")
+            for split, dataset in splits.items()
+        }
+
+
+def result_rows(identity: Identity, predictions: Mapping[str, Predictions]) -> list[ResultRow]:
+    """Every metric of every domain of every split, and its ``mean`` and ``worst`` over the domains of the split.
+
+    Args:
+        predictions: split -> what the classifier predicted there.
+    """
+    rows = []
+    for split, found in predictions.items():
+        by_domain = metrics_by_domain(found)
+        num_domains = len(by_domain.keys() - set(POOLED_OVER_DOMAINS))
+        for domain, values in by_domain.items():
+            if domain in POOLED_OVER_DOMAINS:
+                n = num_domains
+            else:
+                n = int((found.domains_N == found.domain_names.index(domain)).sum())
+            rows += [
+                ResultRow(**asdict(identity), split=split, domain=domain, metric=metric, value=value, n=n)
+                for metric, value in values.items()
+            ]
+    return rows
 
 
 def write_mistakes(
@@ -24,23 +115,23 @@ def write_mistakes(
 def write_sharpness(
     folder: Path,
     classifier: ClipClassifier,
-    validation: DomainDataset,
-    target: DomainDataset,
+    splits: Mapping[str, DomainDataset],
     config: EvaluationConfig,
     *,
     like: ResultRow,
     is_main: bool,
 ) -> None:
-    """Measure on source validation and on the held-out domain; write ``sharpness.json`` and ``loss_slice.json``.
+    """Measure the sharpness on every split, and write ``sharpness.json`` and ``loss_slice.json``.
 
-    Every process measures the same, and the main one writes: nobody waits at a barrier for minutes.
+    Every process measures the same, and the main one writes, so that no process waits at a barrier for minutes.
 
     Args:
+        splits: split -> its samples; the slice of the loss is drawn on the split ``held_out``.
         like: any row of the same classifier.
     """
     rows, plane = sharpness_rows(
         classifier,
-        {"source_validation": validation, "held_out": target},
+        splits,
         config.sharpness or SharpnessConfig(),
         like,
         batch_size=config.batch_size,

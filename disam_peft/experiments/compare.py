@@ -16,7 +16,7 @@ from disam_peft.common.worker_pool import Finished, spread
 from disam_peft.config.recipe import Recipe
 from disam_peft.errors import Notice, UserError
 from disam_peft.experiments import run, run_folder
-from disam_peft.experiments.run_cache import Shared
+from disam_peft.experiments.run_cache import RunCache
 from disam_peft.experiments.study import Cell, Plan, load_plan
 from disam_peft.report.comparison import COMPARISON, ZERO_SHOT, Comparison, Failure, MeasureRow, RunPlace, judge
 from disam_peft.report.comparison_page import write_comparison
@@ -91,14 +91,14 @@ def is_finished(recipe: Recipe) -> bool:
     return _is_ours(recipe) and (recipe.folder(recipe.protocol.held_out) / RESULTS).is_file()
 
 
-def run_cell(cell: Cell, shared: Shared, overwrite: bool) -> Done:
+def run_cell(cell: Cell, cache: RunCache, overwrite: bool) -> Done:
     """Train and judge one cell; what goes wrong is returned, not raised."""
     # a run of this very recipe that was cut short goes on: nobody has to say so for each of a hundred
     begun = _is_ours(cell.recipe) and not overwrite
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         try:
-            run.train(cell.recipe, overwrite=overwrite, resume=begun, shared=shared)
+            run.train(cell.recipe, overwrite=overwrite, resume=begun, cache=cache)
         except Exception as error:
             about = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             return Done(about, _texts(caught))
@@ -119,9 +119,9 @@ def _is_ours(recipe: Recipe) -> bool:
 
 
 def _here(cells: Sequence[Cell], overwrite: bool) -> Iterator[tuple[Cell, Done]]:
-    shared = Shared()
+    cache = RunCache()
     for cell in cells:
-        yield cell, run_cell(cell, shared, overwrite)
+        yield cell, run_cell(cell, cache, overwrite)
 
 
 def _elsewhere(cells: Sequence[Cell], overwrite: bool, jobs: int) -> Iterator[tuple[Cell, Done]]:
@@ -140,13 +140,13 @@ class CellRunner:
 
     def __init__(self, overwrite: bool, jobs: int) -> None:
         self._overwrite, self._jobs = overwrite, jobs
-        self._shared: Shared | None = None
+        self._cache: RunCache | None = None
 
     def __call__(self, cell: Cell) -> Done:
-        if self._shared is None:  # made in the process itself: images are not sent
-            self._shared = Shared()
+        if self._cache is None:  # made in the process itself: images are not sent
+            self._cache = RunCache()
             torch.set_num_threads(max(1, torch.get_num_threads() // self._jobs))
-        return run_cell(cell, self._shared, self._overwrite)
+        return run_cell(cell, self._cache, self._overwrite)
 
 
 def _collected(plan: Plan, output: Path, errors: dict[tuple[str, str, str, int], str]) -> Comparison:

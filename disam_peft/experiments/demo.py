@@ -22,6 +22,7 @@ from disam_peft.config.training import TrainConfig
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.load import load
 from disam_peft.experiments import run
+from disam_peft.experiments.export_run import export_run
 from disam_peft.report.page import Picture, build_report
 from disam_peft.report.runs import read_runs
 
@@ -68,7 +69,7 @@ def demo(
         [outcome] = run.train(recipe)
         rows += outcome.rows
     if not (output / "adapter").exists():
-        run.export(recipes[-1].folder(held_out), "peft", output / "adapter")
+        export_run(recipes[-1].folder(held_out), "peft", output / "adapter")
     picture = Picture("The classes (columns) in the domains (rows).", sheet)
     title = f"LoRA on a small CLIP, judged on {held_out}"
     runs = read_runs([output / "runs"])

@@ -12,8 +12,8 @@ from disam_peft.data.load import load
 KEPT_ROWS = 64
 
 
-class Shared:
-    """The data that were loaded last, and the zero-shot numbers of the last runs."""
+class RunCache:
+    """The data that were loaded last, and the zero-shot rows of the last runs."""
 
     def __init__(self) -> None:
         self._data: tuple[DataConfig, DomainDataset] | None = None
@@ -26,14 +26,18 @@ class Shared:
             UserError: as ``load``.
         """
         if self._data is None or self._data[0] != config:
-            self._data = None  # two sets of images need not fit
+            self._data = None  # before the next ones are loaded: two sets of images may not fit into memory together
             self._data = (config, load(config))
         return self._data[1]
 
-    def zero_shot(self, key: str, rows: Callable[[], list[ResultRow]]) -> list[ResultRow]:
-        """The rows of ``key``, which says all that they depend on; computed where they are not known."""
+    def zero_shot(self, key: str, compute: Callable[[], list[ResultRow]]) -> list[ResultRow]:
+        """The rows of ``key``; ``compute`` is called where they are not known yet.
+
+        Args:
+            key: everything that the rows depend on.
+        """
         if key not in self._zero_shot:
             if len(self._zero_shot) == KEPT_ROWS:
                 self._zero_shot.pop(next(iter(self._zero_shot)))
-            self._zero_shot[key] = rows()
+            self._zero_shot[key] = compute()
         return list(self._zero_shot[key])

@@ -15,10 +15,6 @@ from torch import Tensor
 
 from disam_peft.adapters.base import Autocast
 from disam_peft.adapters.linear_probe import LinearProbeAdapter
-from disam_peft.adapters.prompts import ClassPrompts, prompt_templates
-from disam_peft.adapters.registry import build_adapter
-from disam_peft.backbones.families import load_backbone
-from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.domain_inference import infer_domains
 from disam_peft.classification.frozen_features import evaluation_store, training_store
 from disam_peft.common.records import write_json
@@ -27,10 +23,10 @@ from disam_peft.config.recipe import Recipe
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.load import load
 from disam_peft.data.loading.sampler import DomainBatches
-from disam_peft.data.splits import leave_out, split_train_validation
 from disam_peft.errors import UserError
 from disam_peft.evaluation.predict import Predictions
 from disam_peft.evaluation.protocols import Score, held_out_domains, validation_score
+from disam_peft.experiments.build import SplitData, holding_out, load_pretrained, split_data
 from disam_peft.training.accelerator import start_accelerator
 from disam_peft.training.stacked_probes import ProbeSetting, ProbeStack, fit_probes, probe_features
 
@@ -89,8 +85,8 @@ def sweep(
     dataset = load(recipe.data)
     rows = []
     for held_out in held_out_domains(recipe.protocol.held_out, dataset.present_domains):
-        sources, _ = leave_out(dataset, held_out)
-        found = _sweep_sources(recipe, sources, held_out, settings, accelerator.device, accelerator.autocast)
+        data = split_data(holding_out(recipe, held_out), dataset)
+        found = _sweep_sources(recipe, data, held_out, settings, accelerator.device, accelerator.autocast)
         folder = recipe.output / recipe.name
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"sweep-{held_out}.json", [vars(row) for row in found])
@@ -123,19 +119,18 @@ def _settings(
 
 def _sweep_sources(
     recipe: Recipe,
-    sources: DomainDataset,
+    data: SplitData,
     held_out: str,
     settings: list[ProbeSetting],
     device: torch.device,
     autocast: Autocast,
 ) -> list[SweepRow]:
-    training, validation = split_train_validation(sources, recipe.protocol.validation_fraction, recipe.seed)
-    backbone = load_backbone(recipe.backbone).to(device)
-    prompts = ClassPrompts(sources.prompt_names, prompt_templates(recipe.prompts))
-    training = infer_domains(recipe.domains, backbone, training, recipe.seed, workers=recipe.train.workers).dataset
-    torch.manual_seed(recipe.seed)
-    head = cast(LinearProbeAdapter, build_adapter(recipe.adapter, backbone, prompts))
-    classifier = ClipClassifier(backbone, head, prompts)
+    training, validation = data.training, data.validation
+    pretrained = load_pretrained(recipe, training.prompt_names, device)
+    inferred = infer_domains(recipe.domains, pretrained.backbone, training, recipe.seed, workers=recipe.train.workers)
+    training = inferred.dataset
+    classifier = pretrained.with_new_adapter()
+    head = cast(LinearProbeAdapter, classifier.adapter)
     stores = FeatureConfig(store=True, views=recipe.features.views, folder=recipe.features.folder)
     workers = recipe.train.workers
     train_store = training_store(

@@ -20,6 +20,7 @@ from disam_peft.errors import UserError
 from disam_peft.evaluation.sharpness import rows as sharpness_rows
 from disam_peft.evaluation.sharpness.rows import balanced_sample
 from disam_peft.experiments import run
+from disam_peft.experiments.evaluate import evaluate
 
 METRICS = [
     *("sample_loss", "gradient_norm", "worst_loss_rho_0.05", "sharpness_rho_0.05", "worst_loss_rho_0.2"),
@@ -167,7 +168,7 @@ def test_a_run_records_mistakes_and_on_request_sharpness(recipe, tmp_path, monke
 def test_sharpness_on_data_without_the_held_out_domain_is_refused(recipe, domains_folder):
     [outcome] = run.train(load_recipe(recipe))
     with pytest.raises(UserError, match="sharpness is measured on the sources and on 'photo'"):
-        run.evaluate(outcome.folder, [f"data.root={domains_folder}", "data.domains=[art, cartoon]"], sharpness=True)
+        evaluate(outcome.folder, [f"data.root={domains_folder}", "data.domains=[art, cartoon]"], sharpness=True)
 
 
 def test_a_misspelt_setting_gets_the_nearest_key(recipe):

@@ -1,0 +1,100 @@
+"""The chain from a recipe to a classifier: split of the data, pretrained model, prompts, adapter, classifier.
+
+It stands here once for training, for sweeps and for the doctor. ``run.py`` shows where each part is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from disam_peft.adapters.prompts import ClassPrompts, prompt_templates
+from disam_peft.adapters.registry import build_adapter, planned_image_split
+from disam_peft.backbones.base import ClipBackbone
+from disam_peft.backbones.families import load_backbone
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.config.recipe import Recipe
+from disam_peft.data.dataset import DomainDataset
+from disam_peft.data.splits import leave_out, split_train_validation
+
+
+@dataclass(frozen=True)
+class SplitData:
+    """The data of a run that leaves one domain out. Training and selection are handed source data only.
+
+    Attributes:
+        sources: all samples of every domain but the held-out one; ``training`` and ``validation`` together.
+        training: the samples that the adapter is trained on.
+        validation: the samples of the sources by which the best state is chosen.
+        target: all samples of the held-out domain.
+    """
+
+    sources: DomainDataset
+    training: DomainDataset
+    validation: DomainDataset
+    target: DomainDataset
+
+    def by_split(self) -> dict[str, DomainDataset]:
+        """The two data sets that results are reported on, by the names that records give to them."""
+        return {"source_validation": self.validation, "held_out": self.target}
+
+
+def holding_out(recipe: Recipe, domain: str) -> Recipe:
+    """The recipe of one run, which names the domain that it holds out."""
+    return recipe.model_copy(update={"protocol": recipe.protocol.model_copy(update={"held_out": domain})})
+
+
+def split_data(recipe: Recipe, dataset: DomainDataset) -> SplitData:
+    """Split ``dataset`` as the recipe's protocol says. The held-out domain must be named there, not ``all``.
+
+    Raises:
+        UserError: no such domain; fewer than two domains; a domain too small for the validation fraction.
+    """
+    sources, target = leave_out(dataset, recipe.protocol.held_out)
+    training, validation = split_train_validation(sources, recipe.protocol.validation_fraction, recipe.seed)
+    return SplitData(sources, training, validation, target)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """The recipe's CLIP before any training, and how its text tower is asked about the classes."""
+
+    recipe: Recipe
+    backbone: ClipBackbone
+    prompts: ClassPrompts
+
+    def zero_shot(self) -> ClipClassifier:
+        """A classifier without an adapter.
+
+        Where the recipe stores features, its frozen part ends where that of the adapter to come will end. Both then
+        read the same store, and no image is decoded, and no frozen block run, for the zero-shot numbers alone.
+        """
+        split = planned_image_split(self.recipe.adapter, self.backbone) if self.recipe.features.store else None
+        return ClipClassifier(self.backbone, None, self.prompts, image_split=split)
+
+    def with_new_adapter(self) -> ClipClassifier:
+        """A classifier with the recipe's adapter, whose first weights depend on the recipe's seed alone.
+
+        This seeds torch's random numbers and changes modules inside the backbone.
+
+        Raises:
+            UserError: the backbone carries an adapter already, or does not have what the adapter's config asks for.
+        """
+        torch.manual_seed(self.recipe.seed)
+        return ClipClassifier(
+            self.backbone, build_adapter(self.recipe.adapter, self.backbone, self.prompts), self.prompts
+        )
+
+
+def load_pretrained(recipe: Recipe, class_names: tuple[str, ...], device: torch.device | str = "cpu") -> Pretrained:
+    """Load the recipe's backbone onto ``device`` and put the class names into the recipe's templates.
+
+    Args:
+        class_names: as they stand in a sentence ("polar bear"), one per label.
+
+    Raises:
+        UserError: a backbone or a template that cannot be used.
+    """
+    backbone = load_backbone(recipe.backbone).to(device)
+    return Pretrained(recipe, backbone, ClassPrompts(class_names, prompt_templates(recipe.prompts)))
