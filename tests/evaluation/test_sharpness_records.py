@@ -17,8 +17,7 @@ from disam_peft.config.recipe import load_recipe
 from disam_peft.data.load import load
 from disam_peft.data.splits import leave_out
 from disam_peft.errors import UserError
-from disam_peft.evaluation.sharpness import rows as sharpness_rows
-from disam_peft.evaluation.sharpness.rows import balanced_sample
+from disam_peft.evaluation.sharpness.rows import balanced_sample, sharpness_rows
 from disam_peft.experiments import run
 from disam_peft.experiments.evaluate import evaluate
 
