@@ -1,6 +1,6 @@
 """Shared by all tests: no network, one thread, and the tiny checkpoints written once per session.
 
-This file's folder is on ``sys.path`` for every test: ``from tiny import tiny_openclip``.
+The repository's root is on ``sys.path`` for every test: ``from tests.helpers.tiny import tiny_openclip``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from folders import write_domains
-from tiny import twin_checkpoints
+
+from tests.helpers.folders import write_domains
+from tests.helpers.tiny import twin_checkpoints
 
 torch.set_num_threads(1)
 

@@ -20,7 +20,7 @@ from disam_peft.experiments.run_cache import RunCache
 from disam_peft.experiments.study import Cell, Plan, load_plan
 from disam_peft.report.comparison import COMPARISON, ZERO_SHOT, Comparison, Failure, MeasureRow, RunPlace, judge
 from disam_peft.report.comparison_page import write_comparison
-from disam_peft.report.measures import run_measures, zero_shot_measures
+from disam_peft.report.run_measures import run_measures, zero_shot_measures
 from disam_peft.report.runs import RunRecord
 
 

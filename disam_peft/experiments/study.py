@@ -21,7 +21,7 @@ from disam_peft.config.study import PRESETS, Overrides, Study
 from disam_peft.config.training import TrainConfig
 from disam_peft.config.yaml import read_yaml
 from disam_peft.errors import UserError, did_you_mean
-from disam_peft.report.measures import MEASURES
+from disam_peft.report.run_measures import MEASURES
 
 ADAPTERS = ("lora", "coop", "linear_probe")
 _FAULTS = ("wrong_domains", "wrong_labels", "spurious_color")

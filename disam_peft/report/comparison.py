@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from disam_peft.errors import UserError
-from disam_peft.report.measures import DIAGNOSTICS, MEASURES, Measure
 from disam_peft.report.result_tables import METHOD_TITLES, Cell, latex_text, markdown_text
+from disam_peft.report.run_measures import DIAGNOSTICS, MEASURES, Measure
 from disam_peft.report.statistics import PairedComparison, judged, paired, seed_differences
 
 COMPARISON = "comparison.json"

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from disam_peft.report.comparison import Comparison, Judgement, arm_title, seed_values
 from disam_peft.report.drawing import COLOURS, METHOD_COLOURS, STYLE, svg
-from disam_peft.report.measures import MEASURES
+from disam_peft.report.run_measures import MEASURES
 from disam_peft.report.runs import RunRecord
 
 FACES = {"first": "#0072B2", "second": "#D55E00"}

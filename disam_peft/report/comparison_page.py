@@ -19,7 +19,7 @@ from disam_peft.report.comparison import (
     verdict_table,
 )
 from disam_peft.report.comparison_figures import arm_lines, difference_intervals, domain_panels
-from disam_peft.report.measures import MEASURES
+from disam_peft.report.run_measures import MEASURES
 from disam_peft.report.runs import RunRecord
 
 PANELS = 5

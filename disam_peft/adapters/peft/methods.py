@@ -1,6 +1,6 @@
 """The methods of the peft library that fit a CLIP under sharpness-aware training, and what may be set in each.
 
-A method is listed if it passes the contract of tests/adapters: its gradient is the derivative, it merges, it
+A method is listed if it passes the contract of tests/matrix: its gradient is the derivative, it merges, it
 survives a round trip, and it leaves the base weights alone. Left out on purpose: adalora (needs its own calls and
 loss in the training loop), boft (compiles a CUDA extension when attached), fourierft (fails the gradient test) and
 whatever needs a language model's prompt.

@@ -1,0 +1,116 @@
+"""Runs of ``fit`` in pieces, in this process and on two. Imports no pytest: each process imports this file."""
+
+import os
+import sys
+import traceback
+import warnings
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from disam_peft.adapters.prompts import ClassPrompts
+from disam_peft.config.adapters import LoraAdapterConfig
+from disam_peft.config.data import AugmentConfig, DataConfig, FeatureConfig
+from disam_peft.config.method import MethodConfig
+from disam_peft.config.training import TrainConfig
+from disam_peft.data.load import load
+from disam_peft.training.accelerator import start_accelerator
+from disam_peft.training.trainer import fit
+from tests.helpers.adapter_cells import CELLS, LAST_TWO, tiny_backbone, tiny_classifier
+
+METHODS = {
+    "erm": MethodConfig(name="erm"),
+    "sam": MethodConfig(name="sam", rho=0.3),
+    "disam": MethodConfig(rho=0.3, variance_weight=0.6),
+    "adaptive": MethodConfig(rho=1.0, variance_weight=0.6, adaptive=True),
+}
+ADAPTERS = {**CELLS, "lora-dropout": LoraAdapterConfig(blocks=LAST_TWO, rank=2, dropout=0.4, seed=1)}
+
+
+def run(
+    twins,
+    folder,
+    pieces,
+    *,
+    cell="lora-image",
+    family="open_clip",
+    method="disam",
+    batch=12,
+    steps=3,
+    source="images",
+    scale=None,
+    **settings,
+):
+    """(trained weights, events) after a few steps of SGD with momentum in float64, ``pieces`` pieces a step."""
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    GradientState._reset_state()
+    dataset = load(DataConfig(root=folder, pixel_store=36 if source == "pixel store" else None))
+    prompts = ClassPrompts(dataset.prompt_names, ("a photo of a {}.",))
+    classifier = tiny_classifier(tiny_backbone(twins, family), ADAPTERS[cell], prompts=prompts)
+    accelerator = start_accelerator()
+    if scale is not None:
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    events = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*of the domain weights were negative.*")
+        fit(
+            classifier,
+            dataset,
+            method=METHODS[method],
+            config=TrainConfig(
+                steps=steps,
+                batch_size=batch,
+                gradient_accumulation_steps=pieces,
+                optimizer="sgd",
+                learning_rate=0.05,
+                workers=0,
+                log_every=1,
+                **settings,
+            ),
+            augment=AugmentConfig(kind="none"),
+            features=FeatureConfig(store=source == "feature store"),
+            accelerator=accelerator,
+            on_event=lambda name, **values: events.append((name, values)),
+        )
+    return torch.cat([p.detach().reshape(-1) for p in classifier.trainable().values()]), events
+
+
+ON_TWO = {
+    "two_phase": {"pieces": 2, "batch": 13},
+    "per_domain": {"pieces": 3, "batch": 18},
+    "mean": {"pieces": 3, "batch": 7, "method": "sam"},
+    "whole": {"pieces": 4, "batch": 9, "cell": "coop-shared"},
+    "one piece": {"pieces": 1, "batch": 13},
+}
+
+
+def main(port, open_clip, transformers, folder, output):
+    """Every case of ``ON_TWO`` on two ranks, forks of this process."""
+    torch.set_num_threads(1)
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                results = {}
+                for name, options in ON_TWO.items():
+                    results[name] = run((open_clip, transformers), folder, **options)[0]
+                assert PartialState().num_processes == 2
+                torch.save(results, f"{output}/{rank}.pt")
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    sys.exit(max(codes, key=abs))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

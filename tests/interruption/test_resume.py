@@ -1,0 +1,251 @@
+"""A run that was interrupted and resumed ends in the same files as one that was not, to the last bit."""
+
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from disam_peft.adapters.prompts import ClassPrompts
+from disam_peft.adapters.registry import build_adapter
+from disam_peft.backbones.families import load_backbone
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.config.adapters import LinearProbeConfig, LoraAdapterConfig
+from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.data import DataConfig
+from disam_peft.config.method import MethodConfig
+from disam_peft.config.training import TrainConfig
+from disam_peft.data.load import load
+from disam_peft.disam.perturbation import AscentDirection
+from disam_peft.disam.random_state import RandomState
+from disam_peft.errors import Notice, UserError
+from disam_peft.evaluation.protocols import Score
+from disam_peft.training.checkpoint import storage as checkpoints
+from disam_peft.training.checkpoint.manager import Checkpoints
+from disam_peft.training.checkpoint.state import RECORD, StateRecord, TrainingState
+from disam_peft.training.selection import BestState
+from disam_peft.training.step_metrics import StepCounters
+from disam_peft.training.trainer import fit
+from tests.helpers.interrupted import ended, ends_itself, result, saved
+
+pytestmark = [
+    pytest.mark.skipif(os.name == "nt", reason="processes are forked and killed as POSIX systems do it"),
+    pytest.mark.filterwarnings("ignore::disam_peft.errors.Notice"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_row_33_killed_again_and_again_a_run_ends_in_the_same_bits(finished, make_recipe, start, workers):
+    changes = {"train": {"workers": workers}}
+    began = time.monotonic()
+    expected = finished(**changes)
+    duration, rng = time.monotonic() - began, random.Random(workers)
+    kills = {"perturbed": 0, "saving": 0, "any time": 0}
+    for _ in range(4):
+        recipe = make_recipe(**changes)
+        for kind in kills:  # each goes on from what the one before left
+            where = {
+                "perturbed": (AscentDirection, "add_", rng.randint(1, 4)),
+                "saving": (checkpoints, "_write_through", rng.randint(1, 6)),  # three files each
+            }.get(kind)
+            if where is not None:
+                pid = start(recipe, ends_itself(*where))
+            else:
+                pid = start(recipe)
+                time.sleep(rng.uniform(0, duration))
+                os.kill(pid, signal.SIGKILL)
+            code = ended(pid)
+            assert code in (0, -signal.SIGKILL)
+            kills[kind] += code == -signal.SIGKILL
+        assert ended(start(recipe)) == 0
+        assert result(recipe) == expected
+        shutil.rmtree(recipe.output)
+    assert kills["perturbed"] >= 3 and kills["saving"] >= 3 and sum(kills.values()) >= 10, kills
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": {"pixel_store": 36}, "train": {"workers": 2}},
+        {"features": {"store": True, "views": 2}},
+        {"train": {"gradient_accumulation_steps": 2}},
+    ],
+    ids=["pixel store", "feature store", "accumulation"],
+)
+def test_row_33_with_stores_and_accumulation(finished, make_recipe, start, changes):
+    expected = finished(**changes)
+    recipe = make_recipe(**changes)
+    assert ended(start(recipe, ends_itself(AscentDirection, "add_", 6))) == -signal.SIGKILL
+    assert saved(recipe) == ["step-000002", "step-000004"]
+    assert ended(start(recipe)) == 0
+    assert result(recipe) == expected
+
+
+def test_row_33_killed_between_training_and_the_results(finished, make_recipe, start):
+    """Nothing is trained twice, and a finished run has no checkpoints left."""
+    from disam_peft.experiments import run
+
+    expected, recipe = finished(), make_recipe()
+    assert ended(start(recipe, ends_itself(run, "fit", 1))) == -signal.SIGKILL
+    assert saved(recipe) == ["step-000010", "step-000012"]
+    before = (recipe.folder("photo") / "adapter/adapter_model.safetensors").stat().st_mtime_ns
+    (recipe.folder("photo") / "adapter/adapter_model.safetensors").write_bytes(b"lost by a power cut")
+    assert ended(start(recipe)) == 0
+    assert result(recipe) == expected, "the adapter is written again, from the checkpoint"
+    assert before > 0
+    shutil.rmtree(recipe.output)
+    assert ended(start(recipe, ends_itself(run, "write_results", 1))) == -signal.SIGKILL
+    assert saved(recipe)
+    assert ended(start(recipe)) == 0
+    assert result(recipe) == expected
+
+
+# -- the state, in this process ------------------------------------------------------------------------------
+
+
+class Cut(Exception):
+    """Stands for whatever ends a run."""
+
+
+@pytest.fixture
+def trained(openclip_name, domains_folder, tmp_path):
+    """Train afresh, or from where the last one was cut: (parameters as one vector, events, result)."""
+    dataset = load(DataConfig(root=domains_folder))
+    prompts = ClassPrompts(dataset.prompt_names, ("a photo of a {}.",))
+
+    def run(*, adapter=None, resume=False, cut_at=None, scores=None, made_with=None, method=None, **settings):
+        backbone = load_backbone(BackboneConfig(name=openclip_name))
+        adapter = adapter or LoraAdapterConfig(seed=0, dropout=0.3, rank=2, blocks={"last": 1})
+        classifier, records = ClipClassifier(backbone, build_adapter(adapter, backbone, prompts), prompts), []
+        length = tmp_path / "length"  # a file of one byte per event, in place of metrics.jsonl
+
+        def on_event(name, **values):
+            records.append((name, values))
+            with open(length, "ab") as file:
+                file.write(b".")
+            if name == "step" and values["step"] == cut_at:
+                raise Cut
+
+        values = {"steps": 6, "batch_size": 6, "workers": 0, "log_every": 1, **settings}
+        outcome = fit(
+            classifier,
+            dataset,
+            method=method,
+            config=TrainConfig(**values),
+            validate=None if scores is None else lambda: Score(*scores.pop(0)),
+            on_event=on_event,
+            checkpoints=Checkpoints(tmp_path / "saved", resume, made_with or {}, length),
+        )
+        vector = torch.cat([p.detach().reshape(-1) for p in classifier.trainable().values()])
+        return vector, records, outcome, length.stat().st_size
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"save_every": 2},
+        {"save_every": 2, "optimizer": "sgd", "schedule": "constant", "warmup_steps": 3},
+        {"save_every": 2, "optimizer": "sgd", "momentum": 0.0},
+        {"save_every": 3, "mixed_precision": "bf16", "clip_norm": 0.1},
+        {"save_every": 3, "adapter": LinearProbeConfig(), "method": MethodConfig(name="erm")},
+        {"save_every": 100, "validate_every": 2},
+        {"validate_every": 2},
+    ],
+    ids=str,
+)
+def test_every_part_of_the_state_comes_back(trained, tmp_path, settings):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    expected, events, outcome, length = trained(**settings)
+    shutil.rmtree(tmp_path / "saved")
+    (tmp_path / "length").unlink()
+    with pytest.raises(Cut):
+        trained(cut_at=5, **settings)
+    again, more, resumed, new_length = trained(resume=True, **settings)
+    AcceleratorState._reset_state()
+    assert torch.equal(again, expected)
+    assert resumed == outcome
+    assert new_length == length, "records are cut back to the checkpoint, then go on"
+    begun_at = next(values["step"] for name, values in more if name == "step")
+    assert begun_at == {2: 5, 3: 4, 100: 1, None: 5}[settings.get("save_every")]
+    assert more == events[-len(more) :]
+
+
+def test_the_best_state_before_the_cut_is_not_forgotten(trained, tmp_path):
+    scores = [(0.5, -1.0), (0.9, -float("inf")), (0.9, -float("inf"))]
+    expected, _, outcome, _ = trained(validate_every=2, scores=list(scores))
+    assert outcome.best_step == 4
+    shutil.rmtree(tmp_path / "saved")
+    with pytest.raises(Cut):
+        trained(validate_every=2, scores=list(scores), cut_at=6)
+    again, _, resumed, _ = trained(validate_every=2, scores=scores[2:], resume=True)
+    assert torch.equal(again, expected)
+    assert (resumed.best_step, resumed.best_score) == (4, (0.9, -float("inf")))
+
+
+def test_a_run_of_one_step_and_one_that_is_done(trained):
+    expected = trained(steps=1)[0]
+    again, events, outcome, _ = trained(steps=1, resume=True)
+    assert torch.equal(again, expected)
+    assert [name for name, _ in events] == ["trained"], "no step is left"
+    assert outcome.best_step == 1
+
+
+def test_the_number_of_checkpoints_kept(trained, tmp_path):
+    trained(save_every=1, keep_checkpoints=4)
+    assert len(list((tmp_path / "saved").iterdir())) == 4
+    shutil.rmtree(tmp_path / "saved")
+    trained(save_every=4)
+    assert [path.name for path in sorted((tmp_path / "saved").iterdir())] == ["step-000004", "step-000006"]
+
+
+def test_row_38_another_content_or_another_adapter_is_refused(trained):
+    with pytest.raises(Cut):
+        trained(save_every=2, cut_at=5, made_with={"images of art/red": "8", "weights": "abc"})
+    with pytest.raises(UserError, match=r"images of art/red: 8 -> 7\n  images of art/tan: none -> 1"):
+        trained(resume=True, made_with={"images of art/red": "7", "images of art/tan": "1", "weights": "abc"})
+    same = {"images of art/red": "8", "weights": "abc"}
+    with pytest.raises(UserError, match=r"its adapter differs"):
+        trained(resume=True, made_with=same, adapter=LoraAdapterConfig(seed=0, rank=4, blocks={"last": 1}))
+    with pytest.raises(UserError, match=r"its optimizer differs"):
+        trained(resume=True, made_with=same, optimizer="sgd")
+    with pytest.warns(Notice, match=r"going on after step 4 \(of 6 steps\)"):
+        trained(resume=True, made_with=same)
+
+
+def test_the_loss_scaler_of_fp16_comes_back(openclip_name):
+    """Through the state alone: Accelerate has no scaler on a CPU."""
+    backbone = load_backbone(BackboneConfig(name=openclip_name))
+    prompts = ClassPrompts(("a", "b"), ("{}",))
+    adapter = build_adapter(LinearProbeConfig(), backbone, prompts)
+
+    def state():
+        classifier = ClipClassifier(backbone, adapter, prompts)
+        optimizer = torch.optim.AdamW(classifier.trainable().values())
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        counters = StepCounters(("x",), 1, MethodConfig())
+        best = BestState(classifier, None, None)
+        return TrainingState(classifier, optimizer, LambdaLR(optimizer, lambda step: 1.0), scaler, counters, best)
+
+    before = state()
+    weight = next(iter(before.classifier.trainable().values()))
+    for factor in (1.0, float("inf")):  # the second overflows and halves the scale
+        before.optimizer.zero_grad()
+        before.scaler.scale(weight.sum() * factor).backward()
+        before.scaler.step(before.optimizer)
+        before.scaler.update()
+    files = before.to_files([RandomState.of([weight])], made_with={}, records_bytes=None)
+    after = state()
+    after.from_files(files, StateRecord.model_validate_json(files[RECORD]), 0)
+    assert after.scaler.state_dict() == before.scaler.state_dict()
+    assert after.scaler.get_scale() == 2.0**9
+    steps = [s.optimizer.state[weight]["step"] for s in (before, after)]
+    assert steps[0] == steps[1] == 1

@@ -1,0 +1,131 @@
+"""Recipes: strict, all mistakes at once, and what is written is what is read."""
+
+import pytest
+
+from disam_peft.config.adapters import CoOpConfig, LoraAdapterConfig
+from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.data import DataConfig
+from disam_peft.config.protocol import ProtocolConfig
+from disam_peft.config.recipe import Recipe, as_dict, differences, load_recipe, save_recipe
+from disam_peft.errors import UserError
+from tests.helpers.paths import RECIPES
+
+PATHS = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "studies")  # those have their own test
+GOOD = """
+name: try
+backbone: {name: ViT-B-32, pretrained: openai}
+adapter: {kind: lora, rank: 4, blocks: {last: 2}}
+data: {root: data/PACS}
+protocol: {held_out: sketch}
+"""
+
+
+def write(tmp_path, text=GOOD):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_every_shipped_recipe_loads():
+    paths = PATHS
+    assert len(paths) == len({load_recipe(path).name for path in paths}) >= 9, "names of runs must not collide"
+    combinations = {(r.adapter.kind, r.method.name) for r in map(load_recipe, paths)}
+    assert combinations >= {(a, m) for a in ("lora", "coop", "linear_probe") for m in ("erm", "sam", "disam")}
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_the_header_of_a_recipe_gives_the_command_that_runs_it(path):
+    header = path.read_text().split("name:")[0]
+    assert f"disam-peft train {path.relative_to(RECIPES.parent).as_posix()}" in header
+
+
+def test_overrides_are_yaml_and_reach_every_depth(tmp_path):
+    recipe = load_recipe(
+        write(tmp_path),
+        ["train.steps=7", "adapter.blocks=[0, 2]", "data.domains=[a, b]", "method.name=sam", "evaluation.batch_size=3"],
+    )
+    assert (recipe.train.steps, recipe.adapter.blocks, recipe.method.name) == (7, [0, 2], "sam")
+    assert recipe.data.domains == ["a", "b"]
+    assert recipe.evaluation.batch_size == 3
+    assert load_recipe(write(tmp_path), ["backbone.pretrained=none"]).backbone.pretrained == "none"
+    assert load_recipe(write(tmp_path), ["adapter={kind: coop, class_specific: true}"]).adapter == CoOpConfig(
+        class_specific=True
+    )
+
+
+def test_row_46_all_mistakes_at_once_each_with_the_nearest_key(tmp_path):
+    overrides = ["train.stepz=3", "adapter.rnk=2", "method.rho=-1", "protocol.held_ot=x", "no-equals-sign", "nme=x"]
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(tmp_path), overrides)
+    message = str(caught.value)
+    for part in (
+        "6 mistakes in recipe",
+        "train.stepz: unknown key; did you mean 'steps'",
+        "adapter.rnk: unknown key; did you mean 'rank'",
+        "method.rho: Input should be greater than or equal to 0 (given: -1)",
+        "protocol.held_ot: unknown key; did you mean 'held_out'",
+        "override 'no-equals-sign' must look like train.steps=200",
+        "nme: unknown key; did you mean 'name'",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adapter.kind=lorra", "adapter.*'lora', 'peft', 'coop', 'linear_probe'"),
+        ("method.rho=nan", "method.rho"),
+        ("method.variance_weight=-0.1", "method.variance_weight.*greater than or equal to 0"),
+        ("train.gradient_accumulation_steps=33", "batch_size=32 images into more micro-batches.*use at most 32"),
+        ("train.warmup_steps=1000", "warmup_steps=1000 must be less than steps=1000"),
+        ("name=a/b", "name"),
+        ("train=5", "train"),
+        ("data.root=null", "exactly one of"),
+        ("train.optimizer=adam", "'adamw' or 'sgd'"),
+    ],
+)
+def test_row_26_values_out_of_range_name_the_key(tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        load_recipe(write(tmp_path), [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("name: [", "not valid YAML"), ("- 1", "must hold keys"), ("", "must hold keys")]
+)
+def test_files_that_are_no_recipes(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        load_recipe(write(tmp_path, text))
+    with pytest.raises(UserError, match="cannot read the recipe"):
+        load_recipe(tmp_path / "missing.yaml")
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_the_resolved_recipe_reads_back_equal(tmp_path, path):
+    recipe = load_recipe(path, ["train.clip_norm=1.5", "data.root=some/where"])
+    save_recipe(recipe, tmp_path / "resolved.yaml")
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+    assert "steps:" in (tmp_path / "resolved.yaml").read_text()
+
+
+def test_differences_name_every_changed_setting():
+    base = Recipe(
+        name="a",
+        backbone=BackboneConfig(name="ViT-B-32"),
+        adapter=LoraAdapterConfig(),
+        data=DataConfig(root="x"),
+        protocol=ProtocolConfig(held_out="sketch"),
+    )
+    changed = base.model_copy(update={"seed": 3, "adapter": LoraAdapterConfig(rank=2)})
+    assert differences(as_dict(base), as_dict(base)) == []
+    assert differences(as_dict(base), as_dict(changed)) == ["adapter.rank: 8 -> 2", "seed: 0 -> 3"]
+
+
+def test_one_average_or_several_are_written_as_they_are_read(tmp_path):
+    one, several = ["average={kind: ema, decay: 0.9}"], ["average=[{kind: ema}, {kind: ema, decay: 0.5}]"]
+    for number, overrides in enumerate((one, several)):
+        recipe = load_recipe(write(tmp_path), overrides)
+        save_recipe(recipe, tmp_path / f"{number}.yaml")
+        assert load_recipe(tmp_path / f"{number}.yaml") == recipe
+    assert [average.decay for average in recipe.average] == [0.999, 0.5]
+    with pytest.raises(UserError, match=r"average"):
+        load_recipe(write(tmp_path), ["average={kind: ema, decay: 1}"])

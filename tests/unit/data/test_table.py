@@ -1,0 +1,230 @@
+"""CSV, TSV, Parquet and Hugging Face datasets: the same samples by other roads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from disam_peft.config.data import DataConfig
+from disam_peft.data.load import load
+from disam_peft.errors import UserError
+from tests.helpers.tiny_images import write_image
+
+
+def write_csv(tree, rows: list[str] | None = None, header: str = "image,label,domain", name: str = "t.csv") -> Path:
+    root = tree({"a": {"cat": 2}, "b": {"cat": 1}})
+    if rows is None:
+        rows = ["b/cat/0.png,cat,b", "a/cat/1.png,cat,a", "a/cat/0.png,cat,a"]
+    path = root / name
+    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+    return path
+
+
+def test_csv_gives_what_the_folder_gives(tree):
+    table = load(DataConfig(table=write_csv(tree)))
+    folder = load(DataConfig(root=table.base))
+    assert table.keys == folder.keys
+    assert table.fingerprint == folder.fingerprint
+    assert table.hashes == folder.hashes
+
+
+def test_csv_text_stays_text(tree):
+    rows = ["a/cat/0.png,None,007", "a/cat/1.png,NA,007", "b/cat/0.png,1.0,007"]
+    dataset = load(DataConfig(table=write_csv(tree, rows), classes="union"))
+    assert dataset.classes == ("1.0", "NA", "None")
+    assert dataset.domains == ("007",)
+
+
+def test_csv_with_a_byte_order_mark_as_spreadsheets_write_it(tree):
+    path = write_csv(tree)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert load(DataConfig(table=path)).keys == ("a/cat/0.png", "a/cat/1.png", "b/cat/0.png")
+
+
+def test_named_columns_and_tsv(tree):
+    path = write_csv(tree, ["a/cat/0.png\tx, y\tp", "b/cat/0.png\tx, y\tq"], "file\twhat\twhere", "t.tsv")
+    dataset = load(DataConfig(table=path, image_column="file", label_column="what", domain_column="where"))
+    assert dataset.classes == ("x, y",) and dataset.domains == ("p", "q")
+
+
+def test_image_root(tree, tmp_path):
+    path = write_csv(tree)
+    moved = tmp_path / "elsewhere.csv"
+    path.rename(moved)
+    with pytest.raises(UserError, match=r"(?s)3 of 3 images .* are not there.*row 0: .*data.image_root"):
+        load(DataConfig(table=moved))
+    assert len(load(DataConfig(table=moved, image_root=path.parent))) == 3
+
+
+@pytest.mark.parametrize("path", ["../outside/cat/0.png", "{tmp}/outside/cat/0.png", "link.png", "door/0.png"])
+def test_row_16_a_table_path_out_of_its_root(tree, tmp_path, path):
+    outside = write_image(tmp_path / "outside" / "cat" / "0.png")
+    table = write_csv(tree, [f"{path.replace('{tmp}', str(tmp_path))},cat,a"])
+    (table.parent / "link.png").symlink_to(outside)
+    (table.parent / "door").symlink_to(outside.parent)
+    with pytest.raises(UserError, match=r"row 0 of .* leads to .*outside/cat/0\.png, outside of"):
+        load(DataConfig(table=table))
+
+
+def test_an_absolute_path_inside_the_root_is_fine(tree, tmp_path):
+    table = write_csv(tree, [f"{tmp_path}/tree/a/cat/0.png,cat,a", "a/../b/cat/0.png,cat,b"])
+    assert load(DataConfig(table=table)).keys == ("a/cat/0.png", "b/cat/0.png")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["a/cat/0.png,,a"], "row 0 of .* has no 'label'"),
+        (["a/cat/0.png,cat,a", ",cat,a"], "row 1 of .* has no image"),
+        (["a/cat/0.png,cat,a", "b/cat/0.png,cat,b", "./a/cat/0.png,cat,b"], "rows 0 and 2 .* both name"),
+        (["a/cat/0.png,cat"], "cannot be read"),
+        ([], "no rows"),
+    ],
+)
+def test_bad_rows(tree, rows, message):
+    with pytest.raises(UserError, match=message):
+        load(DataConfig(table=write_csv(tree, rows)))
+
+
+def test_missing_column_and_other_kinds_of_file(tree):
+    path = write_csv(tree)
+    with pytest.raises(UserError, match=r"label_column='lable'.*did you mean 'label'.*columns: image, label, domain"):
+        load(DataConfig(table=path, label_column="lable"))
+    with pytest.raises(UserError, match=r"expected \.csv, \.tsv or \.parquet"):
+        load(DataConfig(table=path.rename(path.with_suffix(".xlsx"))))
+    with pytest.raises(UserError, match="is not a file"):
+        load(DataConfig(table=path))
+
+
+def embedded(tree) -> datasets.Dataset:
+    """Six images as a dataset of the hub has them: bytes and a bare name, ClassLabel, domain as text."""
+    root = tree(["a", "b"], ["cat", "dog"], 2)
+    files = sorted(root.glob("*/*/*.png"), reverse=True)
+    return datasets.Dataset.from_dict(
+        {
+            "image": [{"bytes": path.read_bytes(), "path": path.name} for path in files],
+            "label": [["dog", "cat"].index(path.parent.name) for path in files],
+            "domain": [path.parent.parent.name for path in files],
+        },
+        features=datasets.Features(
+            {
+                "image": datasets.Image(),
+                "label": datasets.ClassLabel(names=["dog", "cat"]),
+                "domain": datasets.Value("string"),
+            }
+        ),
+    )
+
+
+@pytest.mark.parametrize("kind", ["disk", "dict", "hub_parquet", "table_parquet", "folder"])
+def test_embedded_images_equal_the_folder(tree, tmp_path, kind):
+    source = embedded(tree)
+    place = tmp_path / "stored"
+    if kind == "disk":
+        source.save_to_disk(place)
+    elif kind == "dict":
+        datasets.DatasetDict({"train": source}).save_to_disk(place)
+    else:
+        place.mkdir()
+        source.to_parquet(place / "data.parquet")
+    if kind == "table_parquet":
+        config = DataConfig(table=place / "data.parquet")
+    else:
+        config = DataConfig(hub=str(place / "data.parquet" if kind == "hub_parquet" else place))
+    dataset = load(config)
+    folder = load(DataConfig(root=tmp_path / "tree"))
+    assert dataset.classes == ("cat", "dog")
+    assert dataset.keys == folder.keys  # domain/class/name: the names are unique with these
+    assert np.array_equal(dataset.labels, folder.labels) and dataset.hashes == folder.hashes
+    assert np.array_equal(dataset.image(5), folder.image(5))
+    assert "row " in dataset.source(0) and "0.png" in dataset.source(0)
+    assert load(config).fingerprint == dataset.fingerprint
+
+
+def test_a_local_image_folder_with_metadata(tree, tmp_path):
+    root = tree(["a", "b"], ["cat"], 2)
+    lines = [f"{path.relative_to(root)},{path.parent.name},{path.parts[-3]}" for path in root.glob("*/*/*.png")]
+    (root / "metadata.csv").write_text("\n".join(["file_name,what,domain", *lines]))
+    dataset = load(DataConfig(hub=str(root), label_column="what"))
+    assert dataset.keys == load(DataConfig(root=root)).keys
+    assert dataset.base == root
+
+
+def test_rows_without_names_are_called_by_number(tree, tmp_path):
+    source = embedded(tree).cast_column("image", datasets.Image(decode=False))
+    nameless = source.map(lambda row: {"image": {"bytes": row["image"]["bytes"], "path": None}})
+    nameless.save_to_disk(tmp_path / "stored")
+    dataset = load(DataConfig(hub=str(tmp_path / "stored")))
+    assert sorted(dataset.keys) == [f"row {row:09d}" for row in range(8)]
+
+
+def test_bad_embedded_image_names_its_row(tree, tmp_path):
+    source = embedded(tree).cast_column("image", datasets.Image(decode=False))
+    broken = source.map(
+        lambda row, i: {"image": {"bytes": b"" if i == 5 else row["image"]["bytes"]}}, with_indices=True
+    )
+    broken.save_to_disk(tmp_path / "stored")
+    with pytest.raises(UserError, match=r"(?s)1 of 8 images.*row 5 of .*stored.*: the file is empty"):
+        load(DataConfig(hub=str(tmp_path / "stored")))
+
+
+def test_row_16_a_stored_dataset_may_not_point_anywhere(tmp_path):
+    outside = write_image(tmp_path / "outside" / "cat" / "0.png")
+    source = datasets.Dataset.from_dict({"image": [str(outside)], "label": ["cat"], "domain": ["a"]})
+    source.save_to_disk(tmp_path / "stored")
+    with pytest.raises(UserError, match=r"row 0 .*leads to .*outside"):
+        load(DataConfig(hub=str(tmp_path / "stored")))
+    config = DataConfig(hub=str(tmp_path / "stored"), image_root=tmp_path)
+    assert load(config).keys == ("outside/cat/0.png",)
+
+
+def test_splits_of_a_stored_dataset(tree, tmp_path):
+    source = embedded(tree)
+    place = str(tmp_path / "stored")
+    datasets.DatasetDict({"train": source.select(range(6)), "test": source.select(range(6, 8))}).save_to_disk(place)
+    with pytest.raises(UserError, match=r"splits train, test; choose one"):
+        load(DataConfig(hub=place))
+    with pytest.raises(UserError, match=r"'tset' is not a split .*did you mean 'test'"):
+        load(DataConfig(hub=place, split="tset"))
+    assert len(load(DataConfig(hub=place, split="test"))) == 2
+
+
+def test_hidden_labels_are_refused(tree, tmp_path):
+    source = embedded(tree)
+    hidden = source.remove_columns("label").add_column("label", [-1] * 8).cast_column("label", source.features["label"])
+    hidden.save_to_disk(tmp_path / "stored")
+    with pytest.raises(UserError, match=r"row 0 of .* has no 'label'"):
+        load(DataConfig(hub=str(tmp_path / "stored")))
+
+
+def test_a_column_that_holds_no_images(tmp_path):
+    source = datasets.Dataset.from_dict({"image": [1.5], "label": ["cat"], "domain": ["a"]})
+    source.save_to_disk(tmp_path / "stored")
+    with pytest.raises(UserError, match="not images or paths"):
+        load(DataConfig(hub=str(tmp_path / "stored")))
+
+
+def test_hub_that_does_not_exist(tmp_path):
+    with pytest.raises(UserError, match="does not exist; give a hub id"):
+        load(DataConfig(hub=str(tmp_path / "nowhere")))
+
+
+def test_hub_without_network_says_how_to_fetch(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"not in the cache .*hf download --repo-type dataset nobody/nothing"):
+        load(DataConfig(hub="nobody/nothing"))
+
+
+def test_config_name_reaches_the_library(monkeypatch, tree, tmp_path):
+    asked = []
+
+    def fake(*arguments):
+        asked.append(arguments)
+        return datasets.DatasetDict({"train": embedded(tree)})
+
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    assert len(load(DataConfig(hub="owner/pacs", config_name="mini"))) == 8
+    assert asked == [("owner/pacs", "mini")]

@@ -1,0 +1,99 @@
+"""Predictions do not wait for the device between batches."""
+
+import importlib
+
+import numpy as np
+import pytest
+import torch
+
+from disam_peft.adapters.prompts import ClassPrompts
+from disam_peft.adapters.registry import build_adapter
+from disam_peft.backbones.families import load_backbone
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.classification.frozen_features import evaluation_store
+from disam_peft.config.adapters import LinearProbeConfig
+from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.data import DataConfig, FeatureConfig
+from disam_peft.config.evaluation import EvaluationConfig
+from disam_peft.data.load import load
+from disam_peft.evaluation.predict import predict
+from tests.helpers.adapter_cells import tiny_backbone, tiny_classifier
+
+predict_module = importlib.import_module("disam_peft.evaluation.predict")  # the package has a function of that name
+
+
+@pytest.fixture
+def dataset(domains_folder):
+    return load(DataConfig(root=domains_folder))
+
+
+@pytest.fixture
+def classifier(openclip_name, dataset):
+    backbone = load_backbone(BackboneConfig(name=openclip_name))
+    prompts = ClassPrompts(dataset.prompt_names, ("a photo of a {}.",))
+    return ClipClassifier(backbone, build_adapter(LinearProbeConfig(), backbone, prompts), prompts)
+
+
+def test_every_sample_stands_in_its_own_row(classifier, dataset):
+    settings = EvaluationConfig(batch_size=7, workers=0)
+    whole = predict(classifier, dataset, settings)
+    assert whole.logits_NC.shape == (96, 4) and whole.logits_NC.device.type == "cpu"
+    chosen = np.array([90, 3, 41])
+    part = predict(classifier, dataset.select(chosen), settings)
+    assert torch.allclose(part.logits_NC, whole.logits_NC[chosen], atol=1e-5)
+
+
+def test_what_is_held_on_the_device_is_bounded_and_changes_nothing(classifier, dataset, monkeypatch):
+    settings = EvaluationConfig(batch_size=7, workers=0)
+    whole, moved = predict(classifier, dataset, settings), []
+    real = predict_module._on_the_host
+    monkeypatch.setattr(predict_module, "HELD_BYTES", 3 * 7 * 4 * 4)  # three batches of float32
+    monkeypatch.setattr(predict_module, "_on_the_host", lambda parts: moved.append(len(parts)) or real(parts))
+    assert torch.equal(predict(classifier, dataset, settings).logits_NC, whole.logits_NC)
+    assert moved == [4, 4, 4, 2]
+
+
+def test_class_features_are_computed_once(twins, dataset, monkeypatch):
+    classifier = tiny_classifier(
+        tiny_backbone(twins, "open_clip"), "coop-shared", prompts=ClassPrompts(dataset.prompt_names, ("{}",))
+    )
+    settings, calls, compute = EvaluationConfig(batch_size=7, workers=0), [], ClipClassifier.class_features
+    monkeypatch.setattr(ClipClassifier, "class_features", lambda self: calls.append(1) or compute(self))
+    found = predict(classifier, dataset, settings)
+    assert len(calls) == 1
+    pixels = torch.stack([classifier.backbone.image_transform(dataset.image(i)) for i in range(7)]).double()
+    with torch.no_grad():
+        assert torch.equal(found.logits_NC[:7], classifier(pixels))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("source", ["images", "store"])
+def test_no_batch_waits_for_the_device(classifier, dataset, source, tmp_path, monkeypatch):
+    """From the third batch on waiting is an error, and allowed again when the last one is queued."""
+    store = None
+    if source == "store":
+        store = evaluation_store(classifier, dataset, FeatureConfig(store=True, folder=tmp_path), workers=0)
+    settings = EvaluationConfig(batch_size=7, workers=0)
+    expected = predict(classifier, dataset, settings)
+    classifier.cuda()
+    predict(classifier, dataset, settings, store=store)
+    real, calls = ClipClassifier.logits, []
+
+    def logits(self, frozen, **more):
+        calls.append(1)
+        if len(calls) == 3:
+            torch.cuda.set_sync_debug_mode("error")
+        found = real(self, frozen, **more)
+        if len(calls) == 14:
+            torch.cuda.set_sync_debug_mode("default")
+        return found
+
+    monkeypatch.setattr(ClipClassifier, "logits", logits)
+    try:
+        ours = predict(classifier, dataset, settings, store=store)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(calls) == 14
+    assert ours.logits_NC.device.type == "cpu"
+    assert torch.allclose(ours.logits_NC, expected.logits_NC, atol=1e-3)

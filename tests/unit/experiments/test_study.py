@@ -1,0 +1,128 @@
+"""Study files: what they become, and all of their mistakes at once."""
+
+from itertools import pairwise
+
+import pytest
+
+from disam_peft.config.shapes import DOMAINS
+from disam_peft.errors import UserError
+from disam_peft.experiments.study import load_plan
+from tests.helpers.paths import RECIPES
+
+RECIPE = """
+recipe:
+  backbone: {name: demo}
+  adapter: {kind: lora, rank: 4}
+  data: {shapes: {images_per_class: 5}}
+  protocol: {held_out: sketch}
+  train: {steps: 30, warmup_steps: 3, validate_every: 10}
+"""
+
+
+def plan(tmp_path, text=RECIPE, overrides=(), **options):
+    path = tmp_path / "my_study.yaml"
+    path.write_text(text)
+    return load_plan(path, overrides, output=tmp_path / "out", **options)
+
+
+def test_cells_cross_conditions_arms_domains_and_seeds(tmp_path):
+    text = RECIPE + (
+        "arms: {erm: , weak: {method.name: disam, method.variance_weight: 0.1}, disam: {method.variance_weight: 1}}\n"
+        'conditions: {"1:1": {}, "1:4": {data.shapes.per_domain: {photo: 20}}}\n'
+        "held_out: [sketch, painting]\nseeds: [3, 5]\n"
+    )
+    found = plan(tmp_path, text)
+    assert len(found.cells) == len({cell.folder for cell in found.cells}) == 2 * 3 * 2 * 2
+    cell = next(c for c in found.cells if (c.condition, c.arm, c.held_out, c.seed) == ("1:4", "weak", "painting", 5))
+    assert cell.folder == tmp_path / "out/runs/1-4/weak/seed5/painting"
+    assert cell.recipe.seed == cell.recipe.data.shapes.seed == 5, "every seed has images of its own"
+    assert cell.recipe.data.shapes.per_domain == {"photo": 20}
+    assert (cell.recipe.method.name, cell.recipe.method.variance_weight) == ("disam", 0.1)
+    assert cell.recipe.protocol.held_out == "painting"
+    assert found.pairs == [("weak", "erm"), ("disam", "erm")]
+    assert found.fresh_data
+    shared = [cell.shared for cell in found.cells]
+    assert sum(a != b for a, b in pairwise(shared)) == 2 * 2 * 2 - 1, "equal data come together"
+
+
+def test_erm_at_twice_the_steps_stretches_the_schedule(tmp_path):
+    found = plan(tmp_path, seeds=1)
+    assert list(found.arms) == ["erm", "erm_2x", "sam", "disam"]
+    train = {cell.arm: cell.recipe.train for cell in found.cells}
+    assert (train["erm_2x"].steps, train["erm_2x"].warmup_steps, train["erm_2x"].validate_every) == (60, 6, 20)
+    assert (train["disam"].steps, train["disam"].warmup_steps) == (30, 3)
+    assert {cell.arm: cell.recipe.method.name for cell in found.cells}["erm_2x"] == "erm"
+    assert found.pairs == [
+        *(("erm_2x", "erm"), ("sam", "erm"), ("disam", "erm")),
+        *(("disam", "sam"), ("disam", "erm_2x")),
+    ]
+
+
+def test_faults_spare_the_held_out_domain_of_each_cell(tmp_path):
+    text = RECIPE + "conditions: {clean: {}, noisy: {data.shapes.wrong_labels: 0.5}}\nheld_out: all\nseeds: 1\n"
+    found = plan(tmp_path, text)
+    assert {cell.held_out for cell in found.cells} == set(DOMAINS)
+    targets = {(cell.condition, cell.recipe.data.shapes.target == cell.held_out) for cell in found.cells}
+    assert targets == {("clean", False), ("noisy", True)}
+
+
+def test_a_plain_recipe_and_the_options_of_the_command(tmp_path):
+    path = tmp_path / "plain.yaml"
+    path.write_text(
+        "name: x\nbackbone: {name: demo}\nadapter: {kind: lora, rank: 2}\ndata: {shapes: {seed: 9}}\n"
+        "protocol: {held_out: photo}\n"
+    )
+    found = load_plan(path, ["train.steps=8"], output=tmp_path, seeds=2, held_out=["sketch"], adapters=["lora", "coop"])
+    assert list(found.conditions) == ["lora", "coop"]
+    assert {(cell.condition, cell.recipe.adapter.kind) for cell in found.cells} == {("lora", "lora"), ("coop", "coop")}
+    assert {cell.recipe.adapter.rank for cell in found.cells if cell.condition == "lora"} == {2}, "its own is kept"
+    assert {cell.recipe.train.steps for cell in found.cells} == {8, 16}
+    assert {cell.held_out for cell in found.cells} == {"sketch"}
+    assert {cell.seed for cell in found.cells} == {0, 1}
+
+
+def test_the_data_may_stay_the_same(tmp_path):
+    found = plan(tmp_path, RECIPE + "data_seed: recipe\n", ["data.shapes.seed=9"])
+    assert {cell.recipe.data.shapes.seed for cell in found.cells} == {9}
+    assert not found.fresh_data
+
+
+def test_row_46_all_mistakes_of_a_study_at_once(tmp_path):
+    text = RECIPE + (
+        "arms: {erms: , sam: {method.rhoo: 1}}\nheld_out: [skech]\nmetric: top2\nbaseline: erm\n"
+        "conditions: {a/b: {}, a b: {train.steps: 0}}\n"
+    )
+    with pytest.raises(UserError) as caught:
+        plan(tmp_path, text, ["train.stepz=3"])
+    message = str(caught.value)
+    for part in (
+        "arms.erms: has no overrides and is none of erm, erm_2x, sam, disam",
+        "no domain 'skech'; did you mean 'sketch'?",
+        "metric: no measure 'top2'",
+        "no arm 'erm' to compare with",
+        "conditions: two of the names a/b, a b give the same folder",
+    ):
+        assert part in message
+    with pytest.raises(UserError) as caught:
+        plan(tmp_path, RECIPE + "arms: {sam: {method.rhoo: 1}, erm: }\n", ["train.stepz=3"])
+    assert "arm 'sam': method.rhoo: unknown key; did you mean 'rho'?" in str(caught.value)
+    assert "train.stepz: unknown key" in str(caught.value)
+    with pytest.raises(UserError, match="unknown key; did you mean 'conditions'"):
+        plan(tmp_path, RECIPE + "condition: {}\nseeds: 3\n")
+    with pytest.raises(UserError, match="conditions: the name 70 is no text; put it in quotes"):
+        plan(tmp_path, RECIPE + "conditions: {1:10: {}}\n")
+    with pytest.raises(UserError, match="'probe' is none of lora, coop, linear_probe"):
+        plan(tmp_path, adapters=["probe"])
+
+
+STUDIES = sorted((RECIPES / "studies").glob("[a-z]_*.yaml"))
+
+
+def test_every_shipped_study_loads(tmp_path):
+    assert {path.name[0] for path in STUDIES} == set("abcdef")
+    for path in STUDIES:
+        found = load_plan(path, output=tmp_path)
+        assert found.question
+        assert len({cell.seed for cell in found.cells}) >= 5
+        header = path.read_text().split("question:")[0]
+        assert f"disam-peft compare recipes/studies/{path.name}" in header

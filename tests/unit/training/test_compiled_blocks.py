@@ -1,0 +1,146 @@
+"""Compiled blocks: the same step up to rounding, inside of training steps and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+
+from disam_peft import DISAM
+from disam_peft.backbones.families import load_backbone
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.training import TrainConfig
+from disam_peft.errors import UserError
+from disam_peft.objectives.losses import cross_entropy
+from disam_peft.training import trainer as loop
+from disam_peft.training.compiled_blocks import CompiledBlocks
+from tests.helpers import accumulated_runs
+from tests.helpers.adapter_cells import FAMILIES, LABELS, pixels, tiny_backbone, tiny_classifier
+from tests.helpers.tiny import tiny_openclip
+
+DOMAINS = torch.tensor([0, 1, 2, 0, 1, 2])
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+class Counting:
+    """A backend that compiles nothing and counts how often its graphs run."""
+
+    def __init__(self) -> None:
+        self.compiled = self.ran = 0
+
+    @property
+    def backend(self) -> Callable[..., Any]:
+        return aot_autograd(fw_compiler=self._compile)
+
+    def _compile(self, graph: Any, _: Any) -> Any:
+        self.compiled += 1
+
+        def run(*args: Any) -> Any:
+            self.ran += 1
+            return graph.forward(*args)
+
+        return run
+
+
+@pytest.fixture(autouse=True)
+def afresh() -> None:
+    torch.compiler.reset()
+
+
+def gradients(classifier: ClipClassifier, around: Any) -> dict[str, Tensor]:
+    disam = DISAM(classifier.trainable().values(), rho=0.3, variance_weight=0.6)
+    with around:
+        logits = classifier.cached_logits(classifier.encode_frozen(pixels()))
+        disam.backward(lambda: cross_entropy(logits(), LABELS), DOMAINS)
+    return {name: p.grad.clone() for name, p in classifier.trainable().items()}
+
+
+@pytest.mark.parametrize("cell", ["lora-image", "lora-both", "coop-shared"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_is_the_same_and_blocks_are_eager_outside(twins: tuple[str, str], family: str, cell: str) -> None:
+    classifier = tiny_classifier(tiny_backbone(twins, family), cell).double().train()
+    expected, counting = gradients(classifier, nullcontext()), Counting()
+    blocks = classifier.backbone.blocks("image") + classifier.backbone.blocks("text") * (cell == "lora-both")
+    compiled = CompiledBlocks(blocks, counting.backend)
+    for _ in range(2):
+        ran = counting.ran
+        found = gradients(classifier, compiled)
+        assert counting.ran > ran
+        assert all((found[name] - expected[name]).abs().max() < 1e-12 for name in expected)
+    ran, built = counting.ran, counting.compiled
+    again = gradients(classifier, nullcontext())
+    assert counting.ran == ran
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+    assert built <= 12  # kinds of blocks, not blocks
+
+
+def test_blocks_of_the_text_tower_only_where_it_is_trained(twins: tuple[str, str]) -> None:
+    for cell, count in (("lora-image", 3), ("lora-both", 6), ("lora-text", 6), ("coop-shared", 3)):
+        classifier = tiny_classifier(tiny_backbone(twins, "open_clip"), cell)
+        assert len(CompiledBlocks.of(classifier)._blocks) == count
+
+
+def test_a_tower_without_blocks_says_that_nothing_is_compiled(tmp_path: Path) -> None:
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8, "patch_size": None}
+    name = tiny_openclip(tmp_path, vision_cfg=vision)
+    classifier = tiny_classifier(load_backbone(BackboneConfig(name=name)), "coop-shared")
+    with pytest.warns(UserWarning, match=r"train.compile=true does nothing.*no transformer blocks"):
+        compiled = CompiledBlocks.of(classifier)
+    with compiled:
+        assert classifier(pixels(2, torch.float32)).shape == (2, 3)
+
+
+@pytest.fixture
+def run(twins: tuple[str, str], domains_folder: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    def of(**options: Any) -> Any:
+        monkeypatch.setattr(accumulated_runs, "TrainConfig", lambda **given: TrainConfig(**{**given, **options}))
+        return accumulated_runs.run(twins, domains_folder, 1, steps=6)
+
+    return of
+
+
+def test_training_comes_to_the_same_weights(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    counting = Counting()
+    expected, _ = run()
+
+    class Counted(CompiledBlocks):
+        def __init__(self, blocks: Any) -> None:
+            super().__init__(blocks, counting.backend)
+
+    monkeypatch.setattr(loop, "CompiledBlocks", Counted)
+    again, _ = run()
+    assert counting.ran == 0 and torch.equal(again, expected)
+    found, _ = run(compile=True)
+    assert counting.ran > 0
+    assert 0 < (found - expected).abs().max() < 1e-9 or torch.equal(found, expected)
+
+
+def test_where_nothing_can_be_compiled_the_error_says_what_to_do(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no C++ compiler found")
+
+    class Failing(CompiledBlocks):
+        def __init__(self, blocks: Any) -> None:
+            super().__init__(blocks, no_compiler)
+
+    monkeypatch.setattr(loop, "CompiledBlocks", Failing)
+    with pytest.raises(UserError, match=r"no C\+\+ compiler found.*train.compile=false"):
+        run(compile=True)
+
+
+@pytest.mark.gpu
+@cuda
+def test_training_on_a_gpu_comes_to_the_same_weights(run: Callable[..., Any]) -> None:
+    expected, _ = run()
+    found, _ = run(compile=True)
+    assert expected.is_cuda
+    assert (found - expected).abs().max() < 1e-9  # float64: only the order of additions differs
