@@ -191,7 +191,7 @@ def _names(lines: Iterable[str]) -> Iterator[str]:
     for line in lines:
         if line and not line.startswith(" "):
             return  # docs/, tests/ and what else stands beside the package
-        yield from re.findall(r"^ {2}(?: {4})?(\w+)/", line)
+        yield from re.findall(r"^ {2}(?: {4}){0,2}(\w+)/", line)
 
 
 def test_the_page_and_the_tree_agree():
