@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -110,13 +110,16 @@ def read_results(path: Path) -> list[ResultRow]:
 def read_list(path: Path, kind: type[Record]) -> list[Record]:
     """The records of a file that holds a list of them.
 
+    A file that an older version wrote lacks the fields that came later: these take their defaults.
+
     Raises:
-        ValueError: it holds something else.
+        ValueError: it holds something else; a record lacks a field without a default, or has one that is not known.
     """
-    names = {f.name for f in fields(kind)}
+    known = {f.name for f in fields(kind)}
+    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
     rows = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(rows, list) or any(not isinstance(row, dict) or set(row) != names for row in rows):
-        raise ValueError(f"{path} is not a list of rows with the keys {', '.join(sorted(names))}")
+    if not isinstance(rows, list) or any(not isinstance(row, dict) or not needed <= set(row) <= known for row in rows):
+        raise ValueError(f"{path} is not a list of rows with the keys {', '.join(sorted(known))}")
     return [kind(**row) for row in rows]
 
 

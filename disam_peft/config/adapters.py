@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from types import NoneType
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from disam_peft.config.base import Config
 
 Scalar = bool | int | float | str | None
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+PEFT_METHODS = ("lora", "dora", "ia3", "oft", "loha", "lokr", "hra", "hira", "delora", "vera", "ln_tuning")
+"""Methods of the peft library that ``kind: peft`` takes."""
 MAX_RANK = 4096
 """Beyond the width of any CLIP's layers. A config from a stranger must not be able to ask for all memory."""
 
@@ -48,6 +52,8 @@ class LoraAdapterConfig(_AttachedConfig):
 class PeftAdapterConfig(_AttachedConfig):
     """Another method of the peft library, by its name and its options."""
 
+    other_names: ClassVar[Mapping[str, str]] = {name: f"kind: peft, method: {name}" for name in PEFT_METHODS}
+
     kind: Literal["peft"] = "peft"
     method: str
     """``lora dora ia3 oft loha lokr hra hira delora vera`` on linear layers, ``ln_tuning`` on norms."""
@@ -56,6 +62,19 @@ class PeftAdapterConfig(_AttachedConfig):
     blocks. Unset: q and v; k, v and fc2 for ia3; norm1 and norm2 for ln_tuning."""
     options: dict[str, Scalar] = Field(default={})
     """Fields of the method's peft config, e.g. ``{r: 8, lora_alpha: 16}``."""
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _plain_values(cls, options: Any) -> Any:
+        if isinstance(options, Mapping):
+            plain = (bool, int, float, str, NoneType)
+            lists = [str(name) for name, value in options.items() if not isinstance(value, plain)]
+            if lists:
+                raise ValueError(
+                    f"{', '.join(lists)} cannot be set here: an option is a number, text, true or false; which modules "
+                    "are adapted is said by towers, blocks and projections"
+                )
+        return options
 
 
 class CoOpConfig(Config):

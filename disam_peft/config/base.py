@@ -1,6 +1,9 @@
-"""The base of every config: immutable, and strict about keys. Each config lives beside what it configures."""
+"""The base of every config: immutable, and strict about keys."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -15,3 +18,6 @@ class Config(BaseModel):
         protected_namespaces=(),
         use_attribute_docstrings=True,
     )
+
+    other_names: ClassVar[Mapping[str, str]] = {}
+    """Kinds that people write for this one -> the settings that do what they mean; for the message about them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from disam_peft.errors import UserError
+from disam_peft.errors import UserError, did_you_mean, nearest
 
 MAX_CHARACTERS = 4 * 2**20
 MAX_VALUES = 200_000
@@ -87,10 +87,27 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot read the {what} {path}: {error.strerror}") from error
+        raise UserError(f"cannot read the {what} {path}: {error.strerror}{_files_near(path)}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8 ({error.reason}); save it as such") from error
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values at the top, found {type(values).__name__}")
     return values
+
+
+def _files_near(path: Path) -> str:
+    """What may have been meant by a path that leads nowhere: names like it, or the YAML files that there are."""
+    if path.exists():
+        return ""
+    place = path
+    while not place.parent.is_dir():
+        place = place.parent
+    folder = place.parent
+    found = sorted(entry for entry in folder.iterdir() if entry.is_dir() or entry.suffix in (".yaml", ".yml"))
+    if nearest(place.name, [entry.name for entry in found]):
+        return did_you_mean(place.name, [entry.name for entry in found])
+    files = [entry.name for entry in found if entry.is_file()]
+    if not files:
+        return f"; {folder} has no YAML files"
+    return f"; {folder} has {', '.join(files[:10])}{', ...' if len(files) > 10 else ''}"

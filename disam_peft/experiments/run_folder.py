@@ -10,10 +10,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import yaml
-
 from disam_peft.common.records import RESULTS
-from disam_peft.config.recipe import Recipe, as_dict, differences, save_recipe
+from disam_peft.config.recipe import Recipe, differences, load_recipe, save_recipe
 from disam_peft.errors import Notice, UserError
 
 if TYPE_CHECKING:
@@ -72,12 +70,21 @@ def plan(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Pl
 def changed(recipe: Recipe) -> list[str]:
     """``key: old -> new`` for every setting that makes ``recipe`` another run than the one in its folder.
 
+    A setting that the folder's recipe lacks has its default, so that a run of an older version, which did not know
+    the setting, stays the same run. A recipe that cannot be read is a difference as well.
+
     Raises:
         OSError: there is none.
     """
     path = recipe.folder(recipe.protocol.held_out) / RECIPE
-    before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    return [line for line in differences(before, as_dict(recipe)) if line.split(":")[0] not in HARMLESS]
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    try:
+        before = load_recipe(path)
+    except UserError as error:
+        return [str(error).replace("\n", "\n  ")]
+    lines = differences(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
+    return [line for line in lines if line.split(":")[0] not in HARMLESS]
 
 
 def find_runs(folder: Path) -> list[Path]:

@@ -13,9 +13,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from disam_peft.config.data import DataConfig
+from disam_peft.config.mistakes import all_mistakes, explain
 from disam_peft.config.overrides import apply_override, set_key
 from disam_peft.config.protocol import ALL
-from disam_peft.config.recipe import Recipe, all_mistakes, checked
+from disam_peft.config.recipe import Recipe, checked
 from disam_peft.config.shapes import DOMAINS
 from disam_peft.config.study import PRESETS, Overrides, Study
 from disam_peft.config.training import TrainConfig
@@ -97,7 +98,7 @@ def load_plan(
     try:
         study = Study.model_validate(values)
     except ValidationError as error:
-        raise UserError(all_mistakes([_explain(details) for details in error.errors()], f"study {path}")) from error
+        raise UserError(all_mistakes(explain(error, Study), f"study {path}")) from error
     base = study.recipe if isinstance(study.recipe, dict) else read_yaml(path.parent / study.recipe, "recipe")
     base = copy.deepcopy(base)
     for override in overrides:
@@ -284,18 +285,3 @@ def _slug(name: str) -> str:
 
 def _flat(pairs: Iterable[tuple[str, str]]) -> list[str]:
     return [name for pair in pairs for name in pair]
-
-
-def _explain(details: Any) -> str:
-    """One of pydantic's errors, in a line."""
-    location = [str(part) for part in details["loc"]]
-    where = location[0] if location else "study"
-    if details["type"] == "extra_forbidden":
-        known = Study.model_fields
-        return f"{where}: unknown key{did_you_mean(where, known)} (known: {', '.join(sorted(known))})"
-    if location[-1] == "[key]":
-        return f"{where}: the name {details['input']!r} is no text; put it in quotes"
-    message = details["msg"].removeprefix("Value error, ")
-    given = details.get("input")
-    shown = "" if isinstance(given, dict) or details["type"] == "missing" else f" (given: {given!r})"
-    return f"{where}: {message}{shown}"
