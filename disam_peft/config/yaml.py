@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from disam_peft.errors import UserError, did_you_mean, nearest
+from disam_peft.errors import UserError, nearest
 
 MAX_CHARACTERS = 4 * 2**20
 MAX_VALUES = 200_000
@@ -105,8 +105,10 @@ def _files_near(path: Path) -> str:
         place = place.parent
     folder = place.parent
     found = sorted(entry for entry in folder.iterdir() if entry.is_dir() or entry.suffix in (".yaml", ".yml"))
-    if nearest(place.name, [entry.name for entry in found]):
-        return did_you_mean(place.name, [entry.name for entry in found])
+    by_stem = {entry.stem: entry.name for entry in found}  # the suffix makes all files look alike
+    near = [by_stem[stem] for stem in nearest(place.stem, by_stem)]
+    if near:
+        return f"; did you mean {' or '.join(repr(name) for name in near)}?"
     files = [entry.name for entry in found if entry.is_file()]
     if not files:
         return f"; {folder} has no YAML files"

@@ -1,0 +1,71 @@
+"""Whether the folder of a run holds this very run, also where another version wrote it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from disam_peft.config.recipe import Recipe, save_recipe
+from disam_peft.errors import UserError
+from disam_peft.experiments import run_folder
+
+
+def make_recipe(output: Path, **changes: Any) -> Recipe:
+    values: dict[str, Any] = {
+        "name": "try",
+        "output": output,
+        "backbone": {"name": "demo"},
+        "adapter": {"kind": "lora"},
+        "data": {"root": "images"},
+        "protocol": {"held_out": "sketch"},
+        **changes,
+    }
+    return Recipe.model_validate(values)
+
+
+def saved(recipe: Recipe) -> Path:
+    path = recipe.folder("sketch") / run_folder.RECIPE
+    path.parent.mkdir(parents=True)
+    save_recipe(recipe, path)
+    return path
+
+
+def test_row_78_settings_that_an_old_recipe_lacks_have_their_defaults(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    path = saved(recipe)
+    kept = yaml.safe_load(path.read_text(encoding="utf-8"))
+    old = {key: kept[key] for key in ("name", "backbone", "adapter", "data", "protocol")}
+    del old["protocol"]["validation_fraction"], old["adapter"]["alpha"]
+    path.write_text(yaml.safe_dump(old), encoding="utf-8")
+    assert run_folder.changed(recipe) == []
+    other = make_recipe(
+        tmp_path, adapter={"kind": "lora", "alpha": 2}, average={"kind": "ema"}, selection={"metric": "nll"}
+    )
+    assert run_folder.changed(other) == [
+        "adapter.alpha: 16.0 -> 2.0",
+        "average.decay: None -> 0.999",
+        "average.kind: none -> ema",
+        "selection.metric: accuracy -> nll",
+    ]
+
+
+def test_a_default_that_is_written_out_is_no_difference(tmp_path: Path) -> None:
+    saved(make_recipe(tmp_path))
+    spelt = make_recipe(tmp_path, data={"root": "images", "classes": "identical"}, augment={"flip": 0.5})
+    assert run_folder.changed(spelt) == []
+    assert run_folder.changed(make_recipe(tmp_path, augment={"flip": 0.25})) == ["augment.flip: 0.5 -> 0.25"]
+
+
+@pytest.mark.parametrize("text", ["name: [", "- a list", "name: !!python/object:os.system {}", "nme: x", "\0"])
+def test_row_61_a_recipe_that_cannot_be_read_is_another_run(tmp_path: Path, text: str) -> None:
+    recipe = make_recipe(tmp_path)
+    path = saved(recipe)
+    path.write_text(text, encoding="utf-8")
+    [difference] = run_folder.changed(recipe)
+    assert str(path) in difference
+    with pytest.raises(UserError, match="holds another run; choose another name, or --overwrite it"):
+        run_folder.plan(recipe)
+    assert run_folder.plan(recipe, overwrite=True) == "start"
