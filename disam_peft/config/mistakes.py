@@ -220,7 +220,8 @@ def _is_called(member: Any, label: str) -> bool:
 def _kind_of(member: Any) -> tuple[str, ...]:
     """The values of ``kind`` that a member of a discriminated union stands for."""
     annotation, _ = _unwrapped(member)
-    kind = annotation.model_fields.get("kind") if isinstance(annotation, type) else None
+    is_config = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    kind = annotation.model_fields.get("kind") if is_config else None
     return get_args(kind.annotation) if kind is not None and get_origin(kind.annotation) is Literal else ()
 
 
