@@ -2,9 +2,9 @@
 
 import re
 from collections import Counter
-from pathlib import Path
 
-ROOT = Path(__file__).parents[3]
+from tests.helpers.paths import ROOT
+
 TESTS = ROOT / "tests"
 
 
