@@ -9,7 +9,6 @@ from dataclasses import asdict
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from PIL.Image import Image
 from torch import Tensor
 
@@ -101,8 +100,6 @@ def _store(
         data=data_identity(dataset),
         views=views,
     )
-    ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    wait = dist.barrier if ranks[1] > 1 else (lambda: None)
     was_training = classifier.training
     classifier.eval()  # the frozen part is the same in both modes; its norms keep their statistics
     try:
@@ -113,9 +110,6 @@ def _store(
             encode,
             folder=config.folder,
             workers=workers,
-            rank=ranks[0],
-            world_size=ranks[1],
-            wait=wait,
         )
     finally:
         classifier.train(was_training)

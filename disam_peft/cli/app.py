@@ -17,7 +17,7 @@ from disam_peft.cli.data_verbs import check_data
 from disam_peft.cli.demo_verbs import demo, doctor
 from disam_peft.cli.result_verbs import evaluate, export, report
 from disam_peft.cli.training_verbs import compare, sweep, train
-from disam_peft.common.processes import is_first_process
+from disam_peft.common.processes import is_main
 from disam_peft.errors import Notice, Stopped, UserError
 
 app = typer.Typer(name="disam-peft", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -49,7 +49,7 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     """One line; where the code stands that warned is of no use to who typed a command."""
-    if is_first_process():
+    if is_main():
         kind, colour = ("note", "cyan") if issubclass(category, Notice) else ("warning", "yellow")
         typer.secho(f"{kind}: {message}", err=True, fg=colour)
 
@@ -60,10 +60,10 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        if is_first_process():
+        if is_main():
             typer.secho(f"error: {error}", err=True, fg="red")
         sys.exit(2)
     except Stopped as stopped:
-        if is_first_process():
+        if is_main():
             typer.secho(str(stopped), err=True, fg="yellow")
         sys.exit(stopped.exit_code)

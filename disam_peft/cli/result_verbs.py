@@ -24,13 +24,13 @@ def evaluate(
     for cell in find_runs(folder):  # before the imports below, which take seconds
         load_recipe(cell / RECIPE, given)
     from disam_peft.cli.output import print_evaluation, print_sharpness
-    from disam_peft.common.processes import is_first_process
+    from disam_peft.common.processes import is_main
     from disam_peft.common.records import SHARPNESS, read_results
     from disam_peft.experiments.evaluate import evaluate as evaluate_again
     from disam_peft.experiments.evaluate import recorded_rows
 
     for outcome in evaluate_again(folder, given, sharpness=sharpness):
-        if is_first_process():
+        if is_main():
             print_evaluation(outcome.rows, recorded_rows(outcome.folder), str(outcome.folder))
             if sharpness:
                 print_sharpness(read_results(outcome.folder / SHARPNESS))

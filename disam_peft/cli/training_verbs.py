@@ -36,9 +36,9 @@ def train(
 
 def _print_outcomes(outcomes: list[Outcome]) -> None:
     from disam_peft.cli.output import print_held_out
-    from disam_peft.common.processes import is_first_process
+    from disam_peft.common.processes import is_main
 
-    if not is_first_process():
+    if not is_main():
         return
     for outcome in outcomes:
         if outcome.fit is None:

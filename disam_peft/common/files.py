@@ -1,8 +1,9 @@
-"""A folder appears whole or not at all."""
+"""Files and folders that appear whole or not at all, and the folder for what can be computed again."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,23 +12,80 @@ from pathlib import Path
 
 from disam_peft.errors import UserError
 
+DRAFT_SUFFIX = ".tmp"
+
+
+def write_atomically(path: Path, content: bytes | str, *, durable: bool = False) -> None:
+    """Replace the file ``path`` by ``content``. Whoever reads it sees the old file or the new one, never a part.
+
+    Args:
+        content: text is written as UTF-8.
+        durable: return only when the content and the name of the file are on the disk, so that a power cut cannot take
+            them back.
+
+    Raises:
+        OSError: the file cannot be written. The old file is then untouched, and no draft is left behind.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    # A name of its own for every attempt: other processes, on other machines too, may write the same file now.
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}{DRAFT_SUFFIX}")
+    try:
+        if durable:
+            write_through(draft, data)
+        else:
+            draft.write_bytes(data)
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_folder(path.parent)
+
+
+def is_draft(path: Path) -> bool:
+    """Whether a file is what ``write_atomically`` leaves behind when its process is killed."""
+    return path.name.startswith(".") and path.name.endswith(DRAFT_SUFFIX)
+
+
+def write_through(path: Path, content: bytes) -> None:
+    """Write a new file; its content is on the disk when this returns. Its name may not be, see ``sync_folder``.
+
+    Raises:
+        FileExistsError: there is a file of this name.
+    """
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names of the files in ``folder`` are on the disk. Windows has no such call; nothing is done."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
 
 @contextmanager
 def published(directory: Path, *, replaces: str | None = None) -> Iterator[Path]:
     """Yield an empty folder beside ``directory``; rename it to ``directory`` on success, remove it on any error.
 
     Args:
-        replaces: a folder that holds a file of this name may be replaced; its old content is there until the new
-            one is complete.
+        replaces: a folder that holds a file of this name may be replaced. Its old content stays until the new content
+            is complete.
 
     Raises:
-        UserError: ``directory`` exists, is not empty, and is not to be replaced.
+        UserError: ``directory`` exists, is not empty, and may not be replaced.
     """
     occupied = directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))
     if occupied and not (replaces and (directory / replaces).is_file()):
         raise UserError(f"{directory} already exists and is not empty; choose another folder or remove it first")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling, not the system temporary folder: a rename works only within one file system.
+    # A sibling, not the system's temporary folder: a rename works only within one file system.
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     new, old = temporary / "new", temporary / "old"
     try:
@@ -45,6 +103,6 @@ def published(directory: Path, *, replaces: str | None = None) -> Iterator[Path]
 
 
 def cache_folder() -> Path:
-    """``$DISAM_PEFT_CACHE``, or ``~/.cache/disam_peft``."""
+    """The folder for what can be computed or copied again: ``$DISAM_PEFT_CACHE``, or ``~/.cache/disam_peft``."""
     given = os.environ.get("DISAM_PEFT_CACHE")
     return Path(given) if given else Path.home() / ".cache" / "disam_peft"

@@ -1,4 +1,4 @@
-"""One process per folder. The lock is the system's: that of a killed process is free. A note beside it says whose."""
+"""Locks between processes. They are the operating system's, so the lock of a process that was killed is free again."""
 
 from __future__ import annotations
 
@@ -14,16 +14,27 @@ from typing import Any
 
 from disam_peft.errors import Notice, UserError
 
-# A killed process may leave workers behind, which hold its lock until they notice that it is gone.
+# A killed process may leave worker processes behind, which keep its lock until they notice that it is gone.
 ORPHANS_SECONDS = 20.0
 
 
 @contextmanager
+def one_at_a_time(lock_file: Path) -> Iterator[None]:
+    """Wait until no other process is inside for the same ``lock_file``, then go inside. The file stays."""
+    from filelock import FileLock
+
+    with FileLock(lock_file):
+        yield
+
+
+@contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder``, which need not exist; a hidden file beside it is the lock, and stays.
+    """Hold ``folder`` for this process alone; where another process holds it, that is an error.
+
+    The folder need not exist. A hidden file beside it is the lock, and stays. A hidden note says who holds it.
 
     Raises:
-        UserError: another process holds it (says which, where and since when), or no lock can be had there.
+        UserError: another process holds it (says which, where and since when), or the place cannot be locked.
     """
     from filelock import FileLock, Timeout
 
@@ -34,19 +45,22 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            if _may_be_alive(_read(note)):
+            if _may_be_alive(_read_owner(note)):
                 raise
             lock.acquire(timeout=ORPHANS_SECONDS)
     except Timeout as error:
         raise UserError(
-            f"{folder} is in use by {_words(_read(note))}; wait for it, end it, or choose another name or output"
+            f"{folder} is in use by {_describe(_read_owner(note))}; wait for it, end it, or choose another name or "
+            "output"
         ) from error
     except (OSError, NotImplementedError) as error:
         raise UserError(f"{folder} cannot be locked ({error}); choose an output that can be written") from error
     try:
-        before = _read(note)
+        before = _read_owner(note)
         if before is not None:
-            warnings.warn(f"{folder} was in use by {_words(before)}, which is gone: its lock is taken over", Notice, 3)
+            warnings.warn(
+                f"{folder} was in use by {_describe(before)}, which is gone: its lock is taken over", Notice, 3
+            )
         mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now().isoformat(" ", "seconds")}
         note.write_text(json.dumps(mine), encoding="utf-8")
         yield
@@ -55,7 +69,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _read(note: Path) -> dict[str, Any] | None:
+def _read_owner(note: Path) -> dict[str, Any] | None:
     try:
         owner = json.loads(note.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -63,14 +77,14 @@ def _read(note: Path) -> dict[str, Any] | None:
     return owner if isinstance(owner, dict) else None
 
 
-def _words(owner: dict[str, Any] | None) -> str:
+def _describe(owner: dict[str, Any] | None) -> str:
     if owner is None:
         return "another process"
     return f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}"
 
 
 def _may_be_alive(owner: dict[str, Any] | None) -> bool:
-    """False where the owner is known to be gone: only on this machine can that be known."""
+    """False where the process is known to be gone, which can be known on this machine only."""
     if owner is None or owner.get("host") != socket.gethostname() or os.name == "nt":
         return True
     try:

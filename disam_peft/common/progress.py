@@ -1,4 +1,4 @@
-"""Progress bars, in one place: silent where nobody watches, and on every process but the first."""
+"""Progress bars on standard error, shown by the main process alone, and only where a terminal is watching."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from disam_peft.common.processes import is_first_process
+from disam_peft.common.processes import is_main
 
 Item = TypeVar("Item")
 _silenced = False
 
 
 def silence() -> None:
-    """No more bars from this process: another one shows how far its work is."""
+    """Show no more bars in this process, because another process shows how far the work is."""
     global _silenced
     _silenced = True
 
 
 def is_watched() -> bool:
-    """True on the first process of a run whose standard error is a terminal."""
-    return not _silenced and sys.stderr.isatty() and is_first_process()
+    """Whether bars are shown: on the main process, where standard error is a terminal."""
+    return not _silenced and sys.stderr.isatty() and is_main()
 
 
 def track(items: Iterable[Item], description: str, *, total: int | None = None) -> Iterator[Item]:
-    """Yield ``items`` under a bar with a rate and the time left."""
+    """Yield ``items`` and show a bar with the number done and the time left."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,17 +1,18 @@
 """The schema of ``metrics.jsonl`` (one event a line) and ``results.json`` (one flat list of rows).
 
-Records are the database: every table and figure is rebuilt from them. Standard library only.
+Records are the database: every table and figure is rebuilt from them. This module needs neither torch nor NumPy.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
+
+from disam_peft.common.files import write_atomically
 
 METRICS = "metrics.jsonl"
 RESULTS = "results.json"
@@ -129,7 +130,7 @@ def write_list(path: Path, records: Iterable[LossSlice | Confusion | ExampleErro
 
 
 def append_event(path: Path, event: str, **values: Any) -> None:
-    """Append one line ``{"event": event, ...}``; numbers that JSON cannot say become null."""
+    """Append one line ``{"event": event, ...}``; numbers that JSON cannot express become null."""
     line = json.dumps(_plain({"event": event, **values}), ensure_ascii=False)
     with open(path, "a", encoding="utf-8") as file:
         file.write(line + "\n")
@@ -150,13 +151,8 @@ def read_events(path: Path, event: str | None = None) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write beside ``path``, then rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Replace ``path`` by this value as JSON; a reader sees the old file or the new one, never half of it."""
+    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def _plain(value: Any) -> Any:

@@ -6,12 +6,10 @@ import hashlib
 import json
 import os
 import statistics
-import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from disam_peft.common.files import cache_folder
+from disam_peft.common.files import cache_folder, write_atomically
 from disam_peft.common.progress import track
 from disam_peft.data.dataset import DomainDataset, Skipped
 from disam_peft.data.transforms.decode import BadImage, decode_image
@@ -252,17 +250,10 @@ def _recall(path: Path, count: int) -> list[Finding] | None:
 
 def _remember(path: Path, findings: list[Finding]) -> None:
     rows = [[f.sha256, f.width, f.height, f.reason] for f in findings]
-    temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the target and renamed, so that a second process reads all of it or nothing.
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            temporary = file.name
-            json.dump(rows, file)
-        os.replace(temporary, path)
+        write_atomically(path, json.dumps(rows))
     except OSError as error:
-        with suppress(OSError):
-            os.unlink(temporary)
         warnings.warn(
             f"the data check cannot be remembered in {path.parent} ({error.strerror}) and will run again next "
             "time; set DISAM_PEFT_CACHE to a folder that can be written",

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.common import processes
 from disam_peft.common.device import to_device
 from disam_peft.common.progress import track
 from disam_peft.config.evaluation import EvaluationConfig
@@ -65,7 +65,7 @@ def predict(
         raise UserError(
             f"{dataset.origin} has {len(dataset.classes)} classes, the classifier {len(classifier.class_names)}"
         )
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = processes.rank(), processes.world_size()
     like = next(classifier.model.parameters())
     batches: Iterable[tuple[Tensor, Tensor]]
     if store is not None:
@@ -119,6 +119,4 @@ def _on_the_host(parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tenso
 
 def _from_all_ranks(parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     # ranks hold unequal shares, and padding would count samples twice: every part keeps its indices
-    gathered: list[list[tuple[Tensor, Tensor]] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, parts)
-    return [part for share in gathered if share is not None for part in share]
+    return [part for share in processes.from_all(parts) for part in share]

@@ -69,7 +69,7 @@ def train(
     held_out = held_out_domains(recipe.protocol.held_out, dataset.present_domains)
     runs = [holding_out(recipe, domain) for domain in held_out]
     with ExitStack() as locks:
-        plans = on_main(accelerator, lambda: _claim(runs, locks, overwrite=overwrite, resume=resume))
+        plans = on_main(lambda: _claim(runs, locks, overwrite=overwrite, resume=resume))
         outcomes = [
             _keep_finished(run, accelerator) if plan == "keep" else _train_one(run, dataset, accelerator, plan, cache)
             for run, plan in zip(runs, plans, strict=True)
@@ -95,7 +95,7 @@ def _train_one(
     )
 
     classifier = pretrained.with_new_adapter()
-    on_main(accelerator, lambda: run_folder.prepare(recipe, anew=plan == "start"))
+    on_main(lambda: run_folder.prepare(recipe, anew=plan == "start"))
     _start_tracking(accelerator, recipe)
     trained_with = {"recipe": as_dict(recipe), "held_out": recipe.protocol.held_out, "classes": list(dataset.classes)}
     fitted = fit(

@@ -22,10 +22,11 @@ import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
+from disam_peft.common.files import cache_folder
+from disam_peft.common.locks import one_at_a_time
 from disam_peft.common.progress import track
 from disam_peft.config.data import is_archive
 from disam_peft.data.sources.archive_members import Budget, Member, guarded, members, refuse, too_many
@@ -53,8 +54,6 @@ def unpacked(archive: Path, *, max_gb: float, max_files: int, folder: Path | Non
         UserError: a member that is refused by the rules of this module, too many or too large ones, a damaged
             archive, another layout than ROOT/<domain>/<class>/*, or too little room on the disk. Nothing is kept.
     """
-    from disam_peft.common.files import cache_folder
-
     folder = folder or cache_folder() / "archives"
     try:
         memory = _remembered(archive, folder)
@@ -62,7 +61,7 @@ def unpacked(archive: Path, *, max_gb: float, max_files: int, folder: Path | Non
         place = folder / digest
         if not place.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
-            with _alone(folder):
+            with one_at_a_time(folder / ".lock"):
                 if not place.is_dir():
                     _build(archive, place, int(max_gb * 1e9), max_files)
                 memory.parent.mkdir(exist_ok=True)
@@ -206,12 +205,3 @@ def _digest(archive: Path, memory: Path) -> str:
             return digest
     with open(archive, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time; the lock of one that was killed is free."""
-    from filelock import FileLock
-
-    with FileLock(folder / ".lock"):
-        yield

@@ -1,15 +1,13 @@
-"""The feature store: the output of a model's frozen part for every image, memory-mapped; no image is seen twice.
+"""The feature store: the output of a model's frozen part for every image, so that each image is encoded once.
 
-A store is bound to what its numbers depend on (weights, split, precision, transform, data): another key is another
-folder, so a stale store is never opened. It is built in chunks that are ticked off one by one: after a kill, building
-goes on where it stopped, with any number of processes. N images, V views of each.
+Its numbers depend on the weights, the split, the precision, the transform and the data, which make up its key. It is
+built in chunks, and each finished chunk is ticked off in a file: after a kill, building goes on where it stopped, with
+any number of processes. The numbers are memory-mapped. N images, V views of each.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,10 +20,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from disam_peft.common.files import cache_folder
+from disam_peft.common import processes
 from disam_peft.common.progress import track
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.loading.loader import make_train_loader
+from disam_peft.data.stores.store import StoreKey, read_record, require_room, store_folder, write_record
 from disam_peft.errors import UserError
 
 FORMAT = 2  # 1: numbers of before the last block's products were reordered, other in their last digits
@@ -37,7 +36,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class FeatureKey:
+class FeatureKey(StoreKey):
     """Everything that stored numbers depend on."""
 
     backbone: str
@@ -54,14 +53,10 @@ class FeatureKey:
     """V."""
     format: int = FORMAT
 
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
-
 
 def data_identity(dataset: DomainDataset) -> str:
-    """sha256 over names and contents: by the check's hashes, or by sizes and times of change where it has not run (for
-    embedded images, which have no times, what the table calls its own state)."""
+    """sha256, hex, over the names and contents of all samples. Contents are the hashes of the data check or, where it
+    has not run, sizes and times of change; embedded images have no times, so the table's own fingerprint is taken."""
     digest = hashlib.sha256(dataset.fingerprint.encode())
     if dataset.hashes is not None:
         digest.update("".join(dataset.hashes).encode())
@@ -74,7 +69,7 @@ def data_identity(dataset: DomainDataset) -> str:
 
 
 class FeatureStore:
-    """A complete store. ``rows(indices, views)`` reads; the views of a training set are its augmented versions."""
+    """A complete store, for reading with ``rows``. The views of a training set are its augmented versions."""
 
     def __init__(self, folder: Path, key: FeatureKey) -> None:
         header = _read_header(folder, key)
@@ -88,12 +83,12 @@ class FeatureStore:
         return self.count
 
     def rows(self, indices: Sequence[int] | np.ndarray, views: Sequence[int] | np.ndarray | int = 0) -> Tensor:
-        """The stored tensors (B, ...) of these images; view numbers wrap round, so an epoch may be given."""
+        """The stored tensors (B, ...) of these images. View numbers are taken modulo V, so an epoch may be given."""
         stored = self._bytes[self.places(indices, views)]
         return torch.from_numpy(stored).view(self._dtype).reshape(-1, *self._shape)
 
     def places(self, indices: Sequence[int] | np.ndarray, views: Sequence[int] | np.ndarray | int = 0) -> np.ndarray:
-        """Where these rows stand among all, (B,): the first view of every image, then the second."""
+        """The numbers of these rows in the file, (B,). The file holds the first view of every image, then the second."""
         return np.asarray(indices, dtype=np.int64) + self.count * (np.asarray(views, dtype=np.int64) % self.views)
 
 
@@ -105,35 +100,27 @@ def open_or_build(
     *,
     folder: Path | None = None,
     workers: int | str = "auto",
-    rank: int = 0,
-    world_size: int = 1,
-    wait: Callable[[], object] = lambda: None,
 ) -> FeatureStore:
-    """The store of ``key``, built first if it is not there.
+    """The store of ``key``, built first if it is not there. All processes of a run call this together: each encodes its
+    share of the images, into one folder that they all see.
 
     Args:
         transform: image, index and view to pixels.
         encode: pixels (B, 3, H, W) on the CPU to the frozen part's output (B, ...), on any device.
         folder: of all stores; the default is ``features`` in the package's cache.
-        rank, world_size: all processes build, each its share, into one folder that they all see.
-        wait: a barrier between them.
 
     Raises:
         UserError: not enough room on the disk (says how much is needed and what would need less).
         BadImage: an image that cannot be decoded.
     """
-    place = (folder or cache_folder() / "features") / key.digest
+    place = store_folder(key, "features", folder)
     if _read_header(place, key) is None:
-        # Of a blank image: only its shape, dtype and device matter, and no file is decoded for them.
+        # The output for a blank image: only its shape, dtype and device matter, and no file is decoded for them.
         sample = encode(transform(Image.new("RGB", (BLANK, BLANK)), 0, 0)[None])[0]
-        if rank == 0:
-            _prepare(place, key, len(dataset), sample)
-        wait()
-        _fill(place, key, dataset, transform, encode, sample, workers, rank, world_size)
-        wait()
-        if rank == 0:
-            _finish(place, key, len(dataset), sample)
-        wait()
+        processes.on_main(lambda: _prepare(place, key, len(dataset), sample))
+        _fill(place, key, dataset, transform, encode, sample, workers)
+        processes.wait()
+        processes.on_main(lambda: _finish(place, key, len(dataset), sample))
     return FeatureStore(place, key)
 
 
@@ -142,20 +129,25 @@ def _row_bytes(sample: Tensor) -> int:
 
 
 def _prepare(place: Path, key: FeatureKey, count: int, sample: Tensor) -> None:
-    """A file of the right size and a list of chunks, none done; what an earlier try of the same size left is kept."""
+    """Create a file of the right size and a list of chunks, none of them done. What an earlier try of the same size has
+    left is kept."""
     place.mkdir(parents=True, exist_ok=True)
     needed = key.views * count * _row_bytes(sample)
     data, done = place / "features.bin", place / "chunks.done"
     chunks = -(-key.views * count // CHUNK)
     if data.exists() and done.exists() and (data.stat().st_size, done.stat().st_size) == (needed, chunks):
         return
-    free = shutil.disk_usage(place).free + (data.stat().st_size if data.exists() else 0)
-    if needed > (1 - SPARE_DISK) * free:
-        shutil.rmtree(place)
-        raise UserError(
-            f"a feature store of {count} images x {key.views} views needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB "
-            f"are free in {place.parent}; use fewer features.views, train fewer blocks, or set features.folder"
+    data.unlink(missing_ok=True)  # of another size: of no use, and its room is needed
+    try:
+        require_room(
+            place,
+            round(needed / (1 - SPARE_DISK)),
+            f"a feature store of {count} images x {key.views} views",
+            "use fewer features.views, train fewer blocks, or set features.folder",
         )
+    except UserError:
+        shutil.rmtree(place)
+        raise
     for path, size in ((data, needed), (done, chunks)):
         with open(path, "wb") as file:
             file.truncate(size)
@@ -169,15 +161,14 @@ def _fill(
     encode: Callable[[Tensor], Tensor],
     sample: Tensor,
     workers: Any,
-    rank: int,
-    world_size: int,
 ) -> None:
+    """Encode this process's share of the chunks that are not done yet."""
     count, total = len(dataset), key.views * len(dataset)
     rows = np.memmap(place / "features.bin", np.uint8, "r+", shape=(total, _row_bytes(sample)))
     done = np.memmap(place / "chunks.done", np.uint8, "r+")
-    mine = [chunk for chunk in range(rank, len(done), world_size) if not done[chunk]]
+    mine = [chunk for chunk in range(processes.rank(), len(done), processes.world_size()) if not done[chunk]]
     spans = [range(chunk * CHUNK, min(total, (chunk + 1) * CHUNK)) for chunk in mine]
-    batches: Any = [[(place_ % count, place_ // count) for place_ in span] for span in spans]
+    batches: Any = [[(row % count, row // count) for row in span] for span in spans]
     on_gpu = sample.device.type == "cuda"
     loader = make_train_loader(dataset, batches, transform, workers=workers, pin_memory=on_gpu)
     copies = (_start_copy(encode(batch["pixels"]).to(sample.dtype)) for batch in loader)
@@ -190,7 +181,7 @@ def _fill(
 
 
 def _start_copy(encoded: Tensor) -> Callable[[], Tensor]:
-    """Starts to bring it to the CPU; what is returned waits for it to be there."""
+    """Start to copy a tensor to the CPU. The function that is returned waits until the copy is there and gives it."""
     if encoded.device.type != "cuda":
         return encoded.cpu
     copy = torch.empty(encoded.shape, dtype=encoded.dtype, pin_memory=True)
@@ -206,7 +197,8 @@ def _start_copy(encoded: Tensor) -> Callable[[], Tensor]:
 
 
 def _one_behind(items: Iterator[Item]) -> Iterator[Item]:
-    """Each item once the next one has been taken: a device has work queued while what it did before is written."""
+    """Give each item only when the next one has been taken. So a device has its next work queued while the result of
+    the work before is written."""
     return (item for item, _ in pairwise(chain(items, [None])))  # type: ignore[misc]
 
 
@@ -218,18 +210,16 @@ def _finish(place: Path, key: FeatureKey, count: int, sample: Tensor) -> None:
         "dtype": str(sample.dtype).removeprefix("torch."),
         "row": _row_bytes(sample),
     }
-    temporary = place / "store.json.tmp"
-    temporary.write_text(json.dumps(header), encoding="utf-8")
-    os.replace(temporary, place / "store.json")
+    write_record(place / "store.json", header)
     (place / "chunks.done").unlink(missing_ok=True)
 
 
 def _read_header(place: Path, key: FeatureKey) -> dict[str, Any] | None:
     """The header of a complete, matching store; None otherwise."""
+    header = read_record(place / "store.json")
     try:
-        header = json.loads((place / "store.json").read_text(encoding="utf-8"))
         size = (place / "features.bin").stat().st_size
         fits = header["key"] == asdict(key) and size == key.views * header["count"] * header["row"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, KeyError, TypeError):
         return None
     return header if fits else None

@@ -1,4 +1,4 @@
-"""The pixel store: every image decoded and resized once, memory-mapped as uint8; training then never decodes.
+"""The pixel store: every image is decoded and resized once and kept as uint8, so that training decodes nothing.
 
 | what                  | rule                                                                                       |
 |-----------------------|--------------------------------------------------------------------------------------------|
@@ -6,23 +6,21 @@
 |                       | augmentation draws its boxes in them, so nothing of the picture is cut off or distorted    |
 | beyond 2:1            | the ends are cut off first, evenly: squeezing them in would cost the rest its sharpness    |
 | sharpness             | an image larger than S x S loses detail that a small random crop would have shown          |
-| belongs to            | the data's content and order, S, the filter, Pillow's version: another key, another folder |
+| key                   | the data's content and order, S, the filter, Pillow's version                              |
 | a kill while building | costs at most one chunk; the folder gets its name only when it is complete                 |
 
-Stores lie in ``pixels/`` of the package's cache folder and may be deleted at any time. N images of side S.
+Stores are memory-mapped. They lie in ``pixels/`` of the package's cache folder and may be deleted at any time. N images
+of side S.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -33,9 +31,10 @@ import PIL
 from PIL import Image
 from torch import Tensor, from_numpy
 
-from disam_peft.common.files import cache_folder
+from disam_peft.common.locks import one_at_a_time
 from disam_peft.common.progress import track
 from disam_peft.data.dataset import DomainDataset
+from disam_peft.data.stores.store import StoreKey, read_record, require_room, store_folder, write_record
 from disam_peft.data.transforms.resize import Interpolation
 from disam_peft.errors import UserError
 
@@ -46,7 +45,7 @@ _RECORDS, _HEADER, _PROGRESS = "records.bin", "header.json", "progress.json"
 
 
 @dataclass(frozen=True)
-class PixelKey:
+class PixelKey(StoreKey):
     """Everything that stored pixels depend on."""
 
     data: str
@@ -58,10 +57,6 @@ class PixelKey:
     pillow: str = PIL.__version__
     """Its decoders and filters may change a level between versions."""
     format: int = FORMAT
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @property
     def record(self) -> np.dtype:
@@ -122,11 +117,11 @@ def open_or_build(
         BadImage: an image that cannot be decoded. What was built stays, and building goes on from there.
     """
     key = PixelKey(dataset.content_identity, len(dataset), side, interpolation)
-    place = (folder or cache_folder() / "pixels") / key.digest
+    place = store_folder(key, "pixels", folder)
     if not _is_complete(place, key):
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with _alone(place):
+            with one_at_a_time(place.with_suffix(".lock")):
                 if not _is_complete(place, key):
                     _build(place, key, dataset)
         except OSError as error:
@@ -141,18 +136,24 @@ def _build(place: Path, key: PixelKey, dataset: DomainDataset) -> None:
     draft = place.with_suffix(".partial")
     draft.mkdir(exist_ok=True)
     done = _progress(draft, key)
-    _require_room(draft, key, done)
+    missing = key.count - done
+    require_room(
+        draft,
+        missing * key.record.itemsize,
+        f"storing {missing} images of {key.side} x {key.side} pixels",
+        "make room, set DISAM_PEFT_CACHE to a larger disk, choose a smaller data.pixel_store, or leave it out",
+    )
     try:
         with open(draft / _RECORDS, "r+b" if done else "wb") as file:
             file.truncate(done * key.record.itemsize)  # what came after the last tick may be half written
             file.seek(0, os.SEEK_END)
             for written in _written(file, key, dataset, done):
-                _replace_json(draft / _PROGRESS, {"digest": key.digest, "done": written})
+                write_record(draft / _PROGRESS, {"digest": key.digest, "done": written})
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             shutil.rmtree(draft, ignore_errors=True)  # leave no full disk behind
         raise
-    _replace_json(draft / _HEADER, {"key": asdict(key), "digest": key.digest})
+    write_record(draft / _HEADER, {"key": asdict(key), "digest": key.digest})
     (draft / _PROGRESS).unlink()
     os.replace(draft, place)
 
@@ -194,18 +195,17 @@ def squeezed(image: Image.Image, side: int, interpolation: Interpolation) -> tup
 def _is_complete(place: Path, key: PixelKey) -> bool:
     """The header is ours and whole, and the records are as long as it says."""
     try:
-        header = json.loads((place / _HEADER).read_text(encoding="utf-8"))
         size = (place / _RECORDS).stat().st_size
-    except (OSError, ValueError):
+    except OSError:
         return False
     expected = {"key": asdict(key), "digest": key.digest}  # the digest is the header's checksum, too
-    return header == expected and size == key.count * key.record.itemsize
+    return read_record(place / _HEADER) == expected and size == key.count * key.record.itemsize
 
 
 def _progress(draft: Path, key: PixelKey) -> int:
     """How many records of an interrupted building are safe."""
+    progress = read_record(draft / _PROGRESS)
     try:
-        progress = json.loads((draft / _PROGRESS).read_text(encoding="utf-8"))
         size = (draft / _RECORDS).stat().st_size
         done = int(progress["done"]) if progress["digest"] == key.digest else 0
     except (OSError, ValueError, TypeError, KeyError):
@@ -213,37 +213,8 @@ def _progress(draft: Path, key: PixelKey) -> int:
     return done if 0 <= done <= key.count and size >= done * key.record.itemsize else 0
 
 
-def _require_room(draft: Path, key: PixelKey, done: int) -> None:
-    needed = (key.count - done) * key.record.itemsize
-    free = shutil.disk_usage(draft).free
-    if needed > free:
-        raise UserError(
-            f"storing {key.count - done} images of {key.side} x {key.side} pixels takes {needed / 2**30:.2f} GiB, but "
-            f"{draft.parent} has {free / 2**30:.2f} GiB left; make room, set DISAM_PEFT_CACHE to a larger disk, choose "
-            "a smaller data.pixel_store, or leave it out"
-        )
-
-
 def _cannot_write(place: Path, error: OSError) -> str:
     return (
         f"the pixel store {place} cannot be written ({error.strerror or error}); make room or set DISAM_PEFT_CACHE to "
         "a folder that can be written, or leave out data.pixel_store"
     )
-
-
-def _replace_json(path: Path, content: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-@contextmanager
-def _alone(place: Path) -> Iterator[None]:
-    """One process at a time; the lock of one that was killed is free."""
-    from filelock import FileLock
-
-    with FileLock(place.with_suffix(".lock")):
-        yield

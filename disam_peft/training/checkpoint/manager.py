@@ -58,7 +58,7 @@ class Saver:
         where = self._checkpoints
         if where is None or not where.resume:
             return
-        newest = on_main(self._accelerator, lambda: self._newest(where))
+        newest = on_main(lambda: self._newest(where))
         record = None
         if newest is not None:
             files, record = newest
@@ -107,7 +107,7 @@ class Saver:
         if self._checkpoints is None:
             return
         received = self._signals.received if self._signals is not None else None
-        number = largest(self._accelerator, int(received or 0))
+        number = largest(int(received or 0), self._accelerator.device)
         every = self._config.save_every
         due = validated if every is None else step % every == 0 or step == self._config.steps
         if due or number:
@@ -117,14 +117,14 @@ class Saver:
             raise Stopped(f"stopped by a signal after step {step} of {self._config.steps}", number)
 
     def _save(self, where: Checkpoints) -> None:
-        random_states = from_all(self._accelerator, RandomState.of(list(self._state.classifier.trainable().values())))
+        random_states = from_all(RandomState.of(list(self._state.classifier.trainable().values())))
 
         def write() -> None:
             length = _length_on_disk(where.records)
             files = self._state.to_files(random_states, made_with=where.made_with, records_bytes=length)
             write_checkpoint(where.folder, self._state.step, files, keep=self._config.keep_checkpoints)
 
-        on_main(self._accelerator, write)
+        on_main(write)
 
     def _newest(self, where: Checkpoints) -> tuple[dict[str, bytes], StateRecord] | None:
         sweep(where.folder)

@@ -9,6 +9,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
+from disam_peft.common.processes import is_main
 from disam_peft.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -46,7 +47,7 @@ class StopSignals:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received, self._since = signal.Signals(number), time.monotonic()
-            if os.environ.get("RANK", "0") == "0":
+            if is_main():
                 # not through sys.stderr: the signal may have come in the middle of a write to it
                 os.write(2, f"\n{self.received.name}: this step, a checkpoint, then the end; again: at once\n".encode())
         elif time.monotonic() - self._since > SAME_WISH_SECONDS:

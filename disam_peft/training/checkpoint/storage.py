@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from disam_peft.common.files import sync_folder, write_through
 from disam_peft.config.base import Config
 from disam_peft.errors import UserError
 
@@ -61,12 +62,12 @@ def write_checkpoint(folder: Path, step: int, files: Mapping[str, bytes], *, kee
         draft = folder / f".{place.name}{_UNFINISHED}"
         draft.mkdir()
         for name, content in {**files, MANIFEST: _manifest_of(files)}.items():
-            _write_through(draft / name, content)
-        _sync_folder(draft)
+            write_through(draft / name, content)
+        sync_folder(draft)
         if place.exists():  # of an earlier try at this step
             _discard(place)
         os.rename(draft, place)
-        _sync_folder(folder)
+        sync_folder(folder)
         for old in complete_checkpoints(folder)[:-keep]:
             _discard(old)
     except OSError as error:
@@ -142,24 +143,6 @@ def _manifest_of(files: Mapping[str, bytes]) -> bytes:
 
 def _as_json(content: Any) -> bytes:
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
-
-
-def _write_through(path: Path, content: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force the names in a folder to the disk; Windows has no such call."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _discard(place: Path) -> None:

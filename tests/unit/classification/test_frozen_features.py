@@ -206,7 +206,7 @@ def test_what_a_gpu_encodes_arrives_whole_and_in_order(make_classifier, dataset,
 
 def test_a_disk_without_room_is_an_error_before_anything_is_built(make_classifier, dataset, stored, monkeypatch):
     usage = namedtuple("usage", "total used free")(10**9, 10**9, 50_000)
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"96 images x 3 views needs 0\.0 GB.*fewer features.views"):
         training_store(
             make_classifier(), dataset, AugmentConfig(), 0, stored.model_copy(update={"views": 3}), workers=0
