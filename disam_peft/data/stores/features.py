@@ -88,7 +88,7 @@ class FeatureStore:
         return torch.from_numpy(stored).view(self._dtype).reshape(-1, *self._shape)
 
     def places(self, indices: Sequence[int] | np.ndarray, views: Sequence[int] | np.ndarray | int = 0) -> np.ndarray:
-        """The numbers of these rows in the file, (B,). The file holds the first view of every image, then the second."""
+        """The numbers of these rows in the file, (B,). It holds the first view of every image, then the second."""
         return np.asarray(indices, dtype=np.int64) + self.count * (np.asarray(views, dtype=np.int64) % self.views)
 
 

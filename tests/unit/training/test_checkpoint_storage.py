@@ -9,8 +9,8 @@ import signal
 
 import pytest
 
+from disam_peft.common import files
 from disam_peft.errors import UserError
-from disam_peft.training.checkpoint import storage as checkpoints
 from disam_peft.training.checkpoint.storage import MANIFEST, complete_checkpoints, read_checkpoint, write_checkpoint
 from tests.helpers.interrupted import ended, forked
 
@@ -37,7 +37,7 @@ class EveryCall:
         self.number, self.happen, self.calls, self.happened = number, happen, 0, None
         for module, name in ((os, "mkdir"), (os, "fsync"), (os, "open"), (os, "rename"), (shutil, "rmtree")):
             monkeypatch.setattr(module, name, self._around(getattr(module, name), name))
-        monkeypatch.setattr(checkpoints, "open", self._open, raising=False)
+        monkeypatch.setattr(files, "open", self._open, raising=False)
 
     def _tick(self, name):
         self.calls += 1

@@ -1,0 +1,79 @@
+"""Files are replaced whole or not at all; what is asked to be on the disk is forced there."""
+
+from __future__ import annotations
+
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from disam_peft.common.files import is_draft, write_atomically, write_through
+
+
+def test_text_and_bytes_replace_what_was_there(tmp_path: Path):
+    path = tmp_path / "a.json"
+    write_atomically(path, "first: é")
+    assert path.read_bytes() == "first: é".encode()
+    write_atomically(path, b"\x00second")
+    assert path.read_bytes() == b"\x00second"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_others_may_read_it_as_any_other_file(tmp_path: Path):
+    """A temporary file of the system is private to its owner; a record of results must not be."""
+    (tmp_path / "plain").write_text("")
+    write_atomically(tmp_path / "ours", "")
+    assert stat.S_IMODE((tmp_path / "ours").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_after_an_error_the_old_file_is_there_and_no_draft(tmp_path: Path, monkeypatch, failing: str):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+
+    def full(*arguments):
+        assert [entry for entry in os.listdir(tmp_path) if is_draft(Path(entry))], "nothing was written yet"
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, failing, full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, "new", durable=True)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_durable_forces_the_content_before_the_rename_and_the_name_after_it(tmp_path: Path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(handle):
+        calls.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+        fsync(handle)
+
+    def noted_replace(source, target):
+        calls.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    write_atomically(tmp_path / "a", "text")
+    assert calls == ["rename"]
+    write_atomically(tmp_path / "a", "text", durable=True)
+    assert calls == ["rename", "file", "rename", "folder"]
+
+
+def test_writers_at_the_same_time_leave_one_of_the_contents(tmp_path: Path):
+    path, contents = tmp_path / "a", [str(i) * 100_000 for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda content: write_atomically(path, content), contents))
+    assert path.read_text() in contents
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_writing_through_never_overwrites(tmp_path: Path):
+    write_through(tmp_path / "a", b"first")
+    with pytest.raises(FileExistsError):
+        write_through(tmp_path / "a", b"second")
+    assert (tmp_path / "a").read_bytes() == b"first"
