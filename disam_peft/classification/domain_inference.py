@@ -7,7 +7,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from disam_peft.backbones.base import ClipBackbone
@@ -83,6 +82,8 @@ def clusters(features_NE: np.ndarray, labels_N: np.ndarray, k: int, seed: int) -
     Raises:
         UserError: fewer images than clusters.
     """
+    from scipy.cluster.vq import kmeans2  # half a second of imports, which only this way of inference needs
+
     if len(features_NE) < k:
         raise UserError(f"domains.k={k}: there are only {len(features_NE)} training images; use fewer clusters")
     centred_NE = features_NE.copy()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
 from disam_peft.evaluation.predict import Predictions
 
@@ -14,34 +13,46 @@ ECE_BINS = 15
 
 
 def metrics(logits_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
-    """Metrics of one set of samples.
+    """Metrics of one set of samples, each by its definition, in float64.
 
     top1: share of samples whose highest logit is right. macro_accuracy: mean of the classes' accuracies, over the
-    classes that occur; classes: how many these are. nll: mean negative log-likelihood in nats. ece: expected
-    calibration error over 15 bins of equal width (Guo et al. 2017, arXiv 1706.04599).
+    classes that occur; classes: how many these are. nll: mean negative log-likelihood in nats. ece: see
+    ``calibration_error``.
     """
-    num_classes = logits_NC.shape[1]
-    predicted_N = logits_NC.argmax(dim=1)
-    # average="macro" would count a class that never occurs but is once predicted; here it is left out (n/a)
+    right_N = logits_NC.argmax(dim=1) == labels_N
+    # a class that never occurs has no accuracy (n/a, not 0), whether or not it is predicted
     known = [accuracy for accuracy in class_accuracies(logits_NC, labels_N) if accuracy is not None]
     return {
-        "top1": float((predicted_N == labels_N).double().mean()),
+        "top1": float(right_N.double().mean()),
         "macro_accuracy": sum(known) / len(known),
         "classes": float(len(known)),
         "nll": float(nn.functional.cross_entropy(logits_NC.double(), labels_N)),
-        "ece": float(
-            multiclass_calibration_error(logits_NC.double().softmax(dim=1), labels_N, num_classes, n_bins=ECE_BINS)
-        ),
+        "ece": calibration_error(logits_NC.double().softmax(dim=1).amax(dim=1), right_N),
     }
+
+
+def calibration_error(confidence_N: Tensor, right_N: Tensor, bins: int = ECE_BINS) -> float:
+    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599), from 0 to 1.
+
+    The interval (0, 1] of confidences is cut into ``bins`` of equal width, ((b - 1) / bins, b / bins]; a confidence of
+    exactly 1 is in the last one. ECE = sum_b n_b / N * |accuracy_b - mean confidence_b|.
+
+    Args:
+        confidence_N: probability of the predicted class, in float64.
+        right_N: whether that class is the label.
+    """
+    bin_N = ((confidence_N * bins).ceil().long() - 1).clamp(0, bins - 1)
+    # n_b * (accuracy_b - mean confidence_b) is a plain sum over the samples of the bin
+    gap_b = torch.bincount(bin_N, weights=right_N.double() - confidence_N, minlength=bins)
+    return float(gap_b.abs().sum() / len(confidence_N))
 
 
 def class_accuracies(logits_NC: Tensor, labels_N: Tensor) -> list[float | None]:
     """Share of each class's samples whose highest logit is right; None (n/a) for a class without samples."""
     num_classes = logits_NC.shape[1]
-    recall_C = multiclass_accuracy(logits_NC.argmax(dim=1), labels_N, num_classes, average="none")
-    occurs_C = torch.bincount(labels_N, minlength=num_classes) > 0
-    pairs = zip(recall_C.double().tolist(), occurs_C.tolist(), strict=True)
-    return [recall if occurs else None for recall, occurs in pairs]
+    count_C = torch.bincount(labels_N, minlength=num_classes).tolist()
+    right_C = torch.bincount(labels_N[logits_NC.argmax(dim=1) == labels_N], minlength=num_classes).tolist()
+    return [right / count if count else None for right, count in zip(right_C, count_C, strict=True)]
 
 
 def metrics_by_domain(predictions: Predictions) -> dict[str, dict[str, float]]:

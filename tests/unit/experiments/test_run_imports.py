@@ -1,0 +1,21 @@
+"""Importing the whole pipeline loads torch and accelerate; every other library waits until it is used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+CODE = "import sys, disam_peft.experiments.run; print(*sys.modules)"
+ABSENT = {
+    *("transformers", "open_clip", "timm", "peft", "datasets", "pyarrow", "pandas"),
+    *("torchvision", "matplotlib", "scipy", "sklearn", "jinja2", "torchmetrics", "tensorboard"),
+    *("sympy", "triton", "onnx", "optuna", "wandb", "rich", "typer"),
+    *("torch._dynamo", "torch._inductor", "torch._functorch.aot_autograd", "torch.utils.tensorboard"),
+}
+
+
+def test_importing_the_run_loads_no_library_before_it_is_used() -> None:
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert {"torch", "accelerate", "numpy", "disam_peft.training.trainer"} <= loaded
+    assert loaded & ABSENT == set()
