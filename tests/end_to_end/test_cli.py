@@ -13,9 +13,8 @@ from disam_peft.cli.app import main
 from disam_peft.common.records import read_events, read_results
 from disam_peft.experiments import run
 from disam_peft.experiments.run_folder import find_runs
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import PACS_MINI, ROOT
 
-PACS_MINI = ROOT.parent / "shared" / "data" / "pacs_mini"
 QUICK = ["train.steps=4", "train.batch_size=6", "train.warmup_steps=0", "train.workers=0", "evaluation.workers=0"]
 
 
@@ -285,7 +284,7 @@ def test_recipe_scripts_run(script, domains_folder, openclip_name, tmp_path):
         assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
 
 
-@pytest.mark.skipif(not PACS_MINI.is_dir(), reason="the PACS sample lies beside the project, not in it")
+@pytest.mark.skipif(not PACS_MINI.is_dir(), reason="the PACS sample does not lie beside the repository")
 def test_pacs_sample_runs_to_the_end(cli, arguments, tmp_path):
     recipe = ROOT / "recipes/pacs/linear_probe_disam.yaml"
     code, out, err = cli(

@@ -9,6 +9,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
 SCRIPTS = ROOT / "scripts"
 REFERENCE = ROOT / "tests" / "reference"
+PACS_MINI = ROOT.parent / "shared" / "data" / "pacs_mini"
+"""A sample of PACS that may lie beside the repository; tests that want it skip where it does not."""
 
 
 def environment(**variables: str) -> dict[str, str]:

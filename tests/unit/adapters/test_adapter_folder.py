@@ -163,6 +163,7 @@ assert "disam_peft" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_peft_alone_loads_every_method_onto_a_plain_clip(twins: tuple[str, str], tmp_path: Path) -> None:
     images = pixels(dtype=torch.float32)
     prompts = ClassPrompts(PROMPTS.class_names, ("a photo of a {}.",))

@@ -216,6 +216,7 @@ print(json.dumps([scores[label] for label in labels]))
 """
 
 
+@pytest.mark.slow
 def test_a_saved_model_serves_a_pipeline(transformers_dir: str, tmp_path: Path) -> None:
     backbone = load(transformers_dir)
     backbone.save(tmp_path / "saved", backbone.model)

@@ -61,6 +61,7 @@ def test_weights_are_the_recorded_ones_and_small():
     assert sum(t.numel() for t in load_file(files[0]).values()) == RECORD["parameters"]
 
 
+@pytest.mark.slow
 def test_useful_but_imperfect(both):
     """The promise of the README, on images that neither the training nor its own evaluation has seen."""
     backbone = both[0]

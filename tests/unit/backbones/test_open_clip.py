@@ -349,6 +349,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 def test_saved_models_are_open_clips_own(tmp_path: Path) -> None:
     backbones: dict[str, ClipBackbone] = {}
     for layout, overrides in LAYOUTS.items():

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.paths import PACS_MINI
 from tests.helpers.tiny_images import write_image
 
 Tree = Callable[..., Path]
-PACS_MINI = Path(__file__).resolve().parents[3] / "shared" / "data" / "pacs_mini"
 
 
 @pytest.fixture
@@ -38,5 +38,5 @@ def tree(tmp_path: Path) -> Tree:
 @pytest.fixture(scope="session")
 def pacs_mini() -> Path:
     if not PACS_MINI.is_dir():
-        pytest.skip(f"no {PACS_MINI}")
+        pytest.skip("the PACS sample does not lie beside the repository")
     return PACS_MINI

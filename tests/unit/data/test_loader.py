@@ -62,6 +62,7 @@ def test_workers_change_nothing(dataset):
     assert torch.equal(alone, train_pixels(dataset, 2, "fork"))
 
 
+@pytest.mark.slow
 def test_spawned_workers_change_nothing(dataset):
     assert torch.equal(train_pixels(dataset, 0), train_pixels(dataset, 1, "spawn"))
 

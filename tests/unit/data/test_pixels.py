@@ -304,6 +304,7 @@ def test_nearly_the_same_pictures_as_from_files(tmp_path):
     assert difference.max() < 0.05 < 0.2 < (ours[:-1] - ours[1:]).abs().mean((1, 2, 3)).min()
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(dataset):
     alone = stored_batches(dataset)
     for workers, start_method in ((2, "fork"), (1, "spawn")):

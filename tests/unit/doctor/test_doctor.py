@@ -286,6 +286,7 @@ def test_processes_that_end_or_hang(recipe):
 # -- all together ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_whole_examination_from_the_command_line(recipe, tmp_path):
     save_recipe(recipe(), tmp_path / "recipe.yaml")
     words = ["doctor", str(tmp_path / "recipe.yaml"), "method.rho=0.1", "--json", str(tmp_path / "f.json")]

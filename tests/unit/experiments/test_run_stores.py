@@ -81,6 +81,7 @@ def test_every_image_is_decoded_once(make_recipe, monkeypatch, adapter):
     assert list(watched.encoded.values()) == [IMAGES + 3]
 
 
+@pytest.mark.slow
 @every_adapter
 def test_zero_shot_from_the_adapters_store_has_the_same_bits(make_recipe, monkeypatch, adapter):
     [shared] = run.train(make_recipe(adapter, "shared"))
@@ -96,6 +97,7 @@ def test_without_a_store_nobody_asks_for_the_split(make_recipe, monkeypatch):
     run.train(make_recipe(ADAPTERS["lora"], store=False))
 
 
+@pytest.mark.slow
 def test_zero_shot_numbers_are_kept_per_split(make_recipe, monkeypatch):
     """In batches unlike the store's, where the frozen part ends is a matter of rounding."""
     cache, judged = RunCache(), []

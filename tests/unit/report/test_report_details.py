@@ -110,6 +110,7 @@ def stem_of(names):
     return stem
 
 
+@pytest.mark.slow
 def test_the_same_records_give_the_same_bytes(runs, tmp_path):
     for name in ("one", "two"):
         build_report(read_runs([runs / "disam"]), tmp_path / f"{name}.html")

@@ -34,6 +34,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         sys.modules.pop(name)
 
 
+@pytest.mark.slow
 def test_one_seed_gives_one_set_of_weights(scripts, tmp_path):
     hashes = {}
     for name, seed in (("first", "0"), ("again", "0"), ("other", "1")):

@@ -62,6 +62,7 @@ def gradients(classifier: ClipClassifier, around: Any) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in classifier.trainable().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", ["lora-image", "lora-both", "coop-shared"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_is_the_same_and_blocks_are_eager_outside(twins: tuple[str, str], family: str, cell: str) -> None:
@@ -106,6 +107,7 @@ def run(twins: tuple[str, str], domains_folder: Any, monkeypatch: pytest.MonkeyP
     return of
 
 
+@pytest.mark.slow
 def test_training_comes_to_the_same_weights(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     counting = Counting()
     expected, _ = run()

@@ -258,6 +258,7 @@ def test_nobody_else_accumulates(run, monkeypatch):
     start_accelerator()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo between forks is tested on POSIX systems")
 def test_two_processes_in_pieces(run, twins, domains_folder, tmp_path):
     """Unequal parts in unequal pieces, of another number on each rank, against the whole batch on one process."""

@@ -273,6 +273,7 @@ def test_row_30_precisions_that_the_device_does_not_have():
     check_precision("bf16", torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_another_precision_in_the_same_process_is_an_error_that_says_so():
     script = (
         "from disam_peft.training.accelerator import start_accelerator\n"
