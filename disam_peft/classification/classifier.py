@@ -72,6 +72,13 @@ class ClipClassifier(nn.Module):
         """The adapter's trained parameters by name; empty for zero-shot."""
         return {} if self.adapter is None else self.adapter.trainable()
 
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """All tensors that training may change, by name: the trained parameters, and the adapter's own buffers."""
+        if self.adapter is None:
+            return {}
+        kept = self.adapter.state_dict()
+        return {**self.trainable(), **{name: b for name, b in self.adapter.named_buffers() if name in kept}}
+
     def frozen_text(self) -> FrozenText:
         """The text side's frozen part, computed on first use and kept while device and dtype stay the same."""
         key = (self.backbone.device, self.backbone.dtype)

@@ -47,6 +47,8 @@ class ResultRow:
     """None where it is not defined."""
     n: int
     """Number of samples; for ``mean`` and ``worst`` the number of domains."""
+    weights: str = "raw"
+    """``raw``: the trained weights themselves, in their best state; else the name of an average of them."""
 
 
 Record = TypeVar("Record", bound="ResultRow | LossSlice | Confusion | ExampleError")

@@ -30,6 +30,7 @@ class Identity:
     method: str
     held_out: str
     seed: int
+    weights: str = "raw"
 
     @classmethod
     def of_zero_shot(cls, recipe: Recipe) -> Identity:
@@ -37,10 +38,10 @@ class Identity:
         return cls(_backbone_label(recipe), "none", "zero_shot", recipe.protocol.held_out, recipe.seed)
 
     @classmethod
-    def of_trained(cls, recipe: Recipe) -> Identity:
-        """The recipe's model with its trained adapter."""
+    def of_trained(cls, recipe: Recipe, weights: str = "raw") -> Identity:
+        """The recipe's model with its trained adapter; ``weights`` as in ``ResultRow``."""
         method = recipe.method.name
-        return cls(_backbone_label(recipe), recipe.adapter.kind, method, recipe.protocol.held_out, recipe.seed)
+        return cls(_backbone_label(recipe), recipe.adapter.kind, method, recipe.protocol.held_out, recipe.seed, weights)
 
 
 def _backbone_label(recipe: Recipe) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from disam_peft.adapters.manifest import read_manifest
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.saved_classifier import load_adapter
 from disam_peft.common.records import RESULTS, ResultRow, read_results, write_results
@@ -53,7 +54,8 @@ def evaluate(folder: Path, overrides: Sequence[str] = (), *, sharpness: bool = F
             )
         evaluator = Evaluator(recipe, accelerator.autocast)
         predictions = evaluator.predict_splits(classifier, splits, label=recipe.method.name)
-        rows = result_rows(Identity.of_trained(recipe), predictions)
+        weights = str(read_manifest(run / ADAPTER).trained_with.get("weights", "raw"))
+        rows = result_rows(Identity.of_trained(recipe, weights), predictions)
         is_main = accelerator.is_main_process
         if sharpness:
             write_sharpness(run, classifier, splits, recipe.evaluation, like=rows[-1], is_main=is_main)

@@ -16,17 +16,28 @@ from disam_peft.classification.saved_classifier import save_adapter
 from disam_peft.common.locks import locked
 from disam_peft.common.processes import on_main
 from disam_peft.common.records import METRICS, RESULTS, ResultRow, append_event, read_results, write_results
+from disam_peft.config.average import kept_averages
 from disam_peft.config.recipe import Recipe, as_dict
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.splits import check_no_leak
-from disam_peft.evaluation.protocols import held_out_domains, validation_score
-from disam_peft.evaluation.results import Evaluator, Identity, result_rows, write_mistakes, write_sharpness
+from disam_peft.evaluation.metrics import metrics_by_domain
+from disam_peft.evaluation.predict import Predictions
+from disam_peft.evaluation.protocols import held_out_domains
+from disam_peft.evaluation.results import (
+    POOLED_OVER_DOMAINS,
+    Evaluator,
+    Identity,
+    result_rows,
+    write_mistakes,
+    write_sharpness,
+)
 from disam_peft.experiments import run_folder
 from disam_peft.experiments.build import SplitData, holding_out, load_pretrained, split_data
 from disam_peft.experiments.run_cache import RunCache
 from disam_peft.experiments.run_folder import ADAPTER, CHECKPOINTS
 from disam_peft.training.accelerator import start_accelerator
-from disam_peft.training.checkpoint.manager import Checkpoints
+from disam_peft.training.checkpoint.manager import CheckpointConfig
+from disam_peft.training.selection import Validation, put_into, validation
 from disam_peft.training.trainer import FitResult, fit
 
 
@@ -98,25 +109,30 @@ def _train_one(
     on_main(lambda: run_folder.prepare(recipe, anew=plan == "start"))
     _start_tracking(accelerator, recipe)
     trained_with = {"recipe": as_dict(recipe), "held_out": recipe.protocol.held_out, "classes": list(dataset.classes)}
+
+    def save_best(weights: str) -> None:
+        save_adapter(folder / ADAPTER, classifier, trained_with={**trained_with, "weights": weights})
+
     fitted = fit(
         classifier,
         inferred.dataset,
         method=recipe.method,
         config=recipe.train,
+        averages=kept_averages(recipe.average),
         augment=recipe.augment,
         features=recipe.features,
         seed=recipe.seed,
         accelerator=accelerator,
-        validate=lambda: validation_score(evaluator.predict(classifier, data.validation, "validating")),
-        on_best=(lambda: save_adapter(folder / ADAPTER, classifier, trained_with=trained_with)) if is_main else None,
+        validate=lambda: _validation(recipe, evaluator.predict(classifier, data.validation, "validating")),
+        on_best=save_best if is_main else None,
         on_event=lambda event, **values: append_event(folder / METRICS, event, **values),
         checkpoints=_checkpoints(folder, plan, dataset, pretrained.backbone),
     )
     for tracker in accelerator.trackers:
         tracker.finish()
 
-    predictions = evaluator.predict_splits(classifier, data.by_split(), label=recipe.method.name)
-    rows += result_rows(Identity.of_trained(recipe), predictions)
+    trained_rows, predictions = _judge_all_weights(classifier, fitted, data, evaluator)
+    rows += trained_rows
     if is_main:
         _record_inferred(folder, recipe, inferred)
         write_mistakes(folder, predictions["held_out"], data.target, classifier.class_names, recipe.evaluation)
@@ -167,17 +183,40 @@ def _zero_shot_rows(
     )
 
 
+def _validation(recipe: Recipe, predictions: Predictions) -> Validation:
+    """The predictions for source validation, judged by the recipe's rule of selection."""
+    by_domain = metrics_by_domain(predictions)
+    return validation(recipe.selection, {d: by_domain[d] for d in by_domain if d not in POOLED_OVER_DOMAINS})
+
+
+def _judge_all_weights(
+    classifier: ClipClassifier, fitted: FitResult, data: SplitData, evaluator: Evaluator
+) -> tuple[list[ResultRow], dict[str, Predictions]]:
+    """Rows of the trained weights and of each average of them, each in its best state; those of the chosen one last,
+    with its predictions. The classifier is left in the chosen state."""
+    rows: list[ResultRow] = []
+    predictions: dict[str, Predictions] = {}
+    for weights in sorted(fitted.states, key=lambda name: name == fitted.weights):
+        put_into(classifier, fitted.states[weights])
+        label = evaluator.recipe.method.name + ("" if len(fitted.states) == 1 else f" ({weights})")
+        predictions = evaluator.predict_splits(classifier, data.by_split(), label=label)
+        rows += result_rows(Identity.of_trained(evaluator.recipe, weights), predictions)
+    return rows, predictions
+
+
 def _start_tracking(accelerator: Accelerator, recipe: Recipe) -> None:
     if recipe.train.tracker != "none":
         accelerator.init_trackers(recipe.protocol.held_out)
 
 
-def _checkpoints(folder: Path, plan: run_folder.Plan, dataset: DomainDataset, backbone: ClipBackbone) -> Checkpoints:
+def _checkpoints(
+    folder: Path, plan: run_folder.Plan, dataset: DomainDataset, backbone: ClipBackbone
+) -> CheckpointConfig:
     """Where training saves its state, and what must be the same when it goes on from there."""
-    return Checkpoints(
+    return CheckpointConfig(
         folder / CHECKPOINTS,
         resume=plan == "continue",
-        made_with={**run_folder.content_by_cell(dataset), "weights of the backbone": backbone.base_hash},
+        provenance={**run_folder.content_by_cell(dataset), "weights of the backbone": backbone.base_hash},
         records=folder / METRICS,
     )
 

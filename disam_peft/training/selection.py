@@ -1,51 +1,228 @@
-"""The adapter's state with the highest score; the first of equals."""
+"""Which state of a run is kept: named rules over source validation, and the best state so far.
+
+A rule is a pure function. Only metrics of *source* domains ever reach it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.config.selection import SelectionConfig
+from disam_peft.errors import UserError
+from disam_peft.training.averages.weight_averages import RAW, WeightAverages
+
+MetricsByDomain = Mapping[str, Mapping[str, float]]
 
 
-class BestState:
-    """Validates the classifier when told to, and remembers its best state.
+@dataclass(frozen=True)
+class Validation:
+    """What a validation found.
 
     Attributes:
-        step, score, tensors: of the best state so far; None before the first, and where nobody validates.
+        score: decides; a larger tuple is better, compared from its first number on.
+        numbers: what is recorded of it.
+    """
+
+    score: tuple[float, ...]
+    numbers: Mapping[str, float]
+
+    @classmethod
+    def of(cls, value: Any) -> Validation:
+        """From what a user's ``validate`` returned: a Validation, a number, or a (named) tuple of numbers."""
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, tuple):
+            score = tuple(float(number) for number in value)
+            names = getattr(value, "_fields", [f"score_{number}" for number in range(len(score))])
+            return cls(score, dict(zip(names, score, strict=True)))
+        return cls((float(value),), {"score": float(value)})
+
+
+def source_validation(metrics: MetricsByDomain, metric: str) -> tuple[float, ...]:
+    """Mean over the source domains, so that a large domain does not outvote a small one. Equals are told apart by the
+    other metric."""
+    accuracy, likelihood = _over_domains(metrics, lambda values: sum(values) / len(values))
+    return (accuracy, likelihood) if metric == "accuracy" else (likelihood, accuracy)
+
+
+def worst_source(metrics: MetricsByDomain, metric: str) -> tuple[float, ...]:
+    """The worst source domain. Equals are told apart by the other metric, of its own worst domain."""
+    accuracy, likelihood = _over_domains(metrics, min)
+    return (accuracy, likelihood) if metric == "accuracy" else (likelihood, accuracy)
+
+
+Rule = Callable[[MetricsByDomain, str], tuple[float, ...]]
+
+RULES: dict[str, Rule] = {
+    "source_validation": source_validation,
+    "worst_source": worst_source,
+}
+"""Name in ``selection.rule`` -> score of a state from the metrics of each source domain; a larger score is better."""
+
+
+def validation(config: SelectionConfig, metrics: MetricsByDomain) -> Validation:
+    """The metrics of a state on source validation, judged by the rule of a recipe.
+
+    Args:
+        metrics: source domain -> ``top1`` and ``nll`` at least, without pooled rows.
+    """
+    mean_top1, negative_nll = source_validation(metrics, "accuracy")
+    worst_top1, worst_negative_nll = worst_source(metrics, "accuracy")
+    numbers = {
+        "mean_top1": mean_top1,
+        "negative_nll": negative_nll,
+        "worst_top1": worst_top1,
+        "worst_negative_nll": worst_negative_nll,
+    }
+    return Validation(RULES[config.rule](metrics, config.metric), numbers)
+
+
+def _over_domains(metrics: MetricsByDomain, pool: Callable[[list[float]], float]) -> tuple[float, float]:
+    """Accuracy and negative NLL, each pooled over domains; of both, more is better."""
+    return pool([values["top1"] for values in metrics.values()]), pool([-values["nll"] for values in metrics.values()])
+
+
+@dataclass(frozen=True)
+class KeptState:
+    """The best state of the weights, or of one average of them.
+
+    Attributes:
+        step: number of optimizer steps after which it was reached.
+        score: of its validation; None where nobody validated.
+        tensors: the adapter's tensors by name, on the device.
+    """
+
+    step: int
+    score: tuple[float, ...] | None
+    tensors: dict[str, Tensor]
+
+
+class BestStates:
+    """Validates the weights and each of their averages when told to, and remembers the best state of each.
+
+    Args:
+        validate: scores the present state of the classifier on held-back source data, see ``Validation.of``; None:
+            nobody validates, and the last state is kept.
+        on_best: called in a state that is better than all before it, of whatever weights, to save it. It is told
+            their name, ``raw`` or the name of the average.
     """
 
     def __init__(
-        self, classifier: ClipClassifier, validate: Callable[[], Any] | None, on_best: Callable[[], None] | None
+        self,
+        classifier: ClipClassifier,
+        averages: WeightAverages,
+        validate: Callable[[], Any] | None,
+        on_best: Callable[[str], None] | None,
     ) -> None:
-        self._classifier, self._validate, self._on_best = classifier, validate, on_best
-        self.step: int | None = None
-        self.score: Any = None
-        self.tensors: dict[str, Tensor] | None = None
+        self._classifier, self._averages = classifier, averages
+        self._validate, self._on_best = validate, on_best
+        self._best: dict[str, KeptState] = {}
 
-    def offer(self, step: int) -> Any:
-        """Validate the present state; its score, or None if nobody validates."""
+    def offer(self, step: int) -> dict[str, Validation]:
+        """Validate the state after ``step``, with the weights themselves and with each average in their place."""
+        found: dict[str, Validation] = {}
         if self._validate is None:
-            return None
-        score = self._validate()
-        self._classifier.train()
-        if self.score is None or score > self.score:
-            self.step, self.score = step, score
-            self.tensors = {name: p.detach().clone() for name, p in self._classifier.trainable().items()}
-            if self._on_best is not None:
-                self._on_best()
-        return score
+            return found
+        for weights in (RAW, *self._averages.names):
+            with self._averages.in_place_of_weights(weights):
+                found[weights] = Validation.of(self._validate())
+                self._classifier.train()
+                self._keep_if_better(weights, step, found[weights].score)
+        return found
+
+    def _keep_if_better(self, weights: str, step: int, score: tuple[float, ...]) -> None:
+        before, overall = self._best.get(weights), self._best.get(self.chosen) if self._best else None
+        if before is None or is_better(score, before.score):
+            self._best[weights] = KeptState(step, score, _copies(self._classifier))
+            if self._on_best is not None and (overall is None or is_better(score, overall.score)):
+                self._on_best(weights)
+
+    @property
+    def chosen(self) -> str:
+        """The weights whose best state has the highest score; of equals the first, and ``raw`` is the first of all."""
+        chosen = RAW
+        for weights, state in self._best.items():
+            if chosen not in self._best or is_better(state.score, self._best[chosen].score):
+                chosen = weights
+        return chosen
 
     @torch.no_grad()
-    def restore(self, *, announce: bool) -> None:
-        """Put the classifier into its best state, in eval mode. ``announce``: let it be saved once more."""
+    def finish(self, last_step: int, *, announce: bool) -> dict[str, KeptState]:
+        """Put the classifier into the best state of all, in eval mode; give the best states of all weights.
+
+        Args:
+            announce: let ``on_best`` save it once more.
+        """
         self._classifier.eval()
-        if self.tensors is None:
-            return
-        for name, p in self._classifier.trainable().items():
-            p.copy_(self.tensors[name])
-        if announce and self._on_best is not None:
-            self._on_best()
+        for weights in (RAW, *self._averages.names):
+            if weights not in self._best:  # nobody validated
+                with self._averages.in_place_of_weights(weights):
+                    self._best[weights] = KeptState(last_step, None, _copies(self._classifier))
+        put_into(self._classifier, self._best[self.chosen])
+        if announce and self._on_best is not None and self._best[self.chosen].score is not None:
+            self._on_best(self.chosen)
+        return dict(self._best)
+
+    def state_dict(self) -> dict[str, Any]:
+        # scores as tensors: JSON has no infinity
+        return {
+            weights: {
+                "step": state.step,
+                "score": torch.tensor(state.score, dtype=torch.float64),
+                "tensors": dict(state.tensors),
+            }
+            for weights, state in self._best.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            UserError: the tensors are those of another adapter, or of averages that this run does not have.
+        """
+        here = self._classifier.adapter_tensors()
+        for weights, saved in state.items():
+            if weights not in (RAW, *self._averages.names) or not same_tensors(here, saved["tensors"]):
+                raise UserError(f"its best state of the weights {weights!r} is not one of this adapter and recipe")
+        device = self._classifier.backbone.device
+        self._best = {
+            weights: KeptState(
+                int(saved["step"]),
+                tuple(saved["score"].tolist()),
+                {name: tensor.to(device) for name, tensor in saved["tensors"].items()},
+            )
+            for weights, saved in state.items()
+        }
+
+
+@torch.no_grad()
+def put_into(classifier: ClipClassifier, state: KeptState) -> None:
+    """Give the classifier's adapter the tensors of this state."""
+    for name, tensor in classifier.adapter_tensors().items():
+        tensor.copy_(state.tensors[name])
+
+
+def same_tensors(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+    """Whether both have tensors of the same names, shapes and types."""
+    return {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
+
+
+def _copies(classifier: ClipClassifier) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in classifier.adapter_tensors().items()}
+
+
+def is_better(score: tuple[float, ...] | None, than: tuple[float, ...] | None) -> bool:
+    """A number that is NaN is worse than any other."""
+    if score is None or than is None:
+        return than is None and score is not None
+    return _comparable(score) > _comparable(than)
+
+
+def _comparable(score: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(-math.inf if math.isnan(number) else number for number in score)

@@ -21,7 +21,7 @@ from disam_peft.common.progress import track
 from disam_peft.config.training import TrainConfig
 from disam_peft.disam.ascent import ascent_weights
 from disam_peft.errors import UserError
-from disam_peft.training.optimizers import learning_rate_factor
+from disam_peft.training.optimizers import build_optimizer, learning_rate_factor
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,8 @@ def fit_probes(
         validate: scores of the probes from their logits on ``validation_features_MF``, when ``fit`` would validate.
             Unset: the last state of each is kept.
     """
-    optimizer = _optimizer(stack, config)
+    fused = stack.weights_SCF.device.type in ("cpu", "cuda")
+    optimizer = build_optimizer(stack.groups(), config, fused=fused)
     rates = [group["lr"] for group in optimizer.param_groups]
     one_hot_ND = nn.functional.one_hot(domains_N).to(features_NF)
     best: list[ProbeTrial | None] = [None] * len(stack.settings)
@@ -220,11 +221,3 @@ def _keep_better(best: list[ProbeTrial | None], stack: ProbeStack, step: int, sc
         diverged = not all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
         if not diverged and (before is None or score > before.best_score):
             best[number] = ProbeTrial(setting, step, score, state)
-
-
-def _optimizer(stack: ProbeStack, config: TrainConfig) -> torch.optim.Optimizer:
-    groups = stack.groups()
-    fused = stack.weights_SCF.device.type in ("cpu", "cuda")
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, groups[0]["lr"], config.momentum, weight_decay=config.weight_decay, fused=fused)
-    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)

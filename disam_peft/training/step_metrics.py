@@ -1,31 +1,97 @@
-"""What the steps of a run looked like: counted on the device, read only when somebody writes it down. D domains."""
+"""What the steps of a run looked like: counted on the device, and read only when it is written down. D domains."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from disam_peft.config.method import MethodConfig
+from disam_peft.config.training import TrainConfig
+from disam_peft.data.dataset import DomainDataset
 from disam_peft.disam.disam import StepReport
+from disam_peft.errors import UserError
+from disam_peft.training.guarded_optimizer import StepOutcome
 
+MAX_SKIPPED_IN_A_ROW = 10
 RARE = 0.05
 UNUSUAL = 0.2
 COUNTED = ("one_domain_steps", "zero_ascent_steps", "negative_domain_weights", "domain_weights")
+OnEvent = Callable[..., None]
 
 
-class StepCounters:
-    """Counts steps without effect, with one domain, without an ascent direction, and domain weights below 0."""
+@dataclass(frozen=True)
+class FinishedStep:
+    """An optimizer step, before it is known whether it was taken.
 
-    def __init__(self, domain_names: tuple[str, ...], num_sources: int, method: MethodConfig) -> None:
-        self._names, self._num_sources, self._method = domain_names, num_sources, method
-        self._steps, self.skipped = 0, 0
-        self._totals: Tensor | None = None  # in the order of COUNTED
+    Attributes:
+        number: of the step, from 1.
+        indices_B: the samples of its batch, on the host.
+        report: of its gradient.
+        gradient_norm: before clipping, at loss scale 1, shape ().
+        learning_rate: of its update.
+    """
 
-    def count(self, report: StepReport, skipped: bool) -> None:
+    number: int
+    indices_B: Tensor
+    report: StepReport
+    gradient_norm: Tensor
+    learning_rate: float
+
+
+class StepMetrics:
+    """Counts steps without effect, with one domain, without an ascent direction, and domain weights below 0; records
+    every ``log_every``-th step; ends a run whose steps are skipped ten times in a row.
+
+    Args:
+        on_event: gets the records of ``metrics.jsonl``.
+        accelerator: gets the same numbers for its tracker, if it has one.
+    """
+
+    def __init__(
+        self,
+        dataset: DomainDataset,
+        method: MethodConfig,
+        config: TrainConfig,
+        on_event: OnEvent,
+        accelerator: Accelerator,
+    ) -> None:
+        self._dataset, self._method, self._config = dataset, method, config
+        self._on_event, self._accelerator = on_event, accelerator
+        self._steps, self.skipped, self._skipped_in_a_row = 0, 0, 0
+        self._counts: Tensor | None = None  # in the order of COUNTED
+        self._losses: Tensor | None = None  # of the first and the last step
+
+    def is_logged(self, step: int) -> bool:
+        """Whether the numbers of this step are recorded, which makes the host wait for the device."""
+        return step % self._config.log_every == 0 or step in (1, self._config.steps)
+
+    def record(self, step: FinishedStep, outcome: StepOutcome) -> None:
+        """Count the step, and write it down if it is time, as soon as it is known whether it was taken.
+
+        Raises:
+            UserError: this is the tenth step in a row that was skipped; names files of its batch.
+        """
+        outcome.when_known(lambda skipped: self._finish(step, skipped))
+
+    def _finish(self, step: FinishedStep, skipped: bool) -> None:
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise UserError(self._diverged(step.indices_B))
+        loss = step.report.loss
+        self._losses = torch.stack([loss if self._losses is None else self._losses[0], loss])
+        self._count(step.report, skipped)
+        if self.is_logged(step.number) or skipped:
+            values = {"learning_rate": step.learning_rate, "skipped": skipped, **self._numbers(step)}
+            self._on_event("step", step=step.number, **values)
+            self.track(step.number, {name: value for name, value in values.items() if name != "skipped"})
+
+    def _count(self, report: StepReport, skipped: bool) -> None:
         present_D = report.domain_counts > 0
         no_ascent = (report.ascent_norm == 0) & (self._method.effective_rho > 0)
         seen = torch.stack(
@@ -36,37 +102,66 @@ class StepCounters:
                 present_D.sum(),
             ]
         )
-        self._totals = seen if self._totals is None else self._totals + seen
+        self._counts = seen if self._counts is None else self._counts + seen
         self._steps += 1
         self.skipped += skipped
 
-    def numbers(self, report: StepReport, gradient_norm: Tensor) -> dict[str, Any]:
+    def _numbers(self, step: FinishedStep) -> dict[str, Any]:
         """The report as plain numbers, domains by name; absent domains are left out."""
+        report, names = step.report, self._dataset.domains
         counts_D = report.domain_counts.tolist()
         present = [i for i, count in enumerate(counts_D) if count > 0]
         losses_D, weights_D = report.domain_losses.tolist(), report.domain_weights.tolist()
         values: dict[str, Any] = {
             "loss": float(report.loss),
             "perturbed_loss": float(report.perturbed_loss),
-            "domain_loss": {self._names[i]: losses_D[i] for i in present},
-            "domain_weight": {self._names[i]: weights_D[i] for i in present},
-            "domain_share": {self._names[i]: counts_D[i] / sum(counts_D) for i in present},
+            "domain_loss": {names[i]: losses_D[i] for i in present},
+            "domain_weight": {names[i]: weights_D[i] for i in present},
+            "domain_share": {names[i]: counts_D[i] / sum(counts_D) for i in present},
             "ascent_norm": float(report.ascent_norm),
-            "gradient_norm": float(gradient_norm),
+            "gradient_norm": float(step.gradient_norm),
         }
         if report.ascent_cosine is not None:
             values["ascent_cosine"] = float(report.ascent_cosine)
         return values
 
+    def track(self, step: int, values: Mapping[str, Any]) -> None:
+        """Hand numbers to the tracker, those of domains as ``name/domain``."""
+        if not self._accelerator.trackers:
+            return
+        flat: dict[str, float] = {}
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                flat.update({f"{name}/{inner}": v for inner, v in value.items() if v is not None})
+            elif value is not None:
+                flat[name] = value
+        self._accelerator.log(flat, step=step)
+
+    @property
+    def first_loss(self) -> float:
+        """Mean loss of the first step; NaN before it."""
+        return float("nan") if self._losses is None else float(self._losses[0])
+
+    @property
+    def last_loss(self) -> float:
+        """Mean loss of the last step so far; NaN before the first."""
+        return float("nan") if self._losses is None else float(self._losses[1])
+
     def totals(self) -> dict[str, int]:
         """Counts over the run."""
-        counts = [0] * len(COUNTED) if self._totals is None else self._totals.tolist()
+        counts = [0] * len(COUNTED) if self._counts is None else self._counts.tolist()
         return {"steps": self._steps, "skipped_steps": self.skipped, **dict(zip(COUNTED, counts, strict=True))}
 
-    def load(self, totals: Mapping[str, int], device: torch.device) -> None:
-        """Go on from what ``totals()`` gave."""
+    def state_dict(self) -> dict[str, Any]:
+        return {"totals": self.totals(), "skipped_in_a_row": self._skipped_in_a_row, "losses": self._losses}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        totals, losses = state["totals"], state["losses"]
         self._steps, self.skipped = totals["steps"], totals["skipped_steps"]
-        self._totals = torch.tensor([totals[name] for name in COUNTED], device=device)
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+        device = self._accelerator.device
+        self._counts = torch.tensor([totals[name] for name in COUNTED], device=device)
+        self._losses = None if losses is None else losses.to(device)
 
     def warn_at_the_end(self) -> None:
         """Say what happened more often than the method is meant for."""
@@ -81,9 +176,18 @@ class StepCounters:
                 f"lower method.variance_weight={self._method.variance_weight:g}",
                 stacklevel=3,
             )
-        if self._num_sources > 1 and totals["one_domain_steps"] > UNUSUAL * steps:
+        if len(self._dataset.present_domains) > 1 and totals["one_domain_steps"] > UNUSUAL * steps:
             warnings.warn(
                 f"{totals['one_domain_steps'] / steps:.0%} of the steps saw one domain only and were plain SAM; use "
                 "train.sampling=balanced or a larger train.batch_size",
                 stacklevel=3,
             )
+
+    def _diverged(self, indices_B: Tensor) -> str:
+        files = "\n".join(f"  {self._dataset.source(i)}" for i in indices_B[:10].tolist())
+        fp16 = self._config.mixed_precision == "fp16"
+        hint = "mixed_precision=bf16" if fp16 else "a lower train.learning_rate or method.rho"
+        return (
+            f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a loss or gradient that is not finite and were skipped; "
+            f"try {hint}. The last batch held, among others:\n{files}"
+        )

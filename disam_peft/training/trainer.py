@@ -1,40 +1,46 @@
-"""The training loop: data in, best adapter out. Shapes in this file: B samples of this rank, D domains."""
+"""The training loop: data in, best adapter out. ``Trainer.train_step`` is one optimizer step, in order.
+
+Shapes in this file: B samples of this process's part of a batch.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.classification.frozen_features import training_store
 from disam_peft.common.progress import track
+from disam_peft.config.average import EmaConfig
 from disam_peft.config.data import AugmentConfig, FeatureConfig
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.dataset import DomainDataset
+from disam_peft.data.loading.batches import training_batches
+from disam_peft.data.loading.sampler import DomainBatches
+from disam_peft.data.stores.features import FeatureStore
+from disam_peft.data.transforms.augment import TrainTransform
 from disam_peft.disam.disam import DISAM
 from disam_peft.errors import UserError
 from disam_peft.training.accelerator import start_accelerator
-from disam_peft.training.checkpoint.manager import Checkpoints, Saver
-from disam_peft.training.checkpoint.state import TrainingState
+from disam_peft.training.averages.weight_averages import RAW, WeightAverages
+from disam_peft.training.checkpoint.manager import CheckpointConfig, CheckpointManager, Stateful
 from disam_peft.training.compiled_blocks import CompiledBlocks
-from disam_peft.training.feed import feed
-from disam_peft.training.guarded_optimizer import Taken, Updates
+from disam_peft.training.guarded_optimizer import GuardedOptimizer
 from disam_peft.training.micro_batching import StepGradient, choose_micro_batches
-from disam_peft.training.optimizers import learning_rate_factor
-from disam_peft.training.selection import BestState
-from disam_peft.training.step_metrics import StepCounters
+from disam_peft.training.optimizers import Schedule, build_optimizer
+from disam_peft.training.selection import BestStates, KeptState, same_tensors
+from disam_peft.training.step_metrics import FinishedStep, OnEvent, StepMetrics
 
-MAX_SKIPPED_IN_A_ROW = 10
-OnEvent = Callable[..., None]
+Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,17 +50,109 @@ class FitResult:
     Attributes:
         best_step: number of optimizer steps after which the chosen state was reached; the last one if nobody
             validated.
-        best_score: its score; None if nobody validated. Where it was found before the run was resumed: the same
-            numbers as a plain tuple.
+        best_score: its score, a tuple of numbers; None if nobody validated.
         first_loss, last_loss: mean training loss of the first and the last step, at w.
         skipped_steps: steps without effect, because a loss or gradient was not finite.
+        weights: whose state was chosen: ``raw``, the trained weights themselves, or the name of an average.
+        states: the best state of the weights and of each average, for whoever judges them side by side.
     """
 
     best_step: int
-    best_score: Any
+    best_score: tuple[float, ...] | None
     first_loss: float
     last_loss: float
     skipped_steps: int
+    weights: str = RAW
+    states: Mapping[str, KeptState] = field(default_factory=dict, repr=False, compare=False)
+
+
+class Trainer:
+    """All that takes part in one optimizer step after another.
+
+    Args:
+        classifier: on the accelerator's device, with an adapter that has trainable parameters.
+        dataset: training samples, of source domains only.
+        averages: one config for each average of the weights.
+        on_event: gets the records of ``metrics.jsonl``.
+    """
+
+    def __init__(
+        self,
+        classifier: ClipClassifier,
+        dataset: DomainDataset,
+        method: MethodConfig,
+        config: TrainConfig,
+        averages: Sequence[EmaConfig],
+        accelerator: Accelerator,
+        on_event: OnEvent,
+    ) -> None:
+        self.classifier, self.config, self.accelerator = classifier, config, accelerator
+        self.trained = classifier.trainable()
+        params = list(self.trained.values())
+        # A fused optimizer would hide from Accelerate that a loss scaler skipped its step.
+        fused = accelerator.scaler is None and accelerator.device.type in ("cpu", "cuda")
+        optimizer = build_optimizer(params, config, fused=fused)
+        self.schedule = Schedule(optimizer, config)  # before Accelerate wraps the optimizer's step
+        self.optimizer = GuardedOptimizer(optimizer, list(self.trained), accelerator)
+        self.micro_batches = choose_micro_batches(classifier, dataset, config, method, accelerator.num_processes)
+        disam = _disam(params, method, config, dataset, accelerator)
+        self.gradient = StepGradient(classifier, disam, self.micro_batches, accelerator)
+        self.averages = WeightAverages(averages, params)
+        self.metrics = StepMetrics(dataset, method, config, on_event, accelerator)
+        self.compiled = CompiledBlocks.of(classifier) if config.compile else nullcontext()
+        self.steps_done = 0
+
+    def train_step(self, batch: Batch) -> None:
+        """One optimizer step: gradient, clipping, update of the weights, schedule, averages, records.
+
+        A step whose loss or gradient is not finite changes nothing. On a GPU the host learns that one step later, so
+        the schedule and the records of a step may follow when the passes of the next one are queued.
+
+        Args:
+            batch: ``pixels`` (B, 3, H, W) or ``frozen`` (stored outputs of the frozen part), ``labels``, ``domains``
+                and ``indices`` (B,).
+
+        Raises:
+            UserError: ten steps in a row were skipped, or memory ran out.
+        """
+        step = self.steps_done + 1
+        try:
+            with self.compiled:
+                report = self.gradient(batch)  # both passes: p.grad is the gradient at w + e, the weights are w again
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory(step, error) from error
+        self.optimizer.flush()  # of the step before: while these passes run on a GPU, waiting for it costs nothing
+        gradient_norm = self.optimizer.clip_gradients(self.config.clip_norm)
+        learning_rate = self.schedule.learning_rate
+        outcome = self.optimizer.step(report.is_finite & torch.isfinite(gradient_norm))
+        self.schedule.step(outcome)
+        self.averages.update(outcome)
+        self.metrics.record(FinishedStep(step, batch["indices"], report, gradient_norm, learning_rate), outcome)
+        if self.metrics.is_logged(step):
+            self.optimizer.flush()
+        self.steps_done = step
+
+    def state_dict(self) -> dict[str, Any]:
+        """The adapter's tensors."""
+        return {"adapter": dict(self.classifier.adapter_tensors()), "order": list(self.trained)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            UserError: the tensors are those of another adapter.
+        """
+        here, saved = self.classifier.adapter_tensors(), state["adapter"]
+        if not same_tensors(here, saved) or list(self.trained) != state["order"]:
+            ours, theirs = ({name: tuple(t.shape) for name, t in found.items()} for found in (here, saved))
+            raise UserError(f"its adapter differs (here {str(ours)[:300]}; saved {str(theirs)[:300]})")
+        for name, tensor in here.items():
+            tensor.copy_(saved[name])
+
+    def _out_of_memory(self, step: int, error: torch.OutOfMemoryError) -> UserError:
+        self.optimizer.flush()  # the step before is not lost
+        hint = " ".join(getattr(error, "__notes__", []))  # the step restored the weights and notes what may help
+        return UserError(f"out of memory at step {step}: {error} {hint} {self.micro_batches.memory_remedy}")
 
 
 def fit(
@@ -63,118 +161,108 @@ def fit(
     *,
     method: MethodConfig | None = None,
     config: TrainConfig | None = None,
+    averages: Sequence[EmaConfig] = (),
     augment: AugmentConfig | None = None,
     features: FeatureConfig | None = None,
     seed: int = 0,
     accelerator: Accelerator | None = None,
     validate: Callable[[], Any] | None = None,
-    on_best: Callable[[], None] | None = None,
+    on_best: Callable[[str], None] | None = None,
     on_event: OnEvent | None = None,
-    checkpoints: Checkpoints | None = None,
+    checkpoints: CheckpointConfig | None = None,
 ) -> FitResult:
     """Train the classifier's adapter on ``dataset``, which holds source data only; in the end it is in its best state.
 
     Args:
         classifier: moved to the accelerator's device.
         dataset: training samples; their labels index the classifier's classes.
+        averages: averages of the weights that are kept and validated beside the weights themselves.
         features: whether to train from stored features of the frozen part; unset: from images.
         seed: of batches, augmentation and dropout.
         accelerator: from ``start_accelerator``; the default is one with the config's precision.
-        validate: scores the present state on held-back source data; greater is better. Called at intervals and after
-            the last step; the state with the highest score (the first of equals) is the one that is kept. Unset: the
-            last state is kept.
-        on_best: called in that state, whenever it is a new best, to save it; after a resume once more at the end.
+        validate: scores the present state on held-back source data: a number or a tuple of numbers, of which greater is
+            better, or a ``selection.Validation``. Called at intervals and after the last step, for the weights and for
+            each average in their place; the state with the highest score (the first of equals) is the one that is
+            kept. Unset: the last state of the weights is kept.
+        on_best: called in that state, whenever it is a new best, to save it; after a resume once more at the end. It is
+            told whose state it is: ``raw`` or the name of an average.
         on_event: called on the main process as ``on_event(name, **values)`` with the records of ``metrics.jsonl``.
         checkpoints: where to save at intervals, and whether to go on from there: whatever interrupted the run, the same
             processes then come to the same bits. SIGTERM and Ctrl-C save and end it. Unset: nothing is saved.
 
     Raises:
         UserError: nothing to train; a batch too small for the domains; losses that stay not finite (names the files);
-            more pieces of gradient accumulation than images; a checkpoint that cannot be written, is damaged, or is of
-            another run.
+            more micro-batches than images; a checkpoint that cannot be written, is damaged, or is of another run.
         Stopped: by a signal; with ``checkpoints`` alone.
     """
     method, config = method or MethodConfig(), config or TrainConfig()
     accelerator = accelerator or start_accelerator(config.mixed_precision)
     emit = on_event if on_event is not None and accelerator.is_main_process else _ignore
-    trainable = classifier.trainable()
-    if not trainable:
+    if not classifier.trainable():
         raise UserError("the classifier has no adapter with trainable parameters; build one and hand it over")
     set_seed(seed, device_specific=True)  # other dropout masks on other ranks
     classifier.to(accelerator.device)
-    params = list(classifier.trainable().values())
-    optimizer = _optimizer(params, config, accelerator)
-    scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(config, step))
-    stepper = accelerator.prepare_optimizer(optimizer)
-    pieces = choose_micro_batches(classifier, dataset, config, method, accelerator.num_processes)
-    disam = _disam(params, method, config, dataset, accelerator)
-    gradient = StepGradient(classifier, disam, pieces, accelerator)
-    counters = StepCounters(dataset.domains, len(dataset.present_domains), method)
-    best = BestState(classifier, validate, on_best)
-    state = TrainingState(classifier, optimizer, scheduler, accelerator.scaler, counters, best)
-    saver = Saver(checkpoints, state, config, accelerator)
-    saver.resume()
-    resumed_after = state.step
-
-    def is_logged(step: int) -> bool:
-        return step % config.log_every == 0 or step in (1, config.steps)
-
-    def settled(taken: Taken, skipped: bool) -> None:
-        """What follows from a step: for the schedule, the state and the records."""
-        if not skipped:
-            scheduler.step()
-        state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
-        if state.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            raise UserError(_diverged(dataset, taken.indices_B, config))
-        state.losses = (state.losses[0] if state.losses else taken.report.loss, taken.report.loss)
-        counters.count(taken.report, skipped)
-        if is_logged(taken.step) or skipped:
-            values = counters.numbers(taken.report, taken.gradient_norm)
-            emit("step", step=taken.step, learning_rate=taken.learning_rate, skipped=skipped, **values)
-            _track(accelerator, taken.step, {"learning_rate": taken.learning_rate, **values})
-        state.step = taken.step
-
-    updates = Updates(stepper, settled)
-    batches = feed(
-        classifier, dataset, config, augment or AugmentConfig(), features, seed, accelerator, first_step=state.step
+    trainer = Trainer(classifier, dataset, method, config, averages, accelerator, emit)
+    best = BestStates(classifier, trainer.averages, validate, on_best)
+    components: dict[str, Stateful] = {
+        "adapter": trainer,
+        "optimizer": trainer.optimizer,
+        "schedule": trainer.schedule,
+        "averages": trainer.averages,
+        "metrics": trainer.metrics,
+        "best": best,
+    }
+    manager = CheckpointManager(checkpoints, components, list(trainer.trained.values()), config, accelerator)
+    trainer.steps_done = resumed_after = manager.resume()
+    sampler = DomainBatches(
+        dataset.domain_ids,
+        config.batch_size,
+        seed,
+        config.steps,
+        sampling=config.sampling,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        first_step=resumed_after,
+    )
+    inputs = _inputs(classifier, dataset, augment or AugmentConfig(), features, seed, config, accelerator)
+    # Micro-batches are there to save memory: the images of each are sent to the device when it is its turn.
+    images_on: Literal["device", "host"] = "host" if config.gradient_accumulation_steps > 1 else "device"
+    batches = training_batches(
+        dataset, sampler, inputs, accelerator.device, workers=config.workers, images_on=images_on
     )
     classifier.train()
-    if pieces.count > 1 and state.step == 0:
-        emit("accumulation", pieces=pieces.count, images_at_once=pieces.size, way=pieces.mode)
-    compiled = CompiledBlocks.of(classifier) if config.compile else nullcontext()
+    if trainer.micro_batches.count > 1 and resumed_after == 0:
+        mb = trainer.micro_batches
+        emit("accumulation", pieces=mb.count, images_at_once=mb.size, way=mb.mode)
     # the cosine takes a second backward through each forward, which what is recorded does not have
     captured = nullcontext() if config.log_ascent_cosine else classifier.captured(accelerator.autocast)
-    with saver.watching(), captured:
-        for step, batch in enumerate(track(batches, "training", total=config.steps - state.step), state.step + 1):
-            try:
-                with compiled:
-                    report = gradient(batch)
-            except torch.OutOfMemoryError as error:  # the weights are w again; the notes hold what is known of a remedy
-                updates.settle()
-                hint = " ".join(getattr(error, "__notes__", []))
-                raise UserError(f"out of memory at step {step}: {error} {hint} {pieces.memory_remedy}") from error
-            updates.settle()  # of the step before: now that these passes are queued, waiting costs nothing
-            gradient_norm = _clipped(params, config, accelerator)
-            updates.take(Taken(step, batch["indices"], report, gradient_norm, float(scheduler.get_last_lr()[0])))
-            validated = step % config.validation_interval == 0 or step == config.steps
-            if is_logged(step) or validated:
-                updates.settle()
-            score = best.offer(step) if validated else None
-            if score is not None:
-                emit("validation", step=step, **score._asdict())
-                _track(accelerator, step, {f"validation/{name}": value for name, value in score._asdict().items()})
-            saver.end_of_step(step, validated=validated, settle=updates.settle)
+    with manager.watching(), captured:
+        for batch in track(batches, "training", total=config.steps - resumed_after):
+            trainer.train_step(batch)
+            step = trainer.steps_done
+            is_validated = step % config.validation_interval == 0 or step == config.steps
+            if is_validated:
+                trainer.optimizer.flush()
+                for weights, validation in best.offer(step).items():
+                    about = {} if weights == RAW else {"weights": weights}
+                    emit("validation", step=step, **about, **validation.numbers)
+                    prefix = "validation" if weights == RAW else f"validation/{weights}"
+                    trainer.metrics.track(step, {f"{prefix}/{name}": v for name, v in validation.numbers.items()})
+            manager.end_of_step(step, validated=is_validated)
 
-    counters.warn_at_the_end()
-    best.restore(announce=resumed_after > 0)  # a power cut may have taken what was saved of it
-    emit("trained", best_step=best.step or config.steps, **counters.totals())
-    assert state.losses is not None  # a run has a step
+    trainer.metrics.warn_at_the_end()
+    states = best.finish(config.steps, announce=resumed_after > 0)  # a power cut may have taken what was saved of it
+    chosen = states[best.chosen]
+    about = {"weights": best.chosen} if averages else {}
+    emit("trained", best_step=chosen.step, **about, **trainer.metrics.totals())
     return FitResult(
-        best_step=best.step or config.steps,
-        best_score=best.score,
-        first_loss=float(state.losses[0]),
-        last_loss=float(state.losses[1]),
-        skipped_steps=counters.skipped,
+        best_step=chosen.step,
+        best_score=chosen.score,
+        first_loss=trainer.metrics.first_loss,
+        last_loss=trainer.metrics.last_loss,
+        skipped_steps=trainer.metrics.skipped,
+        weights=best.chosen,
+        states=states,
     )
 
 
@@ -182,15 +270,21 @@ def _ignore(name: str, **values: Any) -> None:
     """Nobody records."""
 
 
-def _optimizer(
-    params: list[torch.nn.Parameter], config: TrainConfig, accelerator: Accelerator
-) -> torch.optim.Optimizer:
-    # a fused optimizer would hide from Accelerate that a loss scaler skipped its step
-    fused = accelerator.scaler is None and accelerator.device.type in ("cpu", "cuda")
-    if config.optimizer == "sgd":
-        rate, decay = config.learning_rate, config.weight_decay
-        return torch.optim.SGD(params, rate, config.momentum, weight_decay=decay, fused=fused)
-    return torch.optim.AdamW(params, config.learning_rate, weight_decay=config.weight_decay, fused=fused)
+def _inputs(
+    classifier: ClipClassifier,
+    dataset: DomainDataset,
+    augment: AugmentConfig,
+    features: FeatureConfig | None,
+    seed: int,
+    config: TrainConfig,
+    accelerator: Accelerator,
+) -> TrainTransform | FeatureStore:
+    """What batches are made of: augmented images, or stored outputs of the frozen part."""
+    if features is None or not features.store:
+        return TrainTransform(classifier.backbone.preprocessing, augment, seed)
+    return training_store(
+        classifier, dataset, augment, seed, features, autocast=accelerator.autocast, workers=config.workers
+    )
 
 
 def _disam(
@@ -217,35 +311,4 @@ def _disam(
         # frozen part, its split and the text features would have to be called through.
         reduce_gradients=True,
         ascent_cosine=config.log_ascent_cosine,
-    )
-
-
-def _clipped(params: list[torch.nn.Parameter], config: TrainConfig, accelerator: Accelerator) -> Tensor:
-    """The norm of the gradient before clipping, at loss scale 1."""
-    limit = float("inf") if config.clip_norm is None else config.clip_norm
-    if accelerator.scaler is not None or config.clip_norm is not None:
-        norm = accelerator.clip_grad_norm_(params, limit)  # unscales, once per step
-        assert norm is not None
-        return norm
-    return torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-
-
-def _track(accelerator: Accelerator, step: int, values: dict[str, Any]) -> None:
-    if not accelerator.trackers:
-        return
-    flat: dict[str, float] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat.update({f"{name}/{inner}": v for inner, v in value.items() if v is not None})
-        elif value is not None:
-            flat[name] = value
-    accelerator.log(flat, step=step)
-
-
-def _diverged(dataset: DomainDataset, indices_B: Tensor, config: TrainConfig) -> str:
-    files = "\n".join(f"  {dataset.source(i)}" for i in indices_B[:10].tolist())
-    hint = "mixed_precision=bf16" if config.mixed_precision == "fp16" else "a lower train.learning_rate or method.rho"
-    return (
-        f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a loss or gradient that is not finite and were skipped; "
-        f"try {hint}. The last batch held, among others:\n{files}"
     )

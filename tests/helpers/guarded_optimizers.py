@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from disam_peft.training.guarded_optimizer import Updates
+from disam_peft.training.guarded_optimizer import GuardedOptimizer, StepOutcome
 
 
-class LooksFirst(Updates):
+class LooksFirst(GuardedOptimizer):
     """Asks the device before every update, and never tells the optimizer."""
 
-    def take(self, taken):
-        skipped = not bool(taken.is_finite)
+    def step(self, is_finite):
+        skipped = not bool(is_finite)
         if not skipped:
-            self._stepper.step()
-        self._settled(taken, skipped)
+            self._scaled.step()
+        outcome = StepOutcome(is_finite)
+        outcome.resolve(skipped)
+        return outcome
 
 
-class Late(Updates):
+class Late(GuardedOptimizer):
     """On a CPU as on a GPU, which may lag behind."""
 
     def __init__(self, *arguments):

@@ -8,7 +8,6 @@ import time
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 
 from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.adapters.registry import build_adapter
@@ -21,14 +20,13 @@ from disam_peft.config.method import MethodConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
 from disam_peft.disam.perturbation import AscentDirection
-from disam_peft.disam.random_state import RandomState
 from disam_peft.errors import Notice, UserError
 from disam_peft.evaluation.protocols import Score
+from disam_peft.training.accelerator import start_accelerator
 from disam_peft.training.checkpoint import storage as checkpoints
-from disam_peft.training.checkpoint.manager import Checkpoints
-from disam_peft.training.checkpoint.state import RECORD, StateRecord, TrainingState
-from disam_peft.training.selection import BestState
-from disam_peft.training.step_metrics import StepCounters
+from disam_peft.training.checkpoint.manager import CheckpointConfig
+from disam_peft.training.checkpoint.serialization import from_json_and_tensors, to_json_and_tensors
+from disam_peft.training.guarded_optimizer import GuardedOptimizer
 from disam_peft.training.trainer import fit
 from tests.helpers.interrupted import ended, ends_itself, result, saved
 
@@ -118,7 +116,7 @@ def trained(openclip_name, domains_folder, tmp_path):
     dataset = load(DataConfig(root=domains_folder))
     prompts = ClassPrompts(dataset.prompt_names, ("a photo of a {}.",))
 
-    def run(*, adapter=None, resume=False, cut_at=None, scores=None, made_with=None, method=None, **settings):
+    def run(*, adapter=None, resume=False, cut_at=None, scores=None, provenance=None, method=None, **settings):
         backbone = load_backbone(BackboneConfig(name=openclip_name))
         adapter = adapter or LoraAdapterConfig(seed=0, dropout=0.3, rank=2, blocks={"last": 1})
         classifier, records = ClipClassifier(backbone, build_adapter(adapter, backbone, prompts), prompts), []
@@ -139,7 +137,7 @@ def trained(openclip_name, domains_folder, tmp_path):
             config=TrainConfig(**values),
             validate=None if scores is None else lambda: Score(*scores.pop(0)),
             on_event=on_event,
-            checkpoints=Checkpoints(tmp_path / "saved", resume, made_with or {}, length),
+            checkpoints=CheckpointConfig(tmp_path / "saved", resume, provenance or {}, length),
         )
         vector = torch.cat([p.detach().reshape(-1) for p in classifier.trainable().values()])
         return vector, records, outcome, length.stat().st_size
@@ -209,43 +207,37 @@ def test_the_number_of_checkpoints_kept(trained, tmp_path):
 
 def test_row_38_another_content_or_another_adapter_is_refused(trained):
     with pytest.raises(Cut):
-        trained(save_every=2, cut_at=5, made_with={"images of art/red": "8", "weights": "abc"})
+        trained(save_every=2, cut_at=5, provenance={"images of art/red": "8", "weights": "abc"})
     with pytest.raises(UserError, match=r"images of art/red: 8 -> 7\n  images of art/tan: none -> 1"):
-        trained(resume=True, made_with={"images of art/red": "7", "images of art/tan": "1", "weights": "abc"})
+        trained(resume=True, provenance={"images of art/red": "7", "images of art/tan": "1", "weights": "abc"})
     same = {"images of art/red": "8", "weights": "abc"}
     with pytest.raises(UserError, match=r"its adapter differs"):
-        trained(resume=True, made_with=same, adapter=LoraAdapterConfig(seed=0, rank=4, blocks={"last": 1}))
+        trained(resume=True, provenance=same, adapter=LoraAdapterConfig(seed=0, rank=4, blocks={"last": 1}))
     with pytest.raises(UserError, match=r"its optimizer differs"):
-        trained(resume=True, made_with=same, optimizer="sgd")
+        trained(resume=True, provenance=same, optimizer="sgd")
     with pytest.warns(Notice, match=r"going on after step 4 \(of 6 steps\)"):
-        trained(resume=True, made_with=same)
+        trained(resume=True, provenance=same)
 
 
-def test_the_loss_scaler_of_fp16_comes_back(openclip_name):
+def test_the_loss_scaler_of_fp16_comes_back():
     """Through the state alone: Accelerate has no scaler on a CPU."""
-    backbone = load_backbone(BackboneConfig(name=openclip_name))
-    prompts = ClassPrompts(("a", "b"), ("{}",))
-    adapter = build_adapter(LinearProbeConfig(), backbone, prompts)
 
-    def state():
-        classifier = ClipClassifier(backbone, adapter, prompts)
-        optimizer = torch.optim.AdamW(classifier.trainable().values())
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-        counters = StepCounters(("x",), 1, MethodConfig())
-        best = BestState(classifier, None, None)
-        return TrainingState(classifier, optimizer, LambdaLR(optimizer, lambda step: 1.0), scaler, counters, best)
+    def guarded(weight):
+        accelerator = start_accelerator("no")
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        return GuardedOptimizer(torch.optim.AdamW([weight]), ["weight"], accelerator), accelerator.scaler
 
-    before = state()
-    weight = next(iter(before.classifier.trainable().values()))
+    weight = torch.nn.Parameter(torch.ones(3))
+    before, scaler = guarded(weight)
     for factor in (1.0, float("inf")):  # the second overflows and halves the scale
-        before.optimizer.zero_grad()
-        before.scaler.scale(weight.sum() * factor).backward()
-        before.scaler.step(before.optimizer)
-        before.scaler.update()
-    files = before.to_files([RandomState.of([weight])], made_with={}, records_bytes=None)
-    after = state()
-    after.from_files(files, StateRecord.model_validate_json(files[RECORD]), 0)
-    assert after.scaler.state_dict() == before.scaler.state_dict()
-    assert after.scaler.get_scale() == 2.0**9
-    steps = [s.optimizer.state[weight]["step"] for s in (before, after)]
+        weight.grad = None
+        scaler.scale(weight.sum() * factor).backward()
+        scaler.step(before.optimizer)
+        scaler.update()
+    state = from_json_and_tensors(*to_json_and_tensors(before.state_dict()))
+    after, fresh = guarded(weight)
+    after.load_state_dict(state)
+    assert fresh.state_dict() == scaler.state_dict()
+    assert fresh.get_scale() == 2.0**9
+    steps = [o.optimizer.state[weight]["step"] for o in (before, after)]
     assert steps[0] == steps[1] == 1

@@ -18,13 +18,12 @@ from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.data import DataConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
-from disam_peft.disam.disam import StepReport
 from disam_peft.errors import Stopped, UserError
 from disam_peft.evaluation.protocols import Score
 from disam_peft.training import micro_batching as gradient
 from disam_peft.training import trainer as loop
-from disam_peft.training.checkpoint.manager import Checkpoints
-from disam_peft.training.guarded_optimizer import Taken, Updates
+from disam_peft.training.checkpoint.manager import CheckpointConfig
+from disam_peft.training.guarded_optimizer import GuardedOptimizer
 from disam_peft.training.trainer import fit
 from tests.helpers.guarded_optimizers import Late, LooksFirst
 
@@ -34,13 +33,6 @@ OPTIMIZERS = {
     "plain sgd": lambda params: torch.optim.SGD(params, 0.1, weight_decay=0.3, fused=True),
     "not fused": lambda params: torch.optim.AdamW(params, 0.1, weight_decay=0.3, fused=False),
 }
-
-
-def taken(step, gradient_norm, is_finite=True):
-    numbers = {name: torch.zeros(()) for name in ("loss", "perturbed_loss", "ascent_norm")}
-    domains = {f"domain_{name}": torch.zeros(1) for name in ("ids", "counts", "losses", "weights")}
-    report = StepReport(**numbers, **domains, is_finite=torch.tensor(is_finite))
-    return Taken(step, torch.tensor([0]), report, gradient_norm, 0.1)
 
 
 def bits(weights, optimizer):
@@ -55,7 +47,7 @@ def same(ours, theirs):
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("way", [Updates, Late])
+@pytest.mark.parametrize("way", [GuardedOptimizer, Late])
 @pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
 @pytest.mark.parametrize("bad", [{1}, {1, 2}, {3}, {1, 4, 5}], ids=str)
 @pytest.mark.parametrize("where", ["gradient", "losses"])
@@ -66,7 +58,7 @@ def test_an_update_without_effect_touches_nothing(optimizer, way, bad, where):
     twins = copy.deepcopy(weights)
     ours, theirs = OPTIMIZERS[optimizer](weights), OPTIMIZERS[optimizer](twins)
     seen = []
-    updates = way(Accelerator().prepare_optimizer(ours), lambda step, skipped: seen.append((step.step, skipped)))
+    guarded = way(ours, ["first", "second"], Accelerator())
     for step in range(1, 7):
         for w, twin in zip(weights, twins, strict=True):
             w.grad = torch.randn(37, generator=generator)
@@ -74,9 +66,11 @@ def test_an_update_without_effect_touches_nothing(optimizer, way, bad, where):
         before = bits(weights, ours)
         if step in bad and where == "gradient":
             weights[0].grad[3] = math.nan
-        norm = torch.nn.utils.get_total_norm([w.grad for w in weights])
-        updates.take(taken(step, norm, is_finite=step not in bad or where == "gradient"))
-        updates.settle()
+        norm = guarded.clip_gradients(None)
+        is_finite = torch.tensor(step not in bad or where == "gradient") & torch.isfinite(norm)
+        outcome = guarded.step(is_finite)
+        outcome.when_known(lambda skipped, step=step: seen.append((step, skipped)))
+        guarded.flush()
         if step in bad:
             assert same(bits(weights, ours), before)
         else:
@@ -89,14 +83,14 @@ def test_an_update_without_effect_touches_nothing(optimizer, way, bad, where):
 def test_it_is_told_one_step_later_and_once():
     weight = torch.nn.Parameter(torch.ones(3))
     seen = []
-    stepper = Accelerator().prepare_optimizer(OPTIMIZERS["sgd"]([weight]))
-    updates = Late(stepper, lambda step, skipped: seen.append((step.step, skipped)))
+    guarded = Late(OPTIMIZERS["sgd"]([weight]), ["weight"], Accelerator())
     for step, norm in enumerate([1.0, math.inf, 2.0], start=1):
         weight.grad = torch.ones(3)
-        updates.take(taken(step, torch.tensor(norm)))
+        outcome = guarded.step(torch.isfinite(torch.tensor(norm)))
+        outcome.when_known(lambda skipped, step=step: seen.append((step, skipped)))
         assert [number for number, _ in seen] == list(range(1, step))
     for _ in range(2):
-        updates.settle()
+        guarded.flush()
         assert seen == [(1, False), (2, True), (3, False)]
 
 
@@ -121,7 +115,7 @@ def trained(openclip_name, domains_folder, monkeypatch):
             return real(logits, labels) * (math.nan if (len(calls) + 1) // 2 in bad_steps else 1.0)
 
         monkeypatch.setattr(gradient, "cross_entropy", sometimes_nan)
-        monkeypatch.setattr(loop, "Updates", way)
+        monkeypatch.setattr(loop, "GuardedOptimizer", way)
         try:
             outcome = fit(
                 classifier,
@@ -145,7 +139,7 @@ def test_late_is_as_if_it_had_looked_first(trained, optimizer, settings, bad_ste
     expected, events, outcome = trained(LooksFirst, bad_steps, optimizer=optimizer, **settings)
     assert outcome.skipped_steps == len(bad_steps)
     assert [values["step"] for name, values in events if name == "step" and values["skipped"]] == list(bad_steps)
-    for way in (Updates, Late):
+    for way in (GuardedOptimizer, Late):
         weights, same_events, same_outcome = trained(way, bad_steps, optimizer=optimizer, **settings)
         assert torch.equal(weights, expected)
         assert repr(same_events) == repr(events), "not ==: a loss that is NaN"
@@ -191,7 +185,7 @@ def test_row_32_what_a_signal_saves_knows_of_its_step(trained, tmp_path, bad_ste
         for way in (LooksFirst, Late):
             folder = tmp_path / way.__name__
             weights, _, error = trained(
-                way, bad_steps, at_call=stop, checkpoints=Checkpoints(folder), save_every=2, log_every=100
+                way, bad_steps, at_call=stop, checkpoints=CheckpointConfig(folder), save_every=2, log_every=100
             )
             assert isinstance(error, Stopped)
             files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

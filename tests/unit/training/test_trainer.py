@@ -184,7 +184,7 @@ def test_the_best_state_by_validation_is_kept_the_first_of_equals(make_classifie
         dataset,
         config=TrainConfig(**{**SETTINGS, "steps": 8}, validate_every=2),
         validate=validate,
-        on_best=lambda: saved.append(len(states)),
+        on_best=lambda weights: saved.append(len(states)),
     )
     assert (result.best_step, result.best_score) == (4, Score(0.8, -1.0))
     assert saved == [1, 2]

@@ -30,7 +30,7 @@ METHODS = {
 @pytest.fixture
 def strict(monkeypatch):
     """From ``FIRST`` to the step before the last, whoever waits for the device gets an error. Gives those steps."""
-    real, steps = loop.feed, []
+    real, steps = loop.training_batches, []
 
     def feed(*arguments, **options):
         batches = iter(real(*arguments, **options))
@@ -40,7 +40,7 @@ def strict(monkeypatch):
             steps.extend([step] if is_strict else [])
             yield next(batches)
 
-    monkeypatch.setattr(loop, "feed", feed)
+    monkeypatch.setattr(loop, "training_batches", feed)
     yield steps
     torch.cuda.set_sync_debug_mode("default")
 
@@ -113,7 +113,7 @@ def test_accumulation(run, strict, source, way, options):
 
 
 def test_one_look_at_the_device_would_be_seen(run, strict, monkeypatch):
-    monkeypatch.setattr(loop, "Updates", LooksFirst)
+    monkeypatch.setattr(loop, "GuardedOptimizer", LooksFirst)
     with pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
         run()
     assert strict == [FIRST]
@@ -124,9 +124,9 @@ def test_one_look_at_the_device_would_be_seen(run, strict, monkeypatch):
 def test_late_is_as_if_it_had_looked_first(run, bad_steps, optimizer, monkeypatch):
     """SAM, whose weights of samples no order of additions can change."""
     real, found = gradient.cross_entropy, []
-    for way in (loop.Updates, LooksFirst):
+    for way in (loop.GuardedOptimizer, LooksFirst):
         calls = count(2)
-        monkeypatch.setattr(loop, "Updates", way)
+        monkeypatch.setattr(loop, "GuardedOptimizer", way)
         monkeypatch.setattr(
             gradient,
             "cross_entropy",
