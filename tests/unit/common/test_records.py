@@ -16,7 +16,7 @@ def test_results_round_trip_with_undefined_values_as_null(tmp_path):
     write_results(path, [ROW, undefined])
     assert read_results(path) == [ROW, ResultRow(**{**ROW.__dict__, "metric": "ece", "value": None})]
     assert list(json.loads(path.read_text())[0]) == [
-        *("backbone", "adapter", "method", "held_out", "seed", "split", "domain", "metric", "value", "n")
+        *("backbone", "adapter", "method", "held_out", "seed", "split", "domain", "metric", "value", "n", "weights")
     ]
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"], "no temporary file stays behind"
 
