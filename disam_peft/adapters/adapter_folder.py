@@ -1,15 +1,13 @@
-"""The adapter folder: tensors as safetensors, everything else as JSON, and back to a classifier.
+"""The adapter folder: tensors as safetensors, everything else as JSON, and back to an adapter on its backbone.
 
-``adapter_model.safetensors`` and ``disam_peft.json`` are all that ``load_adapter`` reads. For methods of peft on a
-transformers model, ``adapter_config.json`` makes the same folder what ``peft.PeftModel.from_pretrained`` loads; it
-is written, compared, and never obeyed. CoOp exports ``class_features.safetensors`` too, the class features (C, E)
-that its prompts came to, which is all that classification needs beside the image tower.
+``adapter_model.safetensors`` and ``disam_peft.json`` (the manifest) are all that is needed to load an adapter. An
+adapter may add files for other programs (``Adapter.companion_files``), such as ``adapter_config.json``, which makes
+the same folder what ``peft.PeftModel.from_pretrained`` loads; when a folder is read they are compared, never obeyed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -27,29 +25,23 @@ from disam_peft.adapters.base import Adapter
 from disam_peft.adapters.manifest import (
     MANIFEST_NAME,
     MAX_TENSOR_BYTES,
-    PEFT_CONFIG_NAME,
     TENSORS_NAME,
     AdapterManifest,
     BackboneEntry,
     TensorEntry,
-    read_json,
     read_manifest,
     require_inside,
-    write_json,
 )
-from disam_peft.adapters.peft.peft_adapter import PeftAdapter, plan, to_json
 from disam_peft.adapters.prompts import ClassPrompts
-from disam_peft.adapters.registry import build_adapter
+from disam_peft.adapters.registry import ADAPTERS, build_adapter
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.families import load_backbone
-from disam_peft.config.adapters import CoOpConfig, LinearProbeConfig, LoraAdapterConfig, PeftAdapterConfig
+from disam_peft.common.strict_json import json_bytes
 from disam_peft.errors import UserError
 
 _UNREAD = "It was not read; export the adapter again where it was trained"
-_SLACK = 4  # what is a little short is told tensor by tensor, later
+_SLACK = 4  # tensors that are a little too small are reported one by one, after building
 _LIBRARIES = ("torch", "open_clip_torch", "transformers", "peft", "safetensors")
-# What may differ between two adapter_config.json of the same adapter.
-_INCIDENTAL = {"peft_version", "base_model_name_or_path", "revision", "inference_mode", "task_type"}
 
 
 def write_adapter(
@@ -81,9 +73,9 @@ def write_adapter(
         versions=_versions(),
     )
     (directory / TENSORS_NAME).write_bytes(content)
-    write_json(directory / MANIFEST_NAME, manifest.model_dump(mode="json"))
-    if isinstance(adapter, PeftAdapter) and backbone.family == "transformers":
-        write_json(directory / PEFT_CONFIG_NAME, adapter.peft_json)
+    (directory / MANIFEST_NAME).write_bytes(json_bytes(manifest.model_dump(mode="json")))
+    for name, companion in adapter.companion_files(backbone).items():
+        (directory / name).write_bytes(companion)
 
 
 def read_adapter(
@@ -97,8 +89,8 @@ def read_adapter(
 
     Raises:
         UserError: not an adapter folder, pickled weights, another backbone than the recorded one, tensors that are
-            missing, extra, misshapen, non-finite or damaged, or a peft config that says something else than the
-            manifest. A ``backbone`` that was passed in is left as it was.
+            missing, extra, misshapen, non-finite or damaged, or a companion file that says something else than
+            the manifest. A ``backbone`` that was passed in is left as it was.
     """
     manifest = read_manifest(directory)
     state = _read_tensors(directory, manifest)
@@ -112,7 +104,7 @@ def read_adapter(
         )
     if device is not None:
         backbone.to(device)
-    _check_peft_config(directory, manifest, backbone)
+    _check_companions(directory, manifest, backbone)
     _require_size(directory, manifest, backbone)
     prompts = ClassPrompts(tuple(manifest.classes), tuple(manifest.templates))
     with torch.random.fork_rng(devices=[]):  # building draws initial weights that are overwritten at once
@@ -151,61 +143,28 @@ def _read_tensors(directory: Path, manifest: AdapterManifest) -> dict[str, Tenso
     return tensors
 
 
-def _check_peft_config(directory: Path, manifest: AdapterManifest, backbone: ClipBackbone) -> None:
-    """``adapter_config.json`` is for peft. Here it must say the same as the manifest; nothing in it is acted upon."""
-    path = directory / PEFT_CONFIG_NAME
-    require_inside(directory, path)
-    if not path.is_file():
-        return
-    found = read_json(path)
-    if not isinstance(manifest.config, LoraAdapterConfig | PeftAdapterConfig):
-        raise UserError(f"{path} does not belong to a '{manifest.kind}' adapter; remove it")
-    if not isinstance(found, dict):
-        raise UserError(f"{path} must be a JSON object")
-    if isinstance(found.get("target_modules"), str):
-        raise UserError(
-            f"{path} chooses its modules by the pattern {found['target_modules']!r}; only a list of names is "
-            f"accepted, and {MANIFEST_NAME} has it. Remove {PEFT_CONFIG_NAME} or export the adapter again"
-        )
-    _, peft_config = plan(manifest.config, backbone)
-    expected = json.loads(json.dumps(to_json(peft_config, backbone)))
-    # Fields that the file leaves out are the business of its version of peft; these two are never left out.
-    keys = (found.keys() | {"peft_type", "target_modules"}) - _INCIDENTAL
-    differing = sorted(key for key in keys if _canonical(found.get(key)) != _canonical(expected.get(key)))
-    if differing:
-        raise UserError(
-            f"{path} disagrees with {MANIFEST_NAME} in {', '.join(differing)} "
-            f"(found {differing[0]}: {str(found.get(differing[0]))[:200]}); it was changed after the export. "
-            f"Nothing was loaded; export the adapter again, or remove {PEFT_CONFIG_NAME} if you trust {MANIFEST_NAME}"
-        )
+def _check_companions(directory: Path, manifest: AdapterManifest, backbone: ClipBackbone) -> None:
+    """Files for other programs must say the same as the manifest; nothing in them is acted upon."""
+    adapter_class = ADAPTERS[type(manifest.config)]
+    for name in sorted({name for kind in ADAPTERS.values() for name in kind.companion_names}):
+        path = directory / name
+        require_inside(directory, path)
+        if not path.is_file():
+            continue
+        if name not in adapter_class.companion_names:
+            raise UserError(f"{path} does not belong to a '{manifest.kind}' adapter; remove it")
+        adapter_class.check_companion(path, manifest.config, backbone)
 
 
 def _require_size(directory: Path, manifest: AdapterManifest, backbone: ClipBackbone) -> None:
     """Before anything is built: a config may ask for far more memory than the file beside it fills."""
-    config, classes = manifest.config, len(manifest.classes)
-    if isinstance(config, LoraAdapterConfig):
-        targets, _ = plan(config, backbone)
-        layers: list[Any] = [backbone.model.get_submodule(target.name) for target in targets]
-        expected = sum(config.rank * (layer.in_features + layer.out_features) for layer in layers)
-    elif isinstance(config, LinearProbeConfig):
-        expected = classes * backbone.embed_dim
-    elif isinstance(config, CoOpConfig) and config.class_specific:
-        expected = classes * backbone.token_width  # at least: for each context token
-    else:
-        return  # MAX_RANK and the backbone's layers bound it
+    expected = ADAPTERS[type(manifest.config)].expected_numbers(manifest.config, backbone, len(manifest.classes))
     found = sum(math.prod(tensor.shape) for tensor in manifest.tensors.values())
     if expected > _SLACK * found:
         raise UserError(
             f"the '{manifest.kind}' adapter in {directory} needs {expected} numbers by its config and classes, but "
             f"{TENSORS_NAME} holds {found}; nothing was loaded, export it again where it was trained"
         )
-
-
-def _canonical(value: Any) -> Any:
-    """Lists of names are sets to peft; False, None and empty mean that nothing was asked for."""
-    if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
-        value = sorted(value)
-    return value or None
 
 
 def _tensor_entry(tensor: Tensor) -> TensorEntry:

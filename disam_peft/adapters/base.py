@@ -1,4 +1,4 @@
-"""What is trained: the contract of every adapter.
+"""The contract of every adapter: what is trained, how it takes part in the forward pass, and what is saved of it.
 
 Shapes in this file: B images, C classes, T templates, N = C * T prompts, L tokens, E embedding width.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -20,6 +21,178 @@ from disam_peft.errors import UserError
 
 Autocast = Callable[[], AbstractContextManager[object]]
 """Makes the context of a forward pass, as ``Accelerator.autocast`` does."""
+
+
+class Adapter(nn.Module, ABC):
+    """A trainable part on a frozen backbone.
+
+    An adapter is built once (``build``), which may change modules inside ``backbone.model``; its parameters are
+    float32 and are the only ones that require a gradient. In each forward pass the classifier calls its hooks in this
+    order: ``class_features`` (text side), ``image_features`` (on the output of the image tower), ``logits``. It also
+    asks where the frozen part of each tower ends, so that the frozen part need not run in both passes.
+
+    To write one: a config class in ``config/adapters.py`` (one line in its union), a subclass in a file of its own,
+    and one line in ``registry.py``. Only ``build`` and the hooks that differ from zero-shot classification need code;
+    ``clip_adapter.py`` is the smallest example. Each hook works on what it is given and returns a value, and never
+    looks at the classifier or at another adapter, so that several adapters could take part in one forward pass.
+    """
+
+    kind: ClassVar[str]
+    config: Config
+
+    # -- the frozen part of the towers ---------------------------------------------------------------------------
+
+    image_split: int | None = None
+    """Leading blocks of the image tower that this adapter leaves frozen; None: the whole tower is frozen."""
+
+    text_split: int | None = None
+    """The same for the text tower; None: it is frozen for the class prompts, whose features are computed once.
+    (A text prompt trains none of the tower and replaces the class prompts: it overrides ``class_features``.)"""
+
+    replaces_class_prompts: ClassVar[bool] = False
+    """``class_features`` has prompts of its own: those of the templates need never run."""
+
+    @classmethod
+    def planned_image_split(cls, config: Config, backbone: ClipBackbone) -> int | None:
+        """The ``image_split`` that ``build`` will give. It is asked before ``build``, which changes the tower.
+
+        Raises:
+            UserError: as ``build``, for modules that this backbone does not have.
+        """
+        return None
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def build(cls, config: Config, backbone: ClipBackbone, prompts: ClassPrompts) -> Adapter:
+        """Attach to ``backbone``.
+
+        Raises:
+            UserError: the config asks for something that this backbone does not have.
+        """
+
+    def fit_start(self, features_ME: Tensor, labels_M: Tensor, domains_M: Tensor) -> None:
+        """Set the initial weights from the training set, for example from a cache of features or a closed form.
+
+        Called at most once, before step 1 of a fresh run, without a graph; never when a run is resumed, so whatever it
+        sets must be in ``state``. It fills the existing parameters and buffers in place, because the optimizer may hold
+        them already.
+
+        Not overridden: training starts from what ``build`` made, and no features are computed.
+
+        Args:
+            features_ME: features of all M training images, in the order of the data set, as the image tower gives them:
+                not normalised, before ``image_features``. At least float32, on the backbone's device.
+            labels_M, domains_M: the class and the domain of each, int64, on the same device.
+        """
+
+    @classmethod
+    def starts_from_features(cls) -> bool:
+        """Whether this kind of adapter overrides ``fit_start``."""
+        return cls.fit_start is not Adapter.fit_start
+
+    # -- the forward pass ----------------------------------------------------------------------------------------
+
+    def class_features(self, backbone: ClipBackbone, text: FrozenText) -> Tensor:
+        """Normalised class features (C, E), with a graph where the text side is trained."""
+        if text.features_CE is not None:
+            return text.features_CE
+        assert text.hidden is not None and self.text_split is not None  # FrozenText holds one or the other
+        return ensemble(backbone.text_head(text.hidden, text.tokens_NL, self.text_split), text.templates)
+
+    def image_features(self, features_BE: Tensor) -> Tensor:
+        """The image tower's features (B, E) as this adapter changes them; neither is normalised."""
+        return features_BE
+
+    def logits(self, features_BE: Tensor, class_features_CE: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Features from ``image_features`` (not normalised) against class features: logits (B, C)."""
+        return cosine_logits(features_BE, class_features_CE, scale, bias)
+
+    def captured(self, backbone: ClipBackbone, autocast: Autocast) -> AbstractContextManager[object]:
+        """A context in which a GPU replays a recording of this adapter's text side, where that is faster.
+
+        While it is open, passes with a gradient run the same kernels without the host launching them one by one; each
+        forward may have one backward then. It can be opened again until the model or the adapter is moved. ``autocast``
+        is that of the passes.
+        """
+        return nullcontext()
+
+    # -- weights -------------------------------------------------------------------------------------------------
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name; float32, all of them requiring a gradient."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def state(self) -> dict[str, Tensor]:
+        """What is saved: name -> a copy of the tensor, nothing of the frozen backbone.
+
+        By default all parameters and all persistent buffers of this module.
+        """
+        return {name: tensor.clone() for name, tensor in self._own_tensors().items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take over what ``state`` of an adapter with the same config returned.
+
+        Raises:
+            UserError: missing, extra, misshapen or non-finite tensors; nothing is changed then.
+        """
+        own = self._own_tensors()
+        require_matching_state(self.kind, own, state)
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        """The parameters and persistent buffers themselves, detached: writing to one changes the adapter."""
+        return {name: tensor.detach() for name, tensor in self.state_dict(keep_vars=True).items()}
+
+    def detach(self, backbone: ClipBackbone) -> None:
+        """Undo what ``build`` changed in ``backbone.model``; the adapter cannot be used afterwards."""
+
+    # -- saving and exporting ------------------------------------------------------------------------------------
+
+    companion_names: ClassVar[tuple[str, ...]] = ()
+    """Files for other programs that may lie in an adapter folder of this kind beside our own two."""
+
+    def companion_files(self, backbone: ClipBackbone) -> dict[str, bytes]:
+        """The files among ``companion_names`` that are written whenever this adapter is saved, by name."""
+        return {}
+
+    @classmethod
+    def check_companion(cls, path: Path, config: Config, backbone: ClipBackbone) -> None:
+        """Compare one of ``companion_names``, found in a folder that is being loaded, with what ``config`` means.
+
+        The file may come from anybody; nothing in it may be acted upon.
+
+        Raises:
+            UserError: it says something else than ``config``.
+        """
+
+    def exported_files(self, class_names: tuple[str, ...], class_features: Callable[[], Tensor]) -> dict[str, bytes]:
+        """Files that ``export --to peft`` adds to the adapter folder for use without this package, by name.
+
+        Args:
+            class_features: computes the normalised class features (C, E), float32 on the CPU, in eval mode.
+        """
+        return {}
+
+    @classmethod
+    def expected_numbers(cls, config: Config, backbone: ClipBackbone, classes: int) -> int:
+        """At least so many numbers (elements of tensors) an adapter of this config holds for so many classes.
+
+        It is asked before an adapter from a stranger is built: a config must not be able to ask for far more memory
+        than the file beside it fills. 0 says nothing, which is right where limits in the config bound the size.
+        """
+        return 0
+
+    def merged(self, backbone: ClipBackbone) -> nn.Module:
+        """A copy of ``backbone.model`` with this adapter folded into its weights (computed in float32); the
+        backbone itself stays as it is.
+
+        Raises:
+            UserError: this kind of adapter cannot be merged; says what to export instead.
+        """
+        raise UserError(f"a '{self.kind}' adapter has no weights of the backbone to merge into; use --to peft")
 
 
 def parameter_dtype(backbone: ClipBackbone) -> torch.dtype:
@@ -61,85 +234,3 @@ def require_matching_state(kind: str, expected: dict[str, Tensor], found: dict[s
             f"the tensors do not fit this '{kind}' adapter ({len(expected)} expected, {len(found)} found): {shown}. "
             "Nothing was loaded; use the config that the tensors were trained with"
         )
-
-
-class Adapter(nn.Module, ABC):
-    """A trainable part on a frozen backbone.
-
-    An adapter is built once (``build``), which may change modules inside ``backbone.model``; its parameters are
-    float32 and are the only ones that require a gradient. The classifier asks it for features and logits, and
-    asks it where the frozen part of each tower ends, so that the frozen part need not run in both passes.
-    """
-
-    kind: ClassVar[str]
-    config: Config
-
-    image_split: int | None = None
-    """Leading blocks of the image tower that this adapter leaves frozen; None: the whole tower is frozen."""
-
-    text_split: int | None = None
-    """The same for the text tower; None: it is frozen for the class prompts, whose features are computed once.
-    (A text prompt trains none of the tower and replaces the class prompts: it overrides ``class_features``.)"""
-
-    replaces_class_prompts: ClassVar[bool] = False
-    """``class_features`` has prompts of its own: those of the templates need never run."""
-
-    @classmethod
-    def planned_image_split(cls, config: Config, backbone: ClipBackbone) -> int | None:
-        """The ``image_split`` that ``build`` will give; asked before, for building changes the tower. None unless a
-        kind of adapter says otherwise.
-
-        Raises:
-            UserError: as ``build``, for modules that this backbone does not have.
-        """
-        return None
-
-    @classmethod
-    @abstractmethod
-    def build(cls, config: Config, backbone: ClipBackbone, prompts: ClassPrompts) -> Adapter:
-        """Attach to ``backbone``.
-
-        Raises:
-            UserError: the config asks for something that this backbone does not have.
-        """
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by name; float32, all of them requiring a gradient."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
-
-    @abstractmethod
-    def state(self) -> dict[str, Tensor]:
-        """What is saved: name -> tensor, nothing of the frozen backbone."""
-
-    @abstractmethod
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Strict: missing, extra, misshapen or non-finite tensors raise UserError and change nothing."""
-
-    def class_features(self, backbone: ClipBackbone, text: FrozenText) -> Tensor:
-        """Normalised class features (C, E), with a graph where the text side is trained."""
-        if text.features_CE is not None:
-            return text.features_CE
-        assert text.hidden is not None and self.text_split is not None  # FrozenText holds one or the other
-        return ensemble(backbone.text_head(text.hidden, text.tokens_NL, self.text_split), text.templates)
-
-    def captured(self, backbone: ClipBackbone, autocast: Autocast) -> AbstractContextManager[object]:
-        """Records this adapter's text side on a GPU, where that pays. While what is returned is open, passes with a
-        gradient replay it: the same kernels, which the host need not launch one by one. It can be opened again, until
-        the model or the adapter is moved; each forward has one backward then. ``autocast`` is that of the passes."""
-        return nullcontext()
-
-    def logits(self, features_BE: Tensor, class_features_CE: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """Image features (not normalised) against class features: logits (B, C)."""
-        return cosine_logits(features_BE, class_features_CE, scale, bias)
-
-    def detach(self, backbone: ClipBackbone) -> None:
-        """Undo what ``build`` changed in ``backbone.model``; the adapter cannot be used afterwards."""
-
-    def merged(self, backbone: ClipBackbone) -> nn.Module:
-        """A copy of ``backbone.model`` with this adapter folded into its weights (computed in float32); the
-        backbone itself stays as it is.
-
-        Raises:
-            UserError: this kind of adapter cannot be merged; says what to export instead.
-        """
-        raise UserError(f"a '{self.kind}' adapter has no weights of the backbone to merge into; use --to peft")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from disam_peft.adapters.base import Adapter, parameter_dtype, require_matching_state
+from disam_peft.adapters.base import Adapter, parameter_dtype
 from disam_peft.adapters.prompts import ClassPrompts, fill_templates, zero_shot_features
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.config.adapters import LinearProbeConfig
@@ -52,15 +52,9 @@ class LinearProbeAdapter(Adapter):
                 bias_C += backbone.logit_bias
             return cls(config, (backbone.logit_scale * features_CE).to(device, dtype), bias_C)
 
-    def state(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        parameters = dict(self.named_parameters())
-        require_matching_state(self.kind, dict(parameters), state)
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(state[name])
+    @classmethod
+    def expected_numbers(cls, config: Config, backbone: ClipBackbone, classes: int) -> int:
+        return classes * backbone.embed_dim
 
     def logits(self, features_BE: Tensor, class_features_CE: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         """Logits (B, C) of the head, in its own precision; class features, scale and bias are in its weights."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
+from disam_peft.common.strict_json import read_json
 from disam_peft.config.adapters import AdapterConfig
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.base import Config
@@ -16,7 +15,6 @@ from disam_peft.errors import UserError
 
 MANIFEST_NAME = "disam_peft.json"
 TENSORS_NAME = "adapter_model.safetensors"
-PEFT_CONFIG_NAME = "adapter_config.json"
 MAX_JSON_BYTES = 16 * 2**20  # tens of thousands of class names fit
 MAX_TENSOR_BYTES = 4 * 2**30  # beyond the largest CLIP's own weights in half precision
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -87,7 +85,7 @@ def read_manifest(directory: Path) -> AdapterManifest:
     if not path.is_file():
         raise UserError(f"{directory} has no {MANIFEST_NAME}, so disam_peft did not write it. {_WANTED}")
     try:
-        return AdapterManifest.model_validate(read_json(path))
+        return AdapterManifest.model_validate(read_folder_json(path))
     except ValidationError as error:
         faults = "; ".join(
             f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in error.errors()[:5]
@@ -100,38 +98,16 @@ _WANTED = (
 )
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file of at most 16 MiB. Stricter than Python's reader: no key twice, no NaN, no infinity.
+def read_folder_json(path: Path) -> Any:
+    """The content of a JSON file of an adapter folder, at most 16 MiB; see ``common/strict_json.py``.
 
     Raises:
-        UserError: too large, or not JSON.
+        UserError: too large, or not strict JSON.
     """
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise UserError(f"{path} has {size} bytes; more than {MAX_JSON_BYTES} is no description of an adapter")
     try:
-        found = json.loads(path.read_bytes(), object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite)
-        json.dumps(found, ensure_ascii=False).encode()  # half a character, written as an escape, is no text
-        return found
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); the folder is damaged, copy it again") from error
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):  # two readers would each see another one
-        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
-        raise ValueError(f"the key {twice[:100]!r} is there twice")
-    return found
-
-
-def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no number")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    return number if math.isfinite(number) else _no_number(text[:100])
+        return read_json(path, max_bytes=MAX_JSON_BYTES)
+    except ValueError as error:
+        raise UserError(f"{error}; the folder is damaged or no adapter's, copy it again") from error
 
 
 def require_inside(directory: Path, path: Path) -> None:
@@ -147,9 +123,3 @@ def require_inside(directory: Path, path: Path) -> None:
         allowed.append(folder.parent.parent / "blobs")
     if not any(target.is_relative_to(place) for place in allowed):
         raise UserError(f"{path} leads out of its folder, to {target}; put a copy of the file in its place")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Sorted and indented: the same content gives the same bytes."""
-    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")

@@ -1,21 +1,31 @@
-"""Kind of adapter -> class. A new adapter is one file, one config and one line here."""
+"""Config class -> adapter class. The configs in the union of ``config/adapters.py`` are the list of names."""
 
 from __future__ import annotations
 
 from disam_peft.adapters.base import Adapter
+from disam_peft.adapters.clip_adapter import ClipAdapter
 from disam_peft.adapters.coop.coop_adapter import CoOpAdapter
 from disam_peft.adapters.linear_probe import LinearProbeAdapter
 from disam_peft.adapters.peft.peft_adapter import LoraAdapter, PeftAdapter
 from disam_peft.adapters.prompts import ClassPrompts, fill_templates
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.config.adapters import AdapterConfig
+from disam_peft.config.adapters import (
+    AdapterConfig,
+    ClipAdapterConfig,
+    CoOpConfig,
+    LinearProbeConfig,
+    LoraAdapterConfig,
+    PeftAdapterConfig,
+)
+from disam_peft.config.base import Config
 from disam_peft.errors import UserError
 
-ADAPTERS: dict[str, type[Adapter]] = {
-    "lora": LoraAdapter,
-    "peft": PeftAdapter,
-    "coop": CoOpAdapter,
-    "linear_probe": LinearProbeAdapter,
+ADAPTERS: dict[type[Config], type[Adapter]] = {
+    LoraAdapterConfig: LoraAdapter,
+    PeftAdapterConfig: PeftAdapter,
+    CoOpConfig: CoOpAdapter,
+    LinearProbeConfig: LinearProbeAdapter,
+    ClipAdapterConfig: ClipAdapter,
 }
 
 
@@ -28,7 +38,7 @@ def build_adapter(config: AdapterConfig, backbone: ClipBackbone, prompts: ClassP
     """
     fill_templates(prompts)
     _require_plain(backbone)
-    adapter = ADAPTERS[config.kind].build(config, backbone, prompts)
+    adapter = ADAPTERS[type(config)].build(config, backbone, prompts)
     if not adapter.trainable():
         adapter.detach(backbone)
         raise UserError(f"adapter '{config.kind}' has no trainable parameter with {config!r}; change its config")
@@ -42,7 +52,7 @@ def planned_image_split(config: AdapterConfig, backbone: ClipBackbone) -> int | 
         UserError: the backbone already carries an adapter, or the config asks for modules that it does not have.
     """
     _require_plain(backbone)
-    return ADAPTERS[config.kind].planned_image_split(config, backbone)
+    return ADAPTERS[type(config)].planned_image_split(config, backbone)
 
 
 def _require_plain(backbone: ClipBackbone) -> None:

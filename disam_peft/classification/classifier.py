@@ -106,9 +106,14 @@ class ClipClassifier(nn.Module):
                 return self.backbone.encode_image(pixels_BCHW)
             return self.backbone.image_trunk(pixels_BCHW, self.image_split)
 
-    def features(self, frozen: Tensor, cache: PassCache | None = None) -> Tensor:
-        """Image features (B, E), not normalised, from the output of ``encode_frozen``."""
+    def tower_features(self, frozen: Tensor, cache: PassCache | None = None) -> Tensor:
+        """The image tower's features (B, E), not normalised, from the output of ``encode_frozen``."""
         return frozen if self.image_split is None else self.backbone.image_head(frozen, self.image_split, cache)
+
+    def features(self, frozen: Tensor, cache: PassCache | None = None) -> Tensor:
+        """Image features (B, E) as the adapter changes them, not normalised, from the output of ``encode_frozen``."""
+        features_BE = self.tower_features(frozen, cache)
+        return features_BE if self.adapter is None else self.adapter.image_features(features_BE)
 
     def class_features(self) -> Tensor:
         """Normalised class features (C, E), with a graph where the text side is trained."""

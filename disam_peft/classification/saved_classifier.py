@@ -44,7 +44,7 @@ def load_adapter(
 
     Raises:
         UserError: not an adapter folder, pickled weights, another backbone than the recorded one, tensors that are
-            missing, extra, misshapen, non-finite or damaged, or a peft config that says something else than the
-            record. A ``backbone`` that was passed in is left as it was.
+            missing, extra, misshapen, non-finite or damaged, or a companion file that says something else than
+            the manifest. A ``backbone`` that was passed in is left as it was.
     """
     return ClipClassifier(*read_adapter(Path(directory), backbone, device=device))

@@ -86,7 +86,7 @@ def compare(
     jobs: Annotated[int | None, typer.Option(help="Processes. By default one per core; one with a GPU.")] = None,
     seeds: Annotated[int | None, typer.Option(help="How many, in place of the study's.", min=1)] = None,
     held_out: Annotated[str | None, typer.Option(help="Domains (a,b) or all, in place of the study's.")] = None,
-    adapters: Annotated[str | None, typer.Option(help="Adapters (lora,coop,linear_probe) to go through.")] = None,
+    adapters: Annotated[str | None, typer.Option(help="Kinds of adapters to go through, e.g. lora,coop.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Run everything again.")] = False,
 ) -> None:
     """Compare methods over domains and seeds, with intervals and verdicts. Runs that are finished are kept."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import NoneType
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator
 
@@ -105,6 +105,24 @@ class LinearProbeConfig(Config):
     """Seeds the random weights; unset: torch's global generator, which the run seeds."""
 
 
+class ClipAdapterConfig(Config):
+    """A bottleneck behind the image tower, blended with the frozen features (Gao et al. 2021, arXiv 2110.04544)."""
+
+    kind: Literal["clip_adapter"] = "clip_adapter"
+    reduction: int = Field(default=4, ge=1)
+    """The bottleneck has so many times fewer units than a feature."""
+    ratio: float = Field(default=0.2, gt=0, le=1)
+    """Share of the adapted feature in the blend; 1 - ratio is the share of the frozen one."""
+    seed: Seed | None = None
+    """Seeds the initial weights; unset: torch's global generator, which the run seeds."""
+
+
 AdapterConfig = Annotated[
-    LoraAdapterConfig | PeftAdapterConfig | CoOpConfig | LinearProbeConfig, Field(discriminator="kind")
+    LoraAdapterConfig | PeftAdapterConfig | CoOpConfig | LinearProbeConfig | ClipAdapterConfig,
+    Field(discriminator="kind"),
 ]
+"""The list of all adapters: recipes, ``compare --adapters``, the registry and the tests read it."""
+
+ADAPTER_CONFIGS: tuple[type[Config], ...] = get_args(get_args(AdapterConfig)[0])
+ADAPTER_KINDS: tuple[str, ...] = tuple(config.model_fields["kind"].default for config in ADAPTER_CONFIGS)
+"""What ``adapter.kind`` may be in a recipe."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from disam_peft.config.adapters import ADAPTER_KINDS
 from disam_peft.config.data import DataConfig
 from disam_peft.config.mistakes import all_mistakes, explain
 from disam_peft.config.overrides import apply_override, set_key
@@ -24,7 +25,6 @@ from disam_peft.config.yaml import read_yaml
 from disam_peft.errors import UserError, did_you_mean
 from disam_peft.report.run_measures import MEASURES
 
-ADAPTERS = ("lora", "coop", "linear_probe")
 _FAULTS = ("wrong_domains", "wrong_labels", "spurious_color")
 
 
@@ -225,9 +225,9 @@ class _Planner:
         if not adapters:
             return conditions
         self.mistakes += [
-            f"adapters: {kind!r} is none of {', '.join(ADAPTERS)}{did_you_mean(kind, ADAPTERS)}"
+            f"adapters: {kind!r} is none of {', '.join(ADAPTER_KINDS)}{did_you_mean(kind, ADAPTER_KINDS)}"
             for kind in adapters
-            if kind not in ADAPTERS
+            if kind not in ADAPTER_KINDS
         ]
         own = self.base.get("adapter")
         own_kind = own.get("kind") if isinstance(own, dict) else None

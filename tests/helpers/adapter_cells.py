@@ -15,6 +15,7 @@ from disam_peft.backbones.families import load_backbone
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.config.adapters import (
     AdapterConfig,
+    ClipAdapterConfig,
     CoOpConfig,
     LastBlocks,
     LinearProbeConfig,
@@ -45,6 +46,7 @@ CELLS: dict[str, AdapterConfig] = {
     "coop-class": CoOpConfig(context_tokens=4, class_specific=True, seed=1),
     "probe-zero_shot": LinearProbeConfig(),
     "probe-random": LinearProbeConfig(init="random", seed=1),
+    "clip_adapter": ClipAdapterConfig(ratio=0.4, seed=1),
 }
 PEFT_CELLS = [name for name, config in CELLS.items() if config.kind in ("lora", "peft")]
 OTHER_CELLS = [name for name in CELLS if name not in PEFT_CELLS]

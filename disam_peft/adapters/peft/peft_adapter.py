@@ -10,6 +10,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 
 from disam_peft.adapters.base import Adapter, require_matching_state
 from disam_peft.adapters.peft.methods import find_method, make_peft_config
+from disam_peft.adapters.peft.peft_config import PEFT_CONFIG_NAME, peft_config_json, require_same_config
 from disam_peft.adapters.peft.targets import frozen_blocks, select_targets
 from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.backbones.base import ClipBackbone, Target
 from disam_peft.backbones.blocks import AFFINE
+from disam_peft.common.strict_json import json_bytes
 from disam_peft.config.adapters import LoraAdapterConfig, PeftAdapterConfig, Scalar
 from disam_peft.config.base import Config
 from disam_peft.errors import UserError
@@ -41,8 +44,7 @@ class PeftAdapter(Adapter):
         super().__init__()
         self.config = config
         self.peft_model = peft_model
-        self.peft_json = peft_json
-        """What peft reads as ``adapter_config.json`` for this adapter; JSON types only."""
+        self._peft_json = peft_json
 
     @classmethod
     def planned_image_split(cls, config: Config, backbone: ClipBackbone) -> int | None:
@@ -56,7 +58,7 @@ class PeftAdapter(Adapter):
         targets, peft_config = plan(config, backbone)
         # All that is read off the plain model comes first: attaching replaces its layers.
         image_split, text_split = (frozen_blocks(backbone, targets, tower) for tower in ("image", "text"))
-        peft_json = to_json(peft_config, backbone)
+        peft_json = peft_config_json(peft_config, backbone)
         before = {name: module for name, module in backbone.model.named_modules() if name}
         try:
             adapter = cls(config, _attach(backbone, peft_config, config.seed), peft_json)
@@ -117,6 +119,17 @@ class PeftAdapter(Adapter):
         plain.requires_grad_(False)
         return plain.eval()
 
+    companion_names = (PEFT_CONFIG_NAME,)
+
+    def companion_files(self, backbone: ClipBackbone) -> dict[str, bytes]:
+        """For a transformers model, what ``peft.PeftModel.from_pretrained`` reads beside the tensors."""
+        return {PEFT_CONFIG_NAME: json_bytes(self._peft_json)} if backbone.family == "transformers" else {}
+
+    @classmethod
+    def check_companion(cls, path: Path, config: Config, backbone: ClipBackbone) -> None:
+        assert isinstance(config, LoraAdapterConfig | PeftAdapterConfig)
+        require_same_config(path, peft_config_json(plan(config, backbone)[1], backbone))
+
     def _layers(self) -> list[tuple[str, nn.Module]]:
         """The adapted layers by their names in ``backbone.model``."""
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -144,6 +157,13 @@ class LoraAdapter(PeftAdapter):
     """LoRA: ``PeftAdapter`` with its few settings spelled out."""
 
     kind = "lora"
+
+    @classmethod
+    def expected_numbers(cls, config: Config, backbone: ClipBackbone, classes: int) -> int:
+        assert isinstance(config, LoraAdapterConfig)
+        targets, _ = plan(config, backbone)
+        layers: list[Any] = [backbone.model.get_submodule(target.name) for target in targets]
+        return sum(config.rank * (layer.in_features + layer.out_features) for layer in layers)
 
 
 def plan(config: LoraAdapterConfig | PeftAdapterConfig, backbone: ClipBackbone) -> tuple[list[Target], Any]:
@@ -174,17 +194,6 @@ def plan(config: LoraAdapterConfig | PeftAdapterConfig, backbone: ClipBackbone) 
 
 def _method(config: LoraAdapterConfig | PeftAdapterConfig) -> str:
     return "lora" if isinstance(config, LoraAdapterConfig) else config.method
-
-
-def to_json(peft_config: Any, backbone: ClipBackbone) -> dict[str, Any]:
-    """``adapter_config.json`` of a planned adapter: JSON types only, sets sorted."""
-    entries = {key: sorted(value) if isinstance(value, set) else value for key, value in peft_config.to_dict().items()}
-    return {
-        **entries,
-        "base_model_name_or_path": backbone.config.name,
-        "revision": backbone.config.revision,
-        "inference_mode": True,  # as peft saves it: loading it does not make it trainable
-    }
 
 
 def _attach(backbone: ClipBackbone, peft_config: Any, seed: int | None) -> nn.Module:

@@ -24,7 +24,7 @@ from disam_peft.errors import UserError
 from tests.helpers.adapter_cells import tiny_backbone, tiny_classifier
 
 TENSORS, RECORD, PEFT_CONFIG = "adapter_model.safetensors", "disam_peft.json", "adapter_config.json"
-CELLS = ("lora-image", "dora", "oft", "coop-shared", "coop-class", "probe-zero_shot")
+CELLS = ("lora-image", "dora", "oft", "coop-shared", "coop-class", "probe-zero_shot", "clip_adapter")
 
 
 @pytest.fixture(scope="module")

@@ -106,7 +106,7 @@ def test_row_23_nothing_to_train(backbone: ClipBackbone, monkeypatch: pytest.Mon
         def trainable(self) -> dict[str, nn.Parameter]:
             return {}
 
-    monkeypatch.setitem(ADAPTERS, "linear_probe", Idle)
+    monkeypatch.setitem(ADAPTERS, LinearProbeConfig, Idle)
     with pytest.raises(UserError, match="'linear_probe' has no trainable parameter"):
         build_adapter(LinearProbeConfig(), backbone, PROMPTS)
 

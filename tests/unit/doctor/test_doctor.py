@@ -16,7 +16,13 @@ from disam_peft.adapters.peft.peft_adapter import PeftAdapter
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.cli.app import app
 from disam_peft.cli.output import print_examination
-from disam_peft.config.adapters import CoOpConfig, LinearProbeConfig, LoraAdapterConfig, PeftAdapterConfig
+from disam_peft.config.adapters import (
+    ClipAdapterConfig,
+    CoOpConfig,
+    LinearProbeConfig,
+    LoraAdapterConfig,
+    PeftAdapterConfig,
+)
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.recipe import save_recipe
@@ -37,6 +43,7 @@ ADAPTERS = {
     "lora-both": LoraAdapterConfig(towers=["image", "text"], rank=2),
     "coop": CoOpConfig(context_tokens=4),
     "linear_probe": LinearProbeConfig(),
+    "clip_adapter": ClipAdapterConfig(),
     "dora": PeftAdapterConfig(method="dora", options={"r": 2}),
 }
 
@@ -71,7 +78,7 @@ def verdicts(subject):
 def test_sound_code_passes(subject, adapter, method):
     found = verdicts(subject(adapter, method=method))
     expected = {precision.name_of("fp16")}
-    if adapter in ("coop", "linear_probe"):
+    if adapter in ("coop", "linear_probe", "clip_adapter"):
         expected.add(derivatives.MERGED)
     if adapter == "dora":
         expected.add(derivatives.DERIVATIVES)

@@ -20,6 +20,7 @@ ADAPTERS = {
     "ln_tuning": {"kind": "peft", "method": "ln_tuning", "blocks": [1]},
     "coop": {"kind": "coop", "context_tokens": 4},
     "linear_probe": {"kind": "linear_probe"},
+    "clip_adapter": {"kind": "clip_adapter"},
 }
 every_adapter = pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
 IMAGES = 96
@@ -108,5 +109,5 @@ def test_zero_shot_numbers_are_kept_per_split(make_recipe, monkeypatch):
         [together] = run.train(recipe, cache=cache)
         [alone] = run.train(recipe, overwrite=True)
         assert together.rows == alone.rows
-    # lora (2), lora-all (0), ln_tuning (1), and one for the three that leave the whole tower as it is
+    # lora (2), lora-all (0), ln_tuning (1), and one for the four that leave the whole tower as it is
     assert judged.count("zero_shot") == 4 + len(ADAPTERS)

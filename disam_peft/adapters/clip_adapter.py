@@ -1,0 +1,76 @@
+"""CLIP-Adapter: a small bottleneck behind the image tower, blended with the frozen features (arXiv 2110.04544).
+
+Shapes in this file: B images, E embedding width, H = E // reduction hidden units.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from disam_peft.adapters.base import Adapter, parameter_dtype
+from disam_peft.adapters.prompts import ClassPrompts
+from disam_peft.backbones.base import ClipBackbone
+from disam_peft.config.adapters import ClipAdapterConfig
+from disam_peft.config.base import Config
+from disam_peft.errors import UserError
+
+
+class ClipAdapter(Adapter):
+    """v = ratio * relu(relu(f down^T) up^T) + (1 - ratio) * f; logits are CLIP's, of v in place of f.
+
+    f is the image tower's output before normalisation, as in the authors' code: the blend of the two terms depends on
+    the length of f. v is normalised afterwards (Gao et al. 2021, arXiv 2110.04544, section 3.2; the variant with an
+    adapter on the image side alone, which the authors recommend).
+
+    Args:
+        down_HE, up_EH: initial weights of the two layers, which have no bias.
+    """
+
+    kind = "clip_adapter"
+
+    def __init__(self, config: ClipAdapterConfig, down_HE: Tensor, up_EH: Tensor) -> None:
+        super().__init__()
+        self.config = config
+        self._ratio = config.ratio
+        self.down = nn.Parameter(down_HE)
+        self.up = nn.Parameter(up_EH)
+
+    @classmethod
+    def build(cls, config: Config, backbone: ClipBackbone, prompts: ClassPrompts) -> ClipAdapter:
+        """Changes nothing in the backbone.
+
+        Weights are drawn as ``nn.Linear`` draws them, from U(-1/sqrt(n), 1/sqrt(n)) for n inputs.
+
+        Raises:
+            UserError: the features are narrower than ``reduction``.
+        """
+        assert isinstance(config, ClipAdapterConfig)
+        width = backbone.embed_dim
+        hidden = width // config.reduction
+        if hidden == 0:
+            raise UserError(
+                f"adapter.reduction {config.reduction} leaves no hidden unit of the {width} features of "
+                f"{backbone.config.name}; use at most {width}"
+            )
+        generator = None if config.seed is None else torch.Generator().manual_seed(config.seed)
+        weights = []
+        for shape in ((hidden, width), (width, hidden)):
+            # Drawn on the CPU: the same numbers on every device.
+            drawn = nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
+            weights.append(drawn.to(backbone.device, parameter_dtype(backbone)))
+        return cls(config, *weights)
+
+    @classmethod
+    def expected_numbers(cls, config: Config, backbone: ClipBackbone, classes: int) -> int:
+        assert isinstance(config, ClipAdapterConfig)
+        return 2 * backbone.embed_dim * (backbone.embed_dim // config.reduction)
+
+    def image_features(self, features_BE: Tensor) -> Tensor:
+        """The blended features (B, E), in the precision of the weights also under autocast."""
+        with torch.autocast(features_BE.device.type, enabled=False):
+            features_BE = features_BE.to(self.down.dtype)
+            adapted_BE = ((features_BE @ self.down.T).relu() @ self.up.T).relu()
+            return self._ratio * adapted_BE + (1 - self._ratio) * features_BE
