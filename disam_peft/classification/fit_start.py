@@ -36,8 +36,8 @@ def start_from_features(
 ) -> bool:
     """Call ``Adapter.fit_start`` with the features of the training set.
 
-    Every process calls this before step 1 of a fresh run. A run that is resumed does not, because what ``fit_start`` set
-    is part of the adapter's saved state.
+    Every process calls this before step 1 of a fresh run. A run that is resumed does not, because what ``fit_start``
+    set is part of the adapter's saved state.
 
     Nothing is computed for an adapter that does not override ``fit_start``, or for zero-shot classification. The images
     are seen without augmentation, through the model's own transform, as evaluation sees them. With several processes

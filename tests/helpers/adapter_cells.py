@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.families import load_backbone
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.config.adapters import (
+    ADAPTER_CONFIGS,
     AdapterConfig,
-    ClipAdapterConfig,
     CoOpConfig,
     LastBlocks,
     LinearProbeConfig,
@@ -46,8 +47,12 @@ CELLS: dict[str, AdapterConfig] = {
     "coop-class": CoOpConfig(context_tokens=4, class_specific=True, seed=1),
     "probe-zero_shot": LinearProbeConfig(),
     "probe-random": LinearProbeConfig(init="random", seed=1),
-    "clip_adapter": ClipAdapterConfig(ratio=0.4, seed=1),
 }
+# Every other kind as its defaults make it, so that a new adapter is in the matrix once its config is in the union.
+for config_class in ADAPTER_CONFIGS:
+    if not any(isinstance(config, config_class) for config in CELLS.values()):
+        new: Any = config_class(**({"seed": 1} if "seed" in config_class.model_fields else {}))
+        CELLS[new.kind] = new
 PEFT_CELLS = [name for name, config in CELLS.items() if config.kind in ("lora", "peft")]
 OTHER_CELLS = [name for name in CELLS if name not in PEFT_CELLS]
 

@@ -1,0 +1,30 @@
+"""Adapters that start from training features start alike on any number of processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import class_means
+from tests.helpers.paths import environment
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked")
+def test_two_processes_share_the_images_and_start_with_the_bits_of_one(
+    openclip_name: str, domains_folder: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, class_means.__file__, openclip_name, str(domains_folder), str(tmp_path)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    [alone] = [torch.load(tmp_path / "1" / "0.pt", weights_only=True)]
+    ranks = [torch.load(tmp_path / "2" / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert int(alone["images seen"]) == 96
+    assert [int(rank["images seen"]) for rank in ranks] == [64, 32], "whole batches to each, no image twice"
+    for name in ("images weight", "images images_CD", "store weight", "store images_CD"):
+        assert alone[name].count_nonzero() > 0
+        assert torch.equal(ranks[0][name], alone[name]) and torch.equal(ranks[1][name], alone[name])
