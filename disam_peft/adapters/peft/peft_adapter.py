@@ -44,7 +44,8 @@ class PeftAdapter(Adapter):
         super().__init__()
         self.config = config
         self.peft_model = peft_model
-        self._peft_json = peft_json
+        self.peft_json = peft_json
+        """The content of ``adapter_config.json`` for this adapter; JSON types only."""
 
     @classmethod
     def planned_image_split(cls, config: Config, backbone: ClipBackbone) -> int | None:
@@ -123,7 +124,7 @@ class PeftAdapter(Adapter):
 
     def companion_files(self, backbone: ClipBackbone) -> dict[str, bytes]:
         """For a transformers model, what ``peft.PeftModel.from_pretrained`` reads beside the tensors."""
-        return {PEFT_CONFIG_NAME: json_bytes(self._peft_json)} if backbone.family == "transformers" else {}
+        return {PEFT_CONFIG_NAME: json_bytes(self.peft_json)} if backbone.family == "transformers" else {}
 
     @classmethod
     def check_companion(cls, path: Path, config: Config, backbone: ClipBackbone) -> None:

@@ -114,13 +114,9 @@ def test_it_keeps_its_precision_under_autocast_and_on_a_half_precision_tower(bac
     wanted = classifier.logits(features_BE)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(classifier.logits(features_BE), wanted)
-    half = build(tiny_half(backbone), seed=0)
+    half = build(backbone.to(dtype=torch.bfloat16), seed=0)
     assert all(p.dtype == torch.float32 for p in half.trainable().values())
     assert half.logits(features_BE.bfloat16()).dtype == torch.float32
-
-
-def tiny_half(backbone: ClipBackbone) -> ClipBackbone:
-    return backbone.to(dtype=torch.bfloat16)
 
 
 def test_merging_is_refused_with_the_way_out(backbone: ClipBackbone, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -136,5 +132,5 @@ def test_its_recipe_spells_out_the_defaults() -> None:
     recipe = load_recipe(RECIPES / "pacs" / "clip_adapter_disam.yaml")
     assert recipe.adapter == ClipAdapterConfig(reduction=4, ratio=0.2)
     assert recipe.method.name == "disam"
-    with pytest.raises(UserError, match="adapter.reductoin: unknown key; did you mean 'reduction'"):
+    with pytest.raises(UserError, match=r"adapter\.reductoin: unknown key; did you mean 'reduction'"):
         load_recipe(RECIPES / "pacs" / "clip_adapter_disam.yaml", ["adapter.reductoin=2"])

@@ -14,7 +14,7 @@ from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.families import load_backbone
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.frozen_features import evaluation_store, training_store
-from disam_peft.config.adapters import CoOpConfig, LastBlocks, LinearProbeConfig, LoraAdapterConfig
+from disam_peft.config.adapters import ClipAdapterConfig, CoOpConfig, LastBlocks, LinearProbeConfig, LoraAdapterConfig
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.data import AugmentConfig, DataConfig, FeatureConfig
 from disam_peft.config.shapes import ShapesConfig
@@ -90,7 +90,9 @@ def test_augmented_views_are_those_of_the_epochs_and_wrap_round(make_classifier,
 
 
 @pytest.mark.parametrize(
-    "config", [LORA, LinearProbeConfig(), CoOpConfig(context_tokens=4, seed=0)], ids=lambda c: c.kind
+    "config",
+    [LORA, LinearProbeConfig(), CoOpConfig(context_tokens=4, seed=0), ClipAdapterConfig(seed=0)],
+    ids=lambda c: c.kind,
 )
 def test_training_from_a_store_is_training_from_images(make_classifier, dataset, stored, monkeypatch, config):
     settings = TrainConfig(steps=5, batch_size=9, workers=0)

@@ -46,5 +46,5 @@ def test_what_is_written_is_sorted_and_read_again(tmp_path: Path) -> None:
     written = json_bytes(content)
     assert read(tmp_path, written) == content
     assert json_bytes(dict(reversed(content.items()))) == written and written.index(b'"a"') < written.index(b'"b"')
-    with pytest.raises(ValueError, match="finite|Out of range"):
+    with pytest.raises(ValueError, match=r"finite|Out of range"):
         json_bytes([float("nan")])
