@@ -2,7 +2,6 @@
 
 import os
 import sys
-import traceback
 import warnings
 
 import torch
@@ -17,6 +16,7 @@ from disam_peft.data.load import load
 from disam_peft.training.accelerator import start_accelerator
 from disam_peft.training.trainer import fit
 from tests.helpers.adapter_cells import CELLS, LAST_TWO, tiny_backbone, tiny_classifier
+from tests.helpers.ranks import fork_ranks
 
 METHODS = {
     "erm": MethodConfig(name="erm"),
@@ -88,28 +88,17 @@ ON_TWO = {
 def main(port, open_clip, transformers, folder, output):
     """Every case of ``ON_TWO`` on two ranks, forks of this process."""
     torch.set_num_threads(1)
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                results = {}
-                for name, options in ON_TWO.items():
-                    results[name] = run((open_clip, transformers), folder, **options)[0]
-                assert PartialState().num_processes == 2
-                torch.save(results, f"{output}/{rank}.pt")
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    sys.exit(max(codes, key=abs))
+
+    def work(rank):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        results = {}
+        for name, options in ON_TWO.items():
+            results[name] = run((open_clip, transformers), folder, **options)[0]
+        assert PartialState().num_processes == 2
+        torch.save(results, f"{output}/{rank}.pt")
+
+    fork_ranks(2, work)
 
 
 if __name__ == "__main__":

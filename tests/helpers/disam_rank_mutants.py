@@ -10,7 +10,7 @@ STEPS = 4
 def largest_difference(case, key):
     """Between two ranks and one process; fails if a rank does."""
     with tempfile.TemporaryDirectory() as folder:
-        ranks = disam_ranks.fork_ranks(2, folder, case)
+        ranks = disam_ranks.fork_cases(2, folder, case)
     one = case(0, 1)[key]
     return max(float((rank[key] - one).abs().max()) for rank in ranks)
 

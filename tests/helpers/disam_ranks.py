@@ -4,14 +4,11 @@ A case is a function of (rank, world size) in ``CASES``; one start of the proces
 since starting takes longer than they do. Ranks are forks of a process that has imported torch (POSIX only).
 """
 
-import os
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.functional import cross_entropy
@@ -19,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from disam_peft import DISAM
 from tests.helpers.paths import environment
+from tests.helpers.ranks import fork_ranks, gloo_group
 
 STEPS, BATCH, RHO, LAMBDA = 20, 12, 0.1, 0.8
 DOMAINS = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 0, 1, 1, 0])
@@ -294,29 +292,14 @@ def cases(rank, world_size):
     return results | {case.__name__: case(rank, world_size) for case in SPECIAL[world_size]}
 
 
-def fork_ranks(world_size, folder, case):
+def fork_cases(world_size, folder, case):
     """``case(rank, world size)`` on each rank, in forks of this process, which must not have touched a device."""
-    children = []
-    for rank in range(world_size):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                store = dist.FileStore(f"{folder}/store", world_size)
-                dist.init_process_group("gloo", rank=rank, world_size=world_size, store=store)
-                torch.save(case(rank, world_size), f"{folder}/{rank}.pt")
-                dist.barrier()
-                dist.destroy_process_group()
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    if any(codes):
-        raise RuntimeError(f"ranks ended with {codes}")
+
+    def work(rank):
+        with gloo_group(folder, rank, world_size):
+            torch.save(case(rank, world_size), f"{folder}/{rank}.pt")
+
+    fork_ranks(world_size, work)
     return [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
@@ -331,4 +314,4 @@ def on_ranks(world_size, folder: Path):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    fork_ranks(int(sys.argv[1]), sys.argv[2], cases)
+    fork_cases(int(sys.argv[1]), sys.argv[2], cases)

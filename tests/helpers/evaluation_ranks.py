@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 import datasets  # noqa: F401  # once for all forks, as torch
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
 
@@ -19,6 +16,7 @@ from disam_peft.config.evaluation import EvaluationConfig
 from disam_peft.data.load import load
 from disam_peft.evaluation.metrics import metrics_by_domain
 from disam_peft.evaluation.predict import predict
+from tests.helpers.ranks import fork_ranks, gloo_group
 
 WORLDS = (1, 2, 3)
 SIZES = (1, 2, 7, 25)
@@ -76,26 +74,11 @@ def cases(root: str) -> dict[str, Any]:
 
 
 def fork(world_size: int, root: str, folder: Path) -> None:
-    children = []
-    for rank in range(world_size):
-        if (child := os.fork()) == 0:
-            code = 1
-            try:
-                store = dist.FileStore(f"{folder}/store-{world_size}", world_size)
-                dist.init_process_group("gloo", rank=rank, world_size=world_size, store=store)
-                torch.save(cases(root), folder / f"{world_size}-{rank}.pt")
-                dist.barrier()
-                dist.destroy_process_group()
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    if any(codes):
-        raise SystemExit(f"ranks of {world_size} ended with {codes}")
+    def work(rank: int) -> None:
+        with gloo_group(folder, rank, world_size):
+            torch.save(cases(root), folder / f"{world_size}-{rank}.pt")
+
+    fork_ranks(world_size, work)
 
 
 if __name__ == "__main__":

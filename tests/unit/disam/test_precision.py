@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from disam_peft import DISAM
+from tests.helpers.overflow import Overflow
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -80,17 +81,6 @@ def test_row_29_an_overflow_changes_nothing_but_the_scale(bad_call, where):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     optimizer = torch.optim.AdamW(params, lr=0.01)
     calls = 0
-
-    class Overflow(torch.autograd.Function):
-        """Finite forwards, inf backwards: what a scaled half-precision backward does."""
-
-        @staticmethod
-        def forward(ctx, losses):
-            return losses.clone()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return gradient * torch.inf
 
     def loss():
         nonlocal calls

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -37,6 +36,7 @@ from disam_peft.doctor.examine import examine as examine_all
 from disam_peft.doctor.finding import Finding, judged
 from disam_peft.doctor.subject import build_subject
 from disam_peft.doctor.two_processes import PROCESSES, TwoProcesses
+from tests.helpers.ranks import fork_ranks
 
 ADAPTERS = {
     "lora": LoraAdapterConfig(rank=2),
@@ -243,20 +243,9 @@ def test_row_30_fp16_on_a_cpu_is_not_available_and_no_failure(subject):
     assert finding.what.endswith("use bf16, or no")
 
 
-def fork_ranks(folder):
-    """Both ranks as forks, which have everything imported, and the faults of this process."""
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                ranks.work(folder, rank, torch.float64)
-                code = 0
-            finally:
-                os._exit(code)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+def finding_of_forks(folder):
+    """What both ranks find as forks, which have the faults of this process."""
+    fork_ranks(2, lambda rank: ranks.work(folder, rank, torch.float64))
     return ranks.compared(folder, torch.float64)
 
 
@@ -267,14 +256,14 @@ def test_what_each_process_does_for_itself(recipe, monkeypatch, tmp_path):
     save_recipe(recipe(), tmp_path / "mean/recipe.yaml")
     with monkeypatch.context() as fault:
         fault.setattr(Ranks, "all_sums", lambda self, sums: sums)
-        finding = fork_ranks(tmp_path / "mean")
+        finding = finding_of_forks(tmp_path / "mean")
     assert failed(finding)
     assert finding.measured > 1e-2
     (tmp_path / "gradients").mkdir()
     save_recipe(recipe(), tmp_path / "gradients/recipe.yaml")
     monkeypatch.setattr(Ranks, "add_up_gradients_", lambda self, params: None)
     monkeypatch.setattr(Ranks, "check_replicas_agree", lambda self, norm: None)
-    finding = fork_ranks(tmp_path / "gradients")
+    finding = finding_of_forks(tmp_path / "gradients")
     assert failed(finding)
     assert finding.what.startswith("numbers in which the two differ")
 

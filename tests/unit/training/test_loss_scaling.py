@@ -18,6 +18,7 @@ from disam_peft.data.load import load
 from disam_peft.training import micro_batching as gradient
 from disam_peft.training.accelerator import start_accelerator
 from disam_peft.training.trainer import fit
+from tests.helpers.overflow import Overflow
 
 STEPS, BAD_STEP, SCALE = 6, 4, 2.0**16
 
@@ -41,18 +42,6 @@ class WatchedScaler(torch.amp.GradScaler):
     def update(self, new_scale=None):
         super().update(new_scale)
         self.steps.append((self._before, self._look(self._optimizer)))
-
-
-class Overflow(torch.autograd.Function):
-    """Finite forwards, inf backwards: what a scaled half-precision backward does."""
-
-    @staticmethod
-    def forward(ctx, losses):
-        return losses.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * torch.inf
 
 
 @pytest.fixture
