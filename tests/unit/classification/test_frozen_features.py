@@ -142,6 +142,25 @@ def test_another_model_split_transform_or_data_is_another_store(
     assert build(first, load(DataConfig(root=changed))) == 6, "same names, other contents"
 
 
+def test_another_augmentation_or_seed_of_it_is_another_store(make_classifier, dataset, stored):
+    """Views of another seed are other images: a run with that seed may not read them."""
+    classifier, views = make_classifier(LinearProbeConfig()), stored.model_copy(update={"views": 1})
+
+    def build(augment, seed):
+        store = training_store(classifier, dataset.select(range(4)), augment, seed, views, workers=0)
+        return store.rows([0]), len(list(stored.folder.iterdir()))
+
+    first, stores = build(AugmentConfig(), 3)
+    assert stores == 1
+    again, stores = build(AugmentConfig(), 3)
+    assert stores == 1 and torch.equal(first, again)
+    other, stores = build(AugmentConfig(), 4)
+    assert stores == 2 and not torch.equal(first, other)
+    assert build(AugmentConfig(scale=(0.1, 0.2)), 3)[1] == 3
+    assert build(NO_AUGMENT, 3)[1] == 4
+    assert build(NO_AUGMENT, 4)[1] == 4, "without augmentation there is nothing to seed"
+
+
 @pytest.mark.parametrize("damage", ["truncated", "header gone", "header changed"])
 def test_a_damaged_store_is_built_again_not_used(make_classifier, dataset, stored, monkeypatch, damage):
     classifier = make_classifier()

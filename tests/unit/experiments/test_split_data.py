@@ -1,0 +1,67 @@
+"""Which samples a run trains on, is selected by, and is judged on."""
+
+from __future__ import annotations
+
+import pytest
+
+from disam_peft.common.records import METRICS, read_events, read_results
+from disam_peft.config.data import DataConfig
+from disam_peft.config.recipe import Recipe
+from disam_peft.data.load import load
+from disam_peft.data.splits import split_train_validation
+from disam_peft.experiments import run
+from disam_peft.experiments.build import split_data
+
+
+@pytest.fixture
+def make_recipe(domains_folder, openclip_name, tmp_path):
+    def make(**changes):
+        values = {
+            "name": "split",
+            "output": tmp_path / "runs",
+            "backbone": {"name": openclip_name},
+            "adapter": {"kind": "linear_probe"},
+            "data": {"root": domains_folder},
+            "protocol": {"held_out": "photo", "validation_fraction": 0.25},
+            "train": {"steps": 4, "batch_size": 4, "workers": 0, "validate_every": 2},
+            "evaluation": {"workers": 0},
+        }
+        return Recipe.model_validate({**values, **changes})
+
+    return make
+
+
+def test_the_seed_of_the_recipe_chooses_the_validation_part(make_recipe, domains_folder):
+    dataset = load(DataConfig(root=domains_folder))
+    chosen = {}
+    for seed in (0, 5):
+        data = split_data(make_recipe(seed=seed), dataset)
+        _, wanted = split_train_validation(data.sources, 0.25, seed)
+        assert data.validation.keys == wanted.keys
+        assert len(data.validation) == 16 and len(data.training) == 48
+        assert not set(data.validation.keys) & set(data.training.keys)
+        chosen[seed] = set(data.validation.keys)
+    assert chosen[0] != chosen[5]
+
+
+def test_the_held_out_domain_is_the_target_and_nothing_else(make_recipe, domains_folder):
+    data = split_data(make_recipe(), load(DataConfig(root=domains_folder)))
+    assert data.target.present_domains == ("photo",) and len(data.target) == 32
+    for part in (data.sources, data.training, data.validation):
+        assert part.present_domains == ("art", "cartoon")
+    assert data.by_split() == {"source_validation": data.validation, "held_out": data.target}
+
+
+def test_a_run_is_selected_by_the_validation_part_of_its_sources(make_recipe):
+    """What selection saw is what the results give for the sources, not what they give for the held-out domain."""
+    [outcome] = run.train(make_recipe())
+    assert outcome.fit is not None
+    seen = {event["step"]: event for event in read_events(outcome.folder / METRICS) if event["event"] == "validation"}
+    best = seen[outcome.fit.best_step]
+    likelihood = {
+        row.split: row.value
+        for row in read_results(outcome.folder / "results.json")
+        if (row.method, row.domain, row.metric) == ("disam", "mean", "nll")
+    }
+    assert best["negative_nll"] == pytest.approx(-likelihood["source_validation"], abs=1e-9)
+    assert best["negative_nll"] != pytest.approx(-likelihood["held_out"], abs=1e-3)
