@@ -68,6 +68,7 @@ def refused(folder: Path, backbone: ClipBackbone, message: str) -> None:
     assert {name: type(module) for name, module in backbone.model.named_modules()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cell", CELLS)
 def test_round_trip_is_bit_exact(twins: tuple[str, str], family: str, cell: str, tmp_path: Path) -> None:

@@ -140,6 +140,7 @@ def test_a_seed_fixes_the_initial_weights_and_leaves_the_global_generator(backbo
     assert not torch.equal(initial(None), drawn)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cell", CELLS)
 def test_trained_parameters_are_float32_in_a_half_precision_backbone(
@@ -159,6 +160,7 @@ def test_trained_parameters_are_float32_in_a_half_precision_backbone(
     assert backbone.current_hash() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cell", PEFT_CELLS)
 def test_row_43_half_precision_is_merged_in_float32(twins: tuple[str, str], family: str, cell: str) -> None:

@@ -132,6 +132,7 @@ def trained(openclip_name, domains_folder, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("settings", [{"log_every": 4}, {"log_every": 100, "validate_every": 3}], ids=str)
 @pytest.mark.parametrize("bad_steps", [(1,), (3, 4), (1, 2, 5, 8, 9)], ids=str)

@@ -85,6 +85,7 @@ def test_every_method_in_pieces(run, method):
     assert (in_pieces - run(1, method=method)[0]).abs().max() <= 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", sorted(accumulated_runs.CELLS))
 def test_every_adapter_in_pieces(run, cell):
     in_pieces, events = run(3, cell=cell, steps=2)
