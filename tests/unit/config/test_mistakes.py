@@ -9,7 +9,7 @@ import pytest
 from pydantic import Discriminator, Field, Tag, ValidationError
 
 from disam_peft.adapters.peft.methods import METHODS
-from disam_peft.config.adapters import PEFT_METHODS
+from disam_peft.config.adapters import ADAPTER_KINDS, PEFT_METHODS
 from disam_peft.config.base import Config
 from disam_peft.config.mistakes import all_mistakes, explain
 from disam_peft.config.recipe import Recipe, load_recipe
@@ -141,7 +141,7 @@ def test_unknown_keys_of_optional_groups_know_their_neighbours() -> None:
 def test_what_is_no_group_of_settings() -> None:
     assert of_recipe(adapter=None) == ["adapter: Input should be keys and values (given: None)"]
     assert of_recipe(train=5) == ["train: Input should be keys and values (given: 5)"]
-    assert of_recipe(adapter={}) == ["adapter.kind: Field required (one of lora, peft, coop, linear_probe)"]
+    assert of_recipe(adapter={}) == [f"adapter.kind: Field required (one of {', '.join(ADAPTER_KINDS)})"]
 
 
 def test_names_that_are_no_text() -> None:
