@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from disam_peft.config.base import Config
+from disam_peft.config.trackers import NoTrackerConfig, TrackerConfig
 
 
 class TrainConfig(Config):
@@ -55,8 +56,9 @@ class TrainConfig(Config):
     """Record the cosine between the ascent direction and plain SAM's; costs a third backward."""
     workers: int | Literal["auto"] = "auto"
     """Processes that decode and augment images."""
-    tracker: Literal["none", "tensorboard"] = "none"
-    """Where numbers go besides ``metrics.jsonl``."""
+    tracker: TrackerConfig = NoTrackerConfig()
+    """Where numbers go besides ``metrics.jsonl``: ``none``, ``tensorboard``, ``json_lines``, ``wandb``, or such a kind
+    with its settings: ``{kind: wandb, project: pacs}``."""
 
     @model_validator(mode="after")
     def _warmup_within_run(self) -> TrainConfig:

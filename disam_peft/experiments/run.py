@@ -38,6 +38,8 @@ from disam_peft.experiments.run_folder import ADAPTER, CHECKPOINTS
 from disam_peft.training.accelerator import start_accelerator
 from disam_peft.training.checkpoint.manager import CheckpointConfig
 from disam_peft.training.selection import Validation, put_into, validation
+from disam_peft.training.trackers.base import TrackedRun
+from disam_peft.training.trackers.tracking import require_tracker, tracking
 from disam_peft.training.trainer import FitResult, fit
 
 
@@ -69,12 +71,8 @@ def train(
         Stopped: by SIGTERM or Ctrl-C in the middle of training, after saving.
     """
     cache = cache or RunCache()
-    accelerator = start_accelerator(
-        recipe.train.mixed_precision,
-        tracker=recipe.train.tracker,
-        log_folder=recipe.output / recipe.name / "tensorboard",
-        timeout_minutes=recipe.train.timeout_minutes,
-    )
+    require_tracker(recipe.train.tracker)
+    accelerator = start_accelerator(recipe.train.mixed_precision, timeout_minutes=recipe.train.timeout_minutes)
     with accelerator.main_process_first():  # the first process checks the files, the others read its findings
         dataset = cache.dataset(recipe.data)
     held_out = held_out_domains(recipe.protocol.held_out, dataset.present_domains)
@@ -107,29 +105,27 @@ def _train_one(
 
     classifier = pretrained.with_new_adapter()
     on_main(lambda: run_folder.prepare(recipe, anew=plan == "start"))
-    _start_tracking(accelerator, recipe)
     trained_with = {"recipe": as_dict(recipe), "held_out": recipe.protocol.held_out, "classes": list(dataset.classes)}
 
     def save_best(weights: str) -> None:
         save_adapter(folder / ADAPTER, classifier, trained_with={**trained_with, "weights": weights})
 
-    fitted = fit(
-        classifier,
-        inferred.dataset,
-        method=recipe.method,
-        config=recipe.train,
-        averages=kept_averages(recipe.average),
-        augment=recipe.augment,
-        features=recipe.features,
-        seed=recipe.seed,
-        accelerator=accelerator,
-        validate=lambda: _validation(recipe, evaluator.predict(classifier, data.validation, "validating")),
-        on_best=save_best if is_main else None,
-        on_event=lambda event, **values: append_event(folder / METRICS, event, **values),
-        checkpoints=_checkpoints(folder, plan, dataset, pretrained.backbone),
-    )
-    for tracker in accelerator.trackers:
-        tracker.finish()
+    with tracking(recipe.train.tracker, TrackedRun(folder, as_dict(recipe)), accelerator):
+        fitted = fit(
+            classifier,
+            inferred.dataset,
+            method=recipe.method,
+            config=recipe.train,
+            averages=kept_averages(recipe.average),
+            augment=recipe.augment,
+            features=recipe.features,
+            seed=recipe.seed,
+            accelerator=accelerator,
+            validate=lambda: _validation(recipe, evaluator.predict(classifier, data.validation, "validating")),
+            on_best=save_best if is_main else None,
+            on_event=lambda event, **values: append_event(folder / METRICS, event, **values),
+            checkpoints=_checkpoints(folder, plan, dataset, pretrained.backbone),
+        )
 
     trained_rows, predictions = _judge_all_weights(classifier, fitted, data, evaluator)
     rows += trained_rows
@@ -202,11 +198,6 @@ def _judge_all_weights(
         predictions = evaluator.predict_splits(classifier, data.by_split(), label=label)
         rows += result_rows(Identity.of_trained(evaluator.recipe, weights), predictions)
     return rows, predictions
-
-
-def _start_tracking(accelerator: Accelerator, recipe: Recipe) -> None:
-    if recipe.train.tracker != "none":
-        accelerator.init_trackers(recipe.protocol.held_out)
 
 
 def _checkpoints(

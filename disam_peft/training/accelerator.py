@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, parse_flag_from_env
+from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 
 from disam_peft.errors import UserError
 
@@ -17,31 +14,24 @@ from disam_peft.errors import UserError
 def start_accelerator(
     mixed_precision: str = "no",
     *,
-    tracker: str = "none",
-    log_folder: Path | None = None,
     timeout_minutes: float = 30,
 ) -> Accelerator:
     """An Accelerator for this process: one of many under ``accelerate launch``, the only one otherwise.
 
     Args:
         mixed_precision: ``no``, ``bf16`` or ``fp16``.
-        tracker: ``none`` or ``tensorboard``; the latter writes to ``log_folder``.
         timeout_minutes: how long processes wait for each other before they give up.
 
     Raises:
-        UserError: a precision that the device does not have; a tracker that is not installed.
+        UserError: a precision that the device does not have.
     """
-    if tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-        raise UserError('train.tracker=tensorboard needs a package: pip install "disam_peft[tensorboard]"')
-    project = None if log_folder is None else ProjectConfiguration(str(log_folder), logging_dir=str(log_folder))
-    options: dict[str, Any] = {"log_with": "tensorboard", "project_config": project} if tracker != "none" else {}
     processes = _join(timeout_minutes)
     # before Accelerate sees it: fp16 on a CPU would silently run in float32
     check_precision(mixed_precision, processes.device)
     # by a plugin: a number would give way to that of ``accelerate launch``, and every loss be divided by it
-    options["gradient_accumulation_plugin"] = GradientAccumulationPlugin(num_steps=1)
+    one_batch_per_step = GradientAccumulationPlugin(num_steps=1)
     try:
-        return Accelerator(mixed_precision=mixed_precision, **options)
+        return Accelerator(mixed_precision=mixed_precision, gradient_accumulation_plugin=one_batch_per_step)
     except ValueError as error:
         if "already been initialized" not in str(error):
             raise

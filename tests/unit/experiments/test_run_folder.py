@@ -1,5 +1,6 @@
 """What a folder may hold when a run comes to it: nothing, the same run, half of it, another one, somebody's thesis."""
 
+import json
 import re
 import shutil
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 
 from disam_peft.cli.app import main
-from disam_peft.common.records import read_results
+from disam_peft.common.records import read_events, read_results
 from disam_peft.config.data import DataConfig
 from disam_peft.config.recipe import Recipe, as_dict
 from disam_peft.data.load import load
@@ -73,6 +74,20 @@ def test_row_37_half_a_run_is_continued_or_overwritten_when_told_to(make_recipe,
     [again] = run.train(recipe, overwrite=True)
     assert again.fit == outcome.fit
     assert (again.folder / "results.json").read_bytes() == before
+
+
+def test_a_resumed_run_tracks_every_step_once(make_recipe, cut):
+    recipe = make_recipe(train={"tracker": "json_lines", "log_every": 1})
+    cut(recipe)
+    with pytest.warns(Notice, match=r"json_lines writes to .*photo.tracking\.jsonl"):
+        [outcome] = run.train(recipe, resume=True)
+    lines = [json.loads(line) for line in (outcome.folder / "tracking.jsonl").read_text().splitlines()]
+    tracked = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    assert tracked == [(e["step"], e["loss"]) for e in read_events(outcome.folder / "metrics.jsonl", "step")]
+    assert [step for step, _ in tracked] == [1, 2, 3, 4]
+    validated = [(line["step"], line["validation/mean_top1"]) for line in lines if "loss" not in line]
+    events = read_events(outcome.folder / "metrics.jsonl", "validation")
+    assert validated == [(e["step"], e["mean_top1"]) for e in events]
 
 
 def test_resume_where_nothing_is_starts_with_a_notice(make_recipe):

@@ -292,9 +292,3 @@ def test_row_30_bf16_on_a_gpu_without_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(UserError, match="Tesla T4 has no bfloat16; use fp16"):
         check_precision("bf16", torch.device("cuda"))
-
-
-def test_an_unknown_tracker_package_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'pip install "disam_peft\[tensorboard\]"'):
-        start_accelerator(tracker="tensorboard")

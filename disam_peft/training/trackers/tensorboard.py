@@ -1,0 +1,30 @@
+"""TensorBoard, through Accelerate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from accelerate.tracking import GeneralTracker, TensorBoardTracker
+
+from disam_peft.config.trackers import TensorBoardConfig
+from disam_peft.training.trackers.base import TrackedRun, Tracker
+
+
+class TensorBoard(Tracker[TensorBoardConfig]):
+    """Event files in ``<output>/<name>/tensorboard/<held-out domain>``, so that all runs of a name are shown together.
+
+    A run that is resumed writes to a further event file, and TensorBoard shows the steps between the checkpoint and
+    the interruption twice: what was written to an event file cannot be taken back.
+    """
+
+    package = "tensorboard"
+
+    def place(self, run: TrackedRun) -> Path:
+        return run.folder.parent / "tensorboard" / run.folder.name
+
+    def hint(self, run: TrackedRun) -> str:
+        return f"tensorboard --logdir {self.place(run).parent} shows it"
+
+    def open(self, run: TrackedRun) -> GeneralTracker:
+        place = self.place(run)
+        return TensorBoardTracker(place.name, place.parent)
