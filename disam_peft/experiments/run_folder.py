@@ -84,7 +84,13 @@ def changed(recipe: Recipe) -> list[str]:
     except UserError as error:
         return [str(error).replace("\n", "\n  ")]
     lines = differences(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
-    return [line for line in lines if line.split(":")[0] not in HARMLESS]
+    return [line for line in lines if not _is_harmless(line.split(":")[0])]
+
+
+def _is_harmless(key: str) -> bool:
+    """Whether a setting, or the group of settings that it stands in, leaves the weights as they are."""
+    parts = key.split(".")
+    return any(".".join(parts[:count]) in HARMLESS for count in range(1, len(parts) + 1))
 
 
 def find_runs(folder: Path) -> list[Path]:

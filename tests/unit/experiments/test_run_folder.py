@@ -79,6 +79,8 @@ def test_row_37_half_a_run_is_continued_or_overwritten_when_told_to(make_recipe,
 def test_a_resumed_run_tracks_every_step_once(make_recipe, cut):
     recipe = make_recipe(train={"tracker": "json_lines", "log_every": 1})
     cut(recipe)
+    elsewhere = [make_recipe(train={"tracker": kind}) for kind in ("none", {"kind": "wandb", "project": "shapes"})]
+    assert [run_folder.changed(other) for other in elsewhere] == [[], []]
     with pytest.warns(Notice, match=r"json_lines writes to .*photo.tracking\.jsonl"):
         [outcome] = run.train(recipe, resume=True)
     lines = [json.loads(line) for line in (outcome.folder / "tracking.jsonl").read_text().splitlines()]
