@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import GeneralTracker
 
+from disam_peft.common.files import write_atomically
 from disam_peft.config.trackers import JsonLinesConfig
 from disam_peft.training.trackers.base import TrackedRun, Tracker
 
@@ -63,9 +63,7 @@ class JsonLinesTracker(GeneralTracker):
         """Keep the lines of earlier steps."""
         if self.path.is_file():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            draft = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-            draft.write_text("".join(line for line in lines if _step_of(line) < step), encoding="utf-8")
-            os.replace(draft, self.path)
+            write_atomically(self.path, "".join(line for line in lines if _step_of(line) < step))
 
 
 def _json_value(value: Any) -> Any:
