@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from typing import get_args
 
 import pytest
@@ -127,7 +128,7 @@ def test_wandb_offline(runs, accelerator, tmp_path, monkeypatch):
     named = {}
     for folder in folders:
         [file] = folder.glob("*.wandb")
-        records = list(wandb_records(file.read_bytes()))
+        records = complete_wandb_records(file)
         [about] = [record.run for record in records if record.HasField("run")]
         assert about.project == "pacs"
         settings = {item.key: json.loads(item.value_json) for item in about.config.update}
@@ -148,6 +149,17 @@ def test_wandb_offline(runs, accelerator, tmp_path, monkeypatch):
         "name/art": [(1, {"loss": 0.5, "domain_loss/art": 0.25, "validation/mean_top1": 0.75}), (3, {"loss": 0.375})],
         "name/photo": [(1, {"loss": 2.0})],
     }
+
+
+def complete_wandb_records(file):
+    """The records of a run that has ended; wandb's own process writes the last of them after ``finish`` returns."""
+    deadline = time.monotonic() + 30
+    records = []
+    while not any(record.HasField("exit") for record in records):
+        assert time.monotonic() < deadline, f"{len(records)} records in {file}, and none says that the run ended"
+        time.sleep(0.1)
+        records = list(wandb_records(file.read_bytes()))
+    return records
 
 
 def wandb_records(data):
