@@ -22,7 +22,7 @@ __version__ = "0.1.0"
 _HOMES = {
     # the step
     "DISAM": "disam_peft.disam.disam",
-    "StepReport": "disam_peft.disam.disam",
+    "StepReport": "disam_peft.disam.step_report",
     # what goes wrong
     "Notice": "disam_peft.errors",
     "Stopped": "disam_peft.errors",
@@ -43,6 +43,9 @@ _HOMES = {
     "EvaluationConfig": "disam_peft.config.evaluation",
     "SharpnessConfig": "disam_peft.config.evaluation",
     "MethodConfig": "disam_peft.config.method",
+    "CrossEntropyConfig": "disam_peft.config.objective",
+    "ObjectiveConfig": "disam_peft.config.objective",
+    "VRexConfig": "disam_peft.config.objective",
     "PromptConfig": "disam_peft.config.prompts",
     "ProtocolConfig": "disam_peft.config.protocol",
     "Recipe": "disam_peft.config.recipe",
@@ -118,6 +121,9 @@ if TYPE_CHECKING:  # the same names, for type checkers; a test compares them wit
     from disam_peft.config.evaluation import EvaluationConfig as EvaluationConfig
     from disam_peft.config.evaluation import SharpnessConfig as SharpnessConfig
     from disam_peft.config.method import MethodConfig as MethodConfig
+    from disam_peft.config.objective import CrossEntropyConfig as CrossEntropyConfig
+    from disam_peft.config.objective import ObjectiveConfig as ObjectiveConfig
+    from disam_peft.config.objective import VRexConfig as VRexConfig
     from disam_peft.config.prompts import PromptConfig as PromptConfig
     from disam_peft.config.protocol import ProtocolConfig as ProtocolConfig
     from disam_peft.config.recipe import Recipe as Recipe
@@ -133,7 +139,7 @@ if TYPE_CHECKING:  # the same names, for type checkers; a test compares them wit
     from disam_peft.data.splits import split_train_validation as split_train_validation
     from disam_peft.data.transforms.augment import TrainTransform as TrainTransform
     from disam_peft.disam.disam import DISAM as DISAM
-    from disam_peft.disam.disam import StepReport as StepReport
+    from disam_peft.disam.step_report import StepReport as StepReport
     from disam_peft.errors import Notice as Notice
     from disam_peft.errors import Stopped as Stopped
     from disam_peft.errors import UserError as UserError

@@ -17,6 +17,7 @@ from disam_peft.config.data import AugmentConfig, DataConfig, DomainsConfig, Fea
 from disam_peft.config.evaluation import EvaluationConfig
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.mistakes import all_mistakes, explain
+from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.overrides import apply_override
 from disam_peft.config.prompts import PromptConfig
 from disam_peft.config.protocol import ProtocolConfig
@@ -38,6 +39,7 @@ class Recipe(Config):
     backbone: BackboneConfig
     adapter: AdapterConfig
     method: MethodConfig = MethodConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     average: Averages = NoAverageConfig()
     """Averages of the weights over the steps, judged beside the weights themselves. A list is allowed."""
     selection: SelectionConfig = SelectionConfig()

@@ -4,8 +4,20 @@ Read ``disam.py`` first: it is the step in order; ``ascent.py`` has the closed f
 """
 
 from disam_peft.disam.ascent import ascent_weights
-from disam_peft.disam.disam import DISAM, StepReport
+from disam_peft.disam.disam import DISAM
+from disam_peft.disam.domain_objective import DomainObjective, DomainsOfSamples, Forward
 from disam_peft.disam.domain_sums import DomainSums, domain_sums
 from disam_peft.disam.perturbation import restored
+from disam_peft.disam.step_report import StepReport
 
-__all__ = ["DISAM", "DomainSums", "StepReport", "ascent_weights", "domain_sums", "restored"]
+__all__ = [
+    "DISAM",
+    "DomainObjective",
+    "DomainSums",
+    "DomainsOfSamples",
+    "Forward",
+    "StepReport",
+    "ascent_weights",
+    "domain_sums",
+    "restored",
+]

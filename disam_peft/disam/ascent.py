@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 
-def ascent_weights(mean_D: Tensor, count_D: Tensor, variance_weight: float | Tensor) -> Tensor:
+def ascent_weights(
+    mean_D: Tensor, count_D: Tensor, variance_weight: float | Tensor, objective_D: Tensor | None = None
+) -> Tensor:
     """Weight c_d of each sample of domain d in the ascent gradient ``sum_i c_d(i) grad l_i``.
 
     The gradient of ``mean(l) - lambda * Var(L)`` with the population variance over the K domains present is linear
@@ -23,6 +25,8 @@ def ascent_weights(mean_D: Tensor, count_D: Tensor, variance_weight: float | Ten
         count_D: samples per domain, (D,); floating point, so that nothing is rounded to float32 on the way.
         variance_weight: lambda; 0 gives 1/N throughout, exactly. A tensor that broadcasts to ``mean_D`` gives each
             model its own.
+        objective_D: dJ/dS_d of another objective J in the place of the mean loss, where S_d are the sums of losses;
+            (D,), or () where all are equal. Then ``c_d = dJ/dS_d - (2 lambda / K) (L_d - mean_d L_d) / n_d``.
 
     Returns:
         ``mean_D``'s shape and dtype; 0 for absent domains.
@@ -39,5 +43,5 @@ def ascent_weights(mean_D: Tensor, count_D: Tensor, variance_weight: float | Ten
         pull_D = torch.where(variance_weight != 0, pull_D, torch.zeros_like(pull_D))
     elif variance_weight == 0:
         pull_D = torch.zeros_like(pull_D)
-    weight_D = 1.0 / count_D.sum() - pull_D
+    weight_D = (1.0 / count_D.sum() if objective_D is None else objective_D) - pull_D
     return torch.where(present_D, weight_D, torch.zeros_like(weight_D))

@@ -15,53 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from disam_peft.disam.domain_objective import DomainObjective
 from disam_peft.disam.domain_sums import DomainSums
 from disam_peft.disam.micro_batches import EffectiveBatch, PerSampleLoss
 from disam_peft.disam.parameters import all_sharded, trainable
-from disam_peft.disam.passes import Ascent, AscentMode, Mode, Passes
+from disam_peft.disam.passes import Mode, Passes, Target
 from disam_peft.disam.perturbation import AscentDirection, by_device_and_dtype, restored
 from disam_peft.disam.ranks import NoSync, Ranks
 from disam_peft.disam.sharding import local, perturbation_arrived
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one step saw. Tensors, detached and still on the device: reading one may wait for the device.
-
-    All figures are of the whole effective batch, over all micro-batches and ranks, and the same on every rank: what is
-    decided on them is decided alike everywhere.
-
-    Attributes:
-        loss: mean loss at w over the batch, shape ().
-        perturbed_loss: mean loss at w + e; equals ``loss`` where there was no second pass.
-        domain_ids: (D,) int64, ascending.
-        domain_counts: (D,) samples per domain; 0 for a domain that is absent from the batch.
-        domain_losses: (D,) mean loss per domain at w; NaN for an absent domain.
-        domain_weights: (D,) w_d = n_d c_d, which sum to one; n_d / N for ERM and SAM. Negative: see ``ascent_weights``.
-        ascent_norm: norm of the ascent gradient over the trained parameters (adaptive: of |w| g), at loss scale 1,
-            shape (); 0 where there was no ascent.
-        is_finite: shape (), bool: losses and ascent gradient of this step are finite, on every rank. If False the
-            gradients hold NaN (a loss scaler skips and backs off by itself); without a scaler, skip the step.
-        ascent_cosine: cosine between the ascent direction and plain SAM's on the same batch, shape (); None unless
-            asked for.
-        mode: how pass 1 went over the micro-batches, see ``DISAM.backward_accumulated``.
-    """
-
-    loss: Tensor
-    perturbed_loss: Tensor
-    domain_ids: Tensor
-    domain_counts: Tensor
-    domain_losses: Tensor
-    domain_weights: Tensor
-    ascent_norm: Tensor
-    is_finite: Tensor
-    ascent_cosine: Tensor | None = None
-    mode: AscentMode = "two_phase"
-
-    @property
-    def way(self) -> AscentMode:
-        """The former name of ``mode``; it goes away in the release after next."""
-        return self.mode
+from disam_peft.disam.step_report import StepReport
 
 
 @dataclass
@@ -151,7 +113,14 @@ class DISAM:
         self._replicas_checked = False
         self._arrived: bool | None = None
 
-    def backward(self, per_sample_loss: PerSampleLoss, domains: Tensor, mask: Tensor | None = None) -> StepReport:
+    def backward(
+        self,
+        per_sample_loss: PerSampleLoss,
+        domains: Tensor,
+        mask: Tensor | None = None,
+        *,
+        objective: DomainObjective | None = None,
+    ) -> StepReport:
         """Put the gradient of this batch into ``p.grad``, in place of what was there.
 
         ``per_sample_loss`` is called once per pass and must compute the same function both times: it sees the same
@@ -165,9 +134,12 @@ class DISAM:
         sample, with ``mask=torch.tensor([False])``. If no rank has a sample, the report is not finite.
 
         Args:
-            per_sample_loss: takes nothing, returns the losses (B,) of the batch, with a graph.
+            per_sample_loss: takes nothing, returns the losses (B,) of the batch, with a graph; or a ``Forward``, which
+                holds what an objective needs beside them.
             domains: (B,) integers; any values, in any order, any of them absent (with ``num_domains``: in range).
             mask: (B,) bool; samples where it is False count nowhere, as if they were not there. Unset: all count.
+            objective: what is descended in the place of the mean loss; the perturbation then climbs it minus the
+                variance term, ``J - lambda * Var(L_d)``.
 
         Returns:
             A report of this step. If anything raises in a pass, the weights are restored and ``p.grad`` is None.
@@ -176,7 +148,7 @@ class DISAM:
             ValueError: losses that are not a (B,) tensor with a graph, or domains that do not match them.
             torch.OutOfMemoryError: as it came, with a note that suggests a size of micro-batches.
         """
-        return self._step([per_sample_loss], [domains], [mask], mode="two_phase", no_sync=None)
+        return self._step([per_sample_loss], [domains], [mask], "two_phase", None, objective)
 
     def backward_accumulated(
         self,
@@ -186,6 +158,7 @@ class DISAM:
         *,
         mode: Mode = "auto",
         no_sync: NoSync | None = None,
+        objective: DomainObjective | None = None,
         way: Mode | None = None,
     ) -> StepReport:
         """``backward`` on a batch that goes through the model in micro-batches: the same gradient, in less memory.
@@ -204,9 +177,11 @@ class DISAM:
 
         - ``two_phase``: a pass without a graph for the losses, then the weighted gradients. One forward more.
         - ``per_domain``: all samples of a micro-batch are of one domain; one gradient per domain is kept, and no
-          forward is added.
+          forward is added. Not for objectives that depend on more sums than those of the losses.
         - ``auto``: one pass where the weights need no losses (ERM, SAM); else ``per_domain`` where it is possible on
           every rank and the kept gradients take at most 256 MiB; else ``two_phase``.
+
+        An objective that is more than a mean is computed so in pass 2 as well.
 
         Args:
             per_sample_losses: one per micro-batch, as in ``backward``; ``two_phase`` calls them up to three times. Each
@@ -219,6 +194,7 @@ class DISAM:
                 run inside it, and the gradients are added up here, once per pass. Without it a wrapper communicates in
                 every micro-batch, and every rank needs the same number of them. With it, or with ``reduce_gradients``,
                 a rank may have any number, or none.
+            objective: see ``backward``.
             way: the former name of ``mode``; it goes away in the release after next.
 
         Raises:
@@ -229,7 +205,7 @@ class DISAM:
             mode = way
         if mode not in get_args(Mode):
             raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r}")
-        return self._step(per_sample_losses, domains, masks, mode=mode, no_sync=no_sync)
+        return self._step(per_sample_losses, domains, masks, mode, no_sync, objective)
 
     # -- the step, in order ----------------------------------------------------------------------------------
 
@@ -238,39 +214,54 @@ class DISAM:
         per_sample_losses: Sequence[PerSampleLoss],
         domains: Sequence[Tensor],
         masks: Sequence[Tensor | None] | None,
-        *,
         mode: Mode,
         no_sync: NoSync | None,
+        objective: DomainObjective | None,
     ) -> StepReport:
+        objective = DomainObjective() if objective is None else objective
         ranks = Ranks.of(self._group, self.reduce_gradients, no_sync)
         batch = EffectiveBatch.of(
-            per_sample_losses, domains, masks, num_domains=self.num_domains, params=self.params, ranks=ranks
+            per_sample_losses,
+            domains,
+            masks,
+            num_domains=self.num_domains,
+            params=self.params,
+            ranks=ranks,
+            objective=objective,
         )
-        passes = Passes(self.params, batch, ranks, self._backward, lambda: self._scale.seen)
+        passes = Passes(self.params, batch, ranks, objective, self._backward, lambda: self._scale.seen)
+        climbs = self.rho > 0  # otherwise pass 1 descends, and is the only one
         weights = restored(self.params)
         self._clear_gradients()
         try:
-            ascent = passes.ascent(
-                self.variance_weight if self.rho > 0 else 0.0,
+            first = passes.first(
+                Target(self.variance_weight if climbs else 0.0, in_ascent=climbs),
                 mode,
-                with_plain_gradients=self.ascent_cosine and self.rho > 0,
+                with_plain_gradients=self.ascent_cosine and climbs,
             )
-            if self.rho == 0:
-                return self._report(ascent, perturbed=ascent.sums)
+            if not climbs:
+                return StepReport.of(objective, first, perturbed=first.sums)
             direction = self._direction([p.grad for p in self.params], ranks)
             cosine = None
-            if ascent.plain_gradients is not None:
-                cosine = direction.cosine(self._direction(ascent.plain_gradients, ranks))
+            if first.plain_gradients is not None:
+                cosine = direction.cosine(self._direction(first.plain_gradients, ranks))
             self._clear_gradients()
 
             with weights:
                 direction.add_(self.rho)
                 self._drop_copies_of_weights()
-                perturbed = passes.mean(ascent.sums.total)
+                perturbed = passes.second(first.sums.count_D)
             self._drop_copies_of_weights()
             self._poison_unless(direction.is_finite)
-            self._check_arrival(ascent.sums, perturbed, direction)
-            return self._report(ascent, perturbed, direction, cosine)
+            self._check_arrival(first.sums, perturbed, direction)
+            return StepReport.of(
+                objective,
+                first,
+                perturbed,
+                ascent_norm=self._at_scale_1(direction.norm),
+                direction_is_finite=direction.is_finite,
+                ascent_cosine=cosine,
+            )
         except BaseException as error:
             weights.copy_back()  # an interrupt may have hit the exit of the block above
             self._clear_gradients()  # half a gradient must not reach an optimizer
@@ -326,32 +317,6 @@ class DISAM:
 
     def _at_scale_1(self, norm: Tensor) -> Tensor:
         return norm if self._scale.seen is None else norm / self._scale.seen.to(norm)
-
-    def _report(
-        self,
-        ascent: Ascent,
-        perturbed: DomainSums,
-        direction: AscentDirection | None = None,
-        cosine: Tensor | None = None,
-    ) -> StepReport:
-        sums = ascent.sums
-        is_finite = torch.isfinite(sums.mean) & torch.isfinite(perturbed.mean)
-        norm = torch.zeros_like(sums.mean)
-        if direction is not None:
-            norm = self._at_scale_1(direction.norm)
-            is_finite = is_finite & direction.is_finite.to(is_finite.device)
-        return StepReport(
-            loss=sums.mean,
-            perturbed_loss=perturbed.mean,
-            domain_ids=sums.ids_D,
-            domain_counts=sums.count_D,
-            domain_losses=sums.mean_D,
-            domain_weights=sums.count_D * ascent.weight_D,
-            ascent_norm=norm,
-            is_finite=is_finite,
-            ascent_cosine=cosine,
-            mode=ascent.mode,
-        )
 
 
 def _advice_on_memory(largest: int) -> str:

@@ -1,11 +1,13 @@
-"""Per-domain sums and means, and the closed form of the ascent weights.
+"""Per-domain sums and means of the losses, and of whatever else an objective needs.
 
 Shapes in this file: B samples, D domains (the ids in play; some may be absent from the batch).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -16,37 +18,91 @@ from torch import Tensor
 class DomainSums:
     """Sums over a batch, which add up over ranks and micro-batches where means would not.
 
+    All tensors are of the accumulation dtype (float64 where there is one).
+
     Attributes:
         ids_D: the domain ids, ascending, int64.
-        sum_D: sum of the per-sample losses of each domain, in the accumulation dtype (float64 where there is one).
-        count_D: number of samples of each domain, same dtype as ``sum_D``.
+        sum_D: sum of the per-sample losses of each domain.
+        count_D: number of samples of each domain.
+        reported_D: sum of the per-sample losses that a report shows; unset: those of ``sum_D``.
+        statistics: further sums over the samples of each domain, (D, ...) each, that an objective asked for.
     """
 
     ids_D: Tensor
     sum_D: Tensor
     count_D: Tensor
+    reported_D: Tensor | None = None
+    statistics: tuple[Tensor, ...] = ()
 
     def __add__(self, other: DomainSums) -> DomainSums:
-        """Of two batches together; both must hold the same ``ids_D``."""
-        return DomainSums(self.ids_D, self.sum_D + other.sum_D, self.count_D + other.count_D)
+        """Of two batches together. Both must hold the same ``ids_D`` and the same statistics."""
+        return self.with_tensors([a + b for a, b in zip(self.tensors(), other.tensors(), strict=True)])
 
-    @property
+    def tensors(self) -> list[Tensor]:
+        """All that adds up, in a fixed order."""
+        reported = [] if self.reported_D is None else [self.reported_D]
+        return [self.sum_D, self.count_D, *reported, *self.statistics]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> DomainSums:
+        """The same kind of sums with other values, in the order of ``tensors()``."""
+        sum_D, count_D, *others = tensors
+        reported_D = None if self.reported_D is None else others.pop(0)
+        return DomainSums(self.ids_D, sum_D, count_D, reported_D, tuple(others))
+
+    @cached_property
     def mean_D(self) -> Tensor:
         """Mean loss per domain; NaN for an absent domain."""
         return self.sum_D / self.count_D
 
-    @property
+    @cached_property
     def total(self) -> Tensor:
         """Number of samples, shape ()."""
         return self.count_D.sum()
 
-    @property
+    @cached_property
     def mean(self) -> Tensor:
         """Mean loss over all samples, shape ()."""
         return self.sum_D.sum() / self.total
 
+    @property
+    def reported(self) -> DomainSums:
+        """The losses that a report shows, in the place of those that are descended."""
+        return self if self.reported_D is None else DomainSums(self.ids_D, self.reported_D, self.count_D)
 
-def domain_sums(loss_B: Tensor, index_B: Tensor, ids_D: Tensor, mask_B: Tensor | None = None) -> DomainSums:
+    # -- for objectives: differentiable, and without a NaN where a domain is absent --------------------------
+
+    @cached_property
+    def present_D(self) -> Tensor:
+        """1 for each domain that has samples in the batch, 0 for the others."""
+        return (self.count_D > 0).to(self.count_D.dtype)
+
+    @cached_property
+    def num_present(self) -> Tensor:
+        """K, the number of domains in the batch, shape ()."""
+        return self.present_D.sum()
+
+    def mean_of(self, sum_D: Tensor) -> Tensor:
+        """Mean over the samples of each domain from their sum, (D, ...); 0 for an absent domain."""
+        return sum_D / self.count_D.clamp(min=1).view(-1, *[1] * (sum_D.ndim - 1))
+
+    def over_domains(self, value_D: Tensor) -> Tensor:
+        """Mean over the domains in the batch of one value for each of them: (D,) to ()."""
+        return value_D.where(self.present_D > 0, 0.0).sum() / self.num_present
+
+
+def accumulation_dtype(device: torch.device) -> torch.dtype:
+    """float64 also for float32 losses: a float32 sum over a large batch would cost the weights their last digits."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def domain_sums(
+    loss_B: Tensor,
+    index_B: Tensor,
+    ids_D: Tensor,
+    mask_B: Tensor | None = None,
+    reported_B: Tensor | None = None,
+    statistics: Sequence[Tensor] = (),
+) -> DomainSums:
     """Sums and counts per domain by one scatter each.
 
     Args:
@@ -54,18 +110,22 @@ def domain_sums(loss_B: Tensor, index_B: Tensor, ids_D: Tensor, mask_B: Tensor |
         index_B: position of each sample's domain in ``ids_D``.
         ids_D: the domain ids in play.
         mask_B: bool; a sample where it is False is not counted and its loss is not read. Unset: all are.
+        reported_B: per-sample losses that a report shows, if they are others.
+        statistics: sums of the same samples, (D, ...) each; detached here.
     """
-    # float64 also for float32 losses: a float32 sum over a large batch would cost the weights their last digits
-    dtype = torch.float32 if loss_B.device.type == "mps" else torch.float64
+    dtype = accumulation_dtype(loss_B.device)
     zeros_D = torch.zeros(len(ids_D), dtype=dtype, device=loss_B.device)
-    loss_B = loss_B.detach().to(dtype)
-    ones_B = torch.ones_like(loss_B)
-    if mask_B is not None:
-        loss_B, ones_B = loss_B.where(mask_B, 0.0), mask_B.to(dtype)
+
+    def summed(value_B: Tensor) -> Tensor:
+        value_B = value_B.detach().to(dtype)
+        return zeros_D.index_add(0, index_B, value_B if mask_B is None else value_B.where(mask_B, 0.0))
+
     return DomainSums(
         ids_D,
-        sum_D=zeros_D.index_add(0, index_B, loss_B),
-        count_D=zeros_D.index_add(0, index_B, ones_B),
+        sum_D=summed(loss_B),
+        count_D=summed(torch.ones_like(loss_B, dtype=dtype)),
+        reported_D=None if reported_B is None else summed(reported_B),
+        statistics=tuple(statistic.detach() for statistic in statistics),
     )
 
 

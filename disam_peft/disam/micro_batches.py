@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from disam_peft.disam.domain_objective import DomainObjective, DomainsOfSamples, Forward
 from disam_peft.disam.domain_sums import DomainSums, domain_index, domain_sums, union_of_ids
 from disam_peft.disam.random_state import RandomState
 from disam_peft.disam.ranks import Ranks
 
-PerSampleLoss = Callable[[], Tensor]
+PerSampleLoss = Callable[[], Tensor | Forward]
 SEVERAL = -1
 
 _LEFT_WAITING = (
@@ -23,6 +24,45 @@ _LEFT_WAITING = (
     "one's backward: run the model on the empty batch, or on any one sample with mask=[False], or leave the model "
     "unwrapped and give DISAM reduce_gradients=True"
 )
+_NO_OUTPUTS = (
+    "the objective needs outputs of the model beside the losses: per_sample_loss must return "
+    "Forward(losses, outputs=...), also for a batch without samples"
+)
+
+
+@dataclass(frozen=True)
+class MicroBatchLosses:
+    """The result of one forward pass of a micro-batch.
+
+    Attributes:
+        loss_B: the losses that are descended; 0, and without a gradient, where masked.
+        reported_B: the losses that a report shows, if they are others.
+        statistics: sums of the outputs over the samples of each domain, with their graph.
+        micro_batch: whose they are.
+    """
+
+    loss_B: Tensor
+    reported_B: Tensor | None
+    statistics: tuple[Tensor, ...]
+    micro_batch: MicroBatch
+
+    def sums(self) -> DomainSums:
+        """Sums per domain, without a graph."""
+        of = self.micro_batch
+        return domain_sums(self.loss_B, of.index_B, of.ids_D, of.mask_B, self.reported_B, self.statistics)
+
+    def weighted(self, weight_D: Tensor, statistics_weights: Sequence[Tensor], factor: float) -> Tensor:
+        """The surrogate ``factor (sum_i weight_d(i) l_i + sum over the statistics of <weights, statistic>)``.
+
+        Args:
+            weight_D: (D,), or () where all are equal. All weights are numbers, no graph runs through them.
+            statistics_weights: one for each statistic; empty where the objective of this pass does not depend on them.
+        """
+        weight_B = weight_D.expand(len(self.loss_B)) if weight_D.ndim == 0 else weight_D[self.micro_batch.index_B]
+        surrogate = torch.dot((weight_B * factor).to(self.loss_B.dtype), self.loss_B)
+        for weights, statistic in zip(statistics_weights, self.statistics, strict=len(statistics_weights) > 0):
+            surrogate = surrogate + (weights * factor * statistic).sum().to(surrogate.dtype)
+        return surrogate
 
 
 @dataclass
@@ -30,12 +70,13 @@ class MicroBatch:
     """What goes through the model at once. However often it does, it sees the random numbers of the first time.
 
     Attributes:
-        per_sample_loss: gives the losses (B,).
+        per_sample_loss: gives the losses (B,), or a ``Forward``.
         index_B: position of each sample's domain among the ids in play.
         mask_B: False for samples that count nowhere; None where all count.
         ids_D: the ids in play.
         params: the trained parameters; their devices are those whose random numbers are replayed.
         awaited: other ranks wait inside a wrapper around the model until this one's backward joins in.
+        objective: says which sums of the outputs are needed.
     """
 
     per_sample_loss: PerSampleLoss
@@ -44,47 +85,54 @@ class MicroBatch:
     ids_D: Tensor
     params: Sequence[Tensor]
     awaited: bool
+    objective: DomainObjective
     _random_state: RandomState | None = None
 
-    def losses(self) -> Tensor:
-        """The losses with their graph; 0, and without a gradient, where masked.
+    def losses(self) -> MicroBatchLosses:
+        """The losses with their graph.
 
         Raises:
             ValueError: they are no (B,) tensor with a graph, or do not match the domains. Without samples they need no
                 graph, unless other ranks wait for the backward.
         """
-        loss_B = self._called()
+        found = self._called()
+        loss_B = found.loss_B
         if len(loss_B) == 0 and not loss_B.requires_grad:
             if self.awaited:
                 raise ValueError(_LEFT_WAITING)
             loss_B = loss_B.detach().requires_grad_()
         if not loss_B.requires_grad:
             raise ValueError("the losses have no graph: nothing that requires a gradient took part (or no_grad is on)")
-        return loss_B if self.mask_B is None else loss_B.where(self.mask_B, 0.0)
+        if self.mask_B is not None:
+            loss_B = loss_B.where(self.mask_B, 0.0)
+        return MicroBatchLosses(loss_B, found.reported_B, self._statistics(found), self)
 
     @torch.no_grad()
-    def values(self) -> Tensor:
-        """The losses alone."""
-        loss_B = self._called()
+    def sums_alone(self) -> DomainSums:
+        """The sums per domain, from a forward pass without a graph."""
+        found = self._called()
         # in older torch (before pytorch#165068) an autocast around all passes would serve pass 1 these casts of the
         # weights, which have no graph
         torch.clear_autocast_cache()
-        return loss_B
-
-    def sums(self, loss_B: Tensor) -> DomainSums:
-        """Sums per domain of these losses, which are this micro-batch's."""
-        return domain_sums(loss_B, self.index_B, self.ids_D, self.mask_B)
+        return MicroBatchLosses(found.loss_B, found.reported_B, self._statistics(found), self).sums()
 
     def counts(self) -> Tensor:
         """Samples per domain, (D,), without a look at the model."""
-        return self.sums(torch.zeros(len(self.index_B), device=self.index_B.device)).count_D
+        no_loss_B = torch.zeros(len(self.index_B), device=self.index_B.device)
+        return domain_sums(no_loss_B, self.index_B, self.ids_D, self.mask_B).count_D
 
-    def _called(self) -> Tensor:
+    def _called(self) -> Forward:
         if self._random_state is None:
             self._random_state = RandomState.of(self.params)
         else:
             self._random_state.restore()
-        loss_B = self.per_sample_loss()
+        result = self.per_sample_loss()
+        if not isinstance(result, Forward):
+            return Forward(self._checked(result))
+        reported_B = None if result.reported_B is None else self._checked(result.reported_B)
+        return Forward(self._checked(result.loss_B), reported_B, result.outputs)
+
+    def _checked(self, loss_B: Tensor) -> Tensor:
         if not isinstance(loss_B, Tensor) or loss_B.ndim != 1:
             got = tuple(loss_B.shape) if isinstance(loss_B, Tensor) else type(loss_B).__name__
             raise ValueError(
@@ -95,6 +143,14 @@ class MicroBatch:
         loss_B = loss_B.to(self.index_B.device)
         # sums and weights of losses need more than half precision
         return loss_B.float() if loss_B.dtype in (torch.float16, torch.bfloat16) else loss_B
+
+    def _statistics(self, found: Forward) -> tuple[Tensor, ...]:
+        if not self.objective.has_statistics:
+            return ()
+        if found.outputs is None:
+            raise ValueError(_NO_OUTPUTS)
+        domains = DomainsOfSamples(self.index_B, len(self.ids_D), self.mask_B)
+        return tuple(self.objective.statistics(found.outputs, domains))
 
 
 @dataclass(frozen=True)
@@ -121,6 +177,7 @@ class EffectiveBatch:
         num_domains: int | None,
         params: Sequence[Tensor],
         ranks: Ranks,
+        objective: DomainObjective,
     ) -> EffectiveBatch:
         """The arguments of ``DISAM.backward_accumulated``, checked.
 
@@ -142,6 +199,8 @@ class EffectiveBatch:
         if not domains_MB:  # this rank has nothing to do
             if awaited:
                 raise ValueError(_LEFT_WAITING)
+            if objective.has_statistics:
+                raise ValueError(_NO_OUTPUTS)  # of what shape they would be, a forward pass alone can tell
             per_sample_losses = [lambda: torch.zeros(0, device=device)]
             domains_MB, masks_MB = [torch.zeros(0, dtype=torch.int64, device=device)], [None]
         sizes = [len(d) for d in domains_MB]
@@ -154,16 +213,11 @@ class EffectiveBatch:
             index_B = torch.searchsorted(ids_D, joined_B)
         index_MB = index_B.split(sizes)
         micro_batches = [
-            MicroBatch(loss, index, mask, ids_D, params, awaited)
+            MicroBatch(loss, index, mask, ids_D, params, awaited, objective)
             for loss, index, mask in zip(per_sample_losses, index_MB, masks_MB, strict=True)
         ]
         known = on_host and all_count and num_domains is not None  # then an id is its own index
         return cls(micro_batches, ids_D, domains_MB if known else None)
-
-    def no_sums(self) -> DomainSums:
-        """Sums over nothing, to add to."""
-        nothing_B = self.ids_D.new_zeros(0)
-        return domain_sums(nothing_B, nothing_B, self.ids_D)
 
     def counts(self) -> Tensor:
         """Samples per domain in each micro-batch, (M, D)."""

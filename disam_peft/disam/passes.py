@@ -1,6 +1,6 @@
 """The passes of a step: each leaves one gradient of the whole effective batch in ``p.grad``.
 
-Shapes in this file: B samples of a micro-batch, M micro-batches of this rank, D domains.
+Shapes in this file: M micro-batches of this rank, D domains.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from disam_peft.disam.ascent import ascent_weights
+from disam_peft.disam.domain_objective import Coefficients, DomainObjective, coefficients
 from disam_peft.disam.domain_sums import DomainSums
-from disam_peft.disam.micro_batches import SEVERAL, EffectiveBatch, MicroBatch
+from disam_peft.disam.micro_batches import SEVERAL, EffectiveBatch, MicroBatchLosses
 from disam_peft.disam.ranks import Ranks
 from disam_peft.disam.sharding import is_sharded
 
@@ -26,20 +27,33 @@ MAX_STORED_GRADIENT_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
-class Ascent:
-    """What pass 1 found, beside the ascent gradient in ``p.grad``.
+class FirstPass:
+    """The result of pass 1, beside the gradient in ``p.grad``.
 
     Attributes:
-        sums: sums of losses at w, over all ranks.
-        weight_D: c_d.
+        sums: sums at w, over all ranks.
+        weight_D: c_d, the weight of each sample's loss in the gradient.
         mode: how it was computed.
-        plain_gradients: of the mean loss over all ranks, one for each parameter; None if nobody asked.
+        plain_gradients: of the objective without the variance term, over all ranks, one for each parameter; None if
+            nobody asked.
     """
 
     sums: DomainSums
     weight_D: Tensor
     mode: AscentMode
     plain_gradients: list[Tensor | None] | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """The function whose gradient a pass computes: the objective minus ``variance_weight`` times Var(L_d).
+
+    Attributes:
+        in_ascent: it is the function that the perturbation climbs.
+    """
+
+    variance_weight: float
+    in_ascent: bool
 
 
 class Passes:
@@ -49,6 +63,7 @@ class Passes:
         params: whose gradients are wanted.
         batch: this rank's part of the batch.
         ranks: who shares the batch.
+        objective: what is descended.
         backward: called with a scalar loss.
         loss_scale: tells by which factor ``backward`` multiplied the last loss; None before the first.
     """
@@ -58,116 +73,158 @@ class Passes:
         params: Sequence[Tensor],
         batch: EffectiveBatch,
         ranks: Ranks,
+        objective: DomainObjective,
         backward: Callable[[Tensor], object],
         loss_scale: Callable[[], Tensor | None],
     ) -> None:
-        self._params, self._batch, self._ranks = params, batch, ranks
+        self._params, self._batch, self._ranks, self._objective = params, batch, ranks, objective
         self._backward, self._loss_scale = backward, loss_scale
+        self._weighing: AscentMode = "two_phase"  # for a gradient whose weights depend on all losses
 
-    def mean(self, total: Tensor) -> DomainSums:
-        """The gradient of the mean over the ``total`` samples of all ranks; its weights need no loss."""
-        sums = self._batch.no_sums()
-        with self._ranks.no_sync():
-            for micro_batch in self._batch.micro_batches:
-                loss_B = micro_batch.losses()
-                sums = sums + micro_batch.sums(loss_B)
-                self._weighted_backward(loss_B, _each(1.0 / total, loss_B))
-                del loss_B  # with its graph, before the next one is built
-        self._ranks.add_up_gradients_(self._params)
-        return self._ranks.all_sums(sums)
-
-    def ascent(self, variance_weight: float, mode: Mode, *, with_plain_gradients: bool) -> Ascent:
-        """The gradient of ``L - lambda * Var(L_d)``, in a mode; ``auto`` takes the cheapest one that is possible."""
+    def first(self, target: Target, mode: Mode, *, with_plain_gradients: bool) -> FirstPass:
+        """Pass 1, in a mode; ``auto`` takes the cheapest one that is possible."""
         if mode == "two_phase":
-            return self._two_phase(variance_weight, with_plain_gradients)
+            return self._two_phase(target, with_plain_gradients, begins=True)
         count_MD = self._batch.counts()
         num_mixed = (count_MD.count_nonzero(dim=1) > 1).sum()
         # one collective; what is decided on its result is decided alike on every rank
-        *count_D, num_mixed = self._ranks.summed(torch.cat([count_MD.sum(0), num_mixed.to(count_MD).reshape(1)]))
-        total = torch.stack(count_D).sum()
-        if mode == "auto" and variance_weight == 0:
-            sums = self.mean(total)
-            plain = [p.grad for p in self._params] if with_plain_gradients else None
-            return Ascent(sums, ascent_weights(sums.mean_D, sums.count_D, 0.0), "mean", plain)
-        domain_M = self._batch.single_domains()
-        # of several ranks each must decide on what is reduced, and wait for it
-        mixed = domain_M.count(SEVERAL) if self._ranks.size == 1 else int(num_mixed)
-        obstacle = self._obstacle_to_gradients_per_domain(mixed)
-        if mode == "per_domain" and obstacle is not None:
-            raise ValueError(f"mode='per_domain' is not possible: {obstacle}; use mode='two_phase', or 'auto'")
-        stored_bytes = len(count_D) * sum(p.numel() * p.element_size() for p in self._params)
-        if obstacle is None and (mode == "per_domain" or stored_bytes <= MAX_STORED_GRADIENT_BYTES):
-            return self._per_domain(variance_weight, total, domain_M, with_plain_gradients)
-        return self._two_phase(variance_weight, with_plain_gradients)
+        reduced = self._ranks.summed(torch.cat([count_MD.sum(0), num_mixed.to(count_MD).reshape(1)]))
+        count_D, num_mixed = reduced[:-1], reduced[-1]
+        depends_on_sums = target.variance_weight != 0 or self._objective.has_penalty(in_ascent=target.in_ascent)
+        if depends_on_sums or mode == "per_domain" or self._objective.has_penalty(in_ascent=False):
+            self._weighing = self._chosen(mode, num_mixed)
+        if mode == "auto" and not depends_on_sums:
+            sums = self._one_phase(count_D)
+            self._objective.begin_step(sums)
+            weight_D = ascent_weights(sums.mean_D, sums.count_D, 0.0, self._objective.mean_weights(sums.count_D))
+            return FirstPass(sums, weight_D, "mean", [p.grad for p in self._params] if with_plain_gradients else None)
+        if self._weighing == "per_domain":
+            return self._per_domain(target, count_D.sum(), with_plain_gradients, begins=True)
+        return self._two_phase(target, with_plain_gradients, begins=True)
 
-    def _two_phase(self, variance_weight: float, with_plain_gradients: bool) -> Ascent:
-        """All losses first, without a graph, since every weight hangs on all of them; then the weighted gradients.
+    def second(self, count_D: Tensor) -> DomainSums:
+        """Pass 2: the gradient of the objective at the weights as they are now.
+
+        Args:
+            count_D: the samples of all ranks.
+        """
+        if not self._objective.has_penalty(in_ascent=False):
+            return self._one_phase(count_D)
+        target = Target(0.0, in_ascent=False)
+        if self._weighing == "per_domain":
+            return self._per_domain(target, count_D.sum(), False, begins=False).sums
+        return self._two_phase(target, False, begins=False).sums
+
+    def _one_phase(self, count_D: Tensor) -> DomainSums:
+        """The gradient of the mean, whose weights follow from the counts: one forward for each micro-batch."""
+        weight_D = self._objective.mean_weights(count_D)
+        sums: DomainSums | None = None
+        with self._ranks.no_sync():
+            for micro_batch in self._batch.micro_batches:
+                losses = micro_batch.losses()
+                sums = _total(sums, losses.sums())
+                self._weighted_backward(losses, weight_D)
+                del losses  # with its graph, before the next one is built
+        self._ranks.add_up_gradients_(self._params)
+        assert sums is not None  # there is always a micro-batch
+        return self._ranks.all_sums(sums)
+
+    def _two_phase(self, target: Target, with_plain_gradients: bool, *, begins: bool) -> FirstPass:
+        """All sums first, without a graph, since every weight depends on all of them; then the weighted gradients.
 
         The last micro-batch keeps its graph in between. So one micro-batch costs one forward, and M cost 2 M - 1.
         """
         *others, last = self._batch.micro_batches
         plain = _PlainGradients(self._params, self._loss_scale()) if with_plain_gradients else None
         with self._ranks.no_sync():
-            sums = self._batch.no_sums()
+            sums: DomainSums | None = None
             for micro_batch in others:
-                sums = sums + micro_batch.sums(micro_batch.values())
-            loss_B = last.losses()
-            sums = self._ranks.all_sums(sums + last.sums(loss_B))
-            weight_D = ascent_weights(sums.mean_D, sums.count_D, variance_weight)
+                sums = _total(sums, micro_batch.sums_alone())
+            losses = last.losses()
+            sums = self._ranks.all_sums(_total(sums, losses.sums()))
+            weight_D, wanted = self._weights(target, sums, begins=begins)
 
-            def backward(micro_batch: MicroBatch, loss_B: Tensor) -> None:
+            def backward(losses: MicroBatchLosses) -> None:
                 if plain is not None:
-                    plain.add(torch.dot(_each(1.0 / sums.total, loss_B).to(loss_B.dtype), loss_B))
-                self._weighted_backward(loss_B, weight_D[micro_batch.index_B])
+                    plain.add(losses.weighted(wanted.loss_D, wanted.statistics, 1))
+                self._weighted_backward(losses, weight_D, wanted.statistics)
 
-            backward(last, loss_B)
-            del loss_B
+            backward(losses)
+            del losses
             for micro_batch in others:
-                backward(micro_batch, micro_batch.losses())
+                backward(micro_batch.losses())
         self._ranks.add_up_gradients_(self._params)
-        return Ascent(
+        return FirstPass(
             sums, weight_D, "two_phase", None if plain is None else self._ranks.added_up(self._params, plain.gradients)
         )
 
-    def _per_domain(
-        self, variance_weight: float, total: Tensor, domain_M: Sequence[int], with_plain_gradients: bool
-    ) -> Ascent:
+    def _per_domain(self, target: Target, total: Tensor, with_plain_gradients: bool, *, begins: bool) -> FirstPass:
         """One forward for each micro-batch, all of whose samples are of one domain: G_d, the gradient of S_d, is kept
         for each domain (here over N, as in any other pass, so that a loss scale suits both) and weighted at the end."""
         gradients: dict[int, list[Tensor | None]] = {}
-        sums = self._batch.no_sums()
+        sums: DomainSums | None = None
         with self._ranks.no_sync():
-            for micro_batch, domain in zip(self._batch.micro_batches, domain_M, strict=True):
+            for micro_batch, domain in zip(self._batch.micro_batches, self._batch.single_domains(), strict=True):
                 # the backward adds to what is there: to this domain's
                 self._set_gradients(gradients.get(domain, [None] * len(self._params)))
-                loss_B = micro_batch.losses()
-                sums = sums + micro_batch.sums(loss_B)
-                self._weighted_backward(loss_B, _each(1.0 / total, loss_B))
+                losses = micro_batch.losses()
+                sums = _total(sums, losses.sums())
+                self._weighted_backward(losses, 1.0 / total)
                 gradients[domain] = [p.grad for p in self._params]
-                del loss_B
+                del losses
+        assert sums is not None  # there is always a micro-batch
         sums = self._ranks.all_sums(sums)
-        weight_D = ascent_weights(sums.mean_D, sums.count_D, variance_weight)
+        weight_D, wanted = self._weights(target, sums, begins=begins)
         plain: list[Tensor | None] | None = None
         if with_plain_gradients:
-            plain = self._ranks.added_up(self._params, _combined(gradients, torch.ones_like(weight_D)))
+            plain = self._ranks.added_up(
+                self._params, _combined(gradients, (total * wanted.loss_D).expand_as(weight_D))
+            )
         self._set_gradients(_combined(gradients, total * weight_D))
         self._ranks.add_up_gradients_(self._params)
-        return Ascent(sums, weight_D, "per_domain", plain)
+        return FirstPass(sums, weight_D, "per_domain", plain)
 
     # -- details ---------------------------------------------------------------------------------------------
+
+    def _weights(self, target: Target, sums: DomainSums, *, begins: bool) -> tuple[Tensor, Coefficients]:
+        """c_d, (D,), and the coefficients of the objective without the variance term."""
+        if begins:
+            self._objective.begin_step(sums)
+        wanted = coefficients(self._objective, sums, in_ascent=target.in_ascent)
+        return ascent_weights(sums.mean_D, sums.count_D, target.variance_weight, wanted.loss_D), wanted
+
+    def _chosen(self, mode: Mode, num_mixed: Tensor) -> AscentMode:
+        """How gradients are computed whose weights depend on all losses; the same on every rank.
+
+        Raises:
+            ValueError: ``per_domain`` is asked for and not possible.
+        """
+        # of several ranks each must decide on what is reduced, and wait for it
+        mixed = self._batch.single_domains().count(SEVERAL) if self._ranks.size == 1 else int(num_mixed)
+        obstacle = self._obstacle_to_gradients_per_domain(mixed)
+        if mode == "per_domain" and obstacle is not None:
+            raise ValueError(f"mode='per_domain' is not possible: {obstacle}; use mode='two_phase', or 'auto'")
+        num_domains = len(self._batch.ids_D)
+        stored_bytes = num_domains * sum(p.numel() * p.element_size() for p in self._params)
+        fits = mode == "per_domain" or stored_bytes <= MAX_STORED_GRADIENT_BYTES
+        return "per_domain" if obstacle is None and fits else "two_phase"
 
     def _obstacle_to_gradients_per_domain(self, num_mixed: int) -> str | None:
         if num_mixed > 0:
             return f"{num_mixed} micro-batches (over all ranks) hold samples of several domains"
+        if self._objective.has_statistics:
+            return "the objective depends on more sums than those of the losses"
         if any(is_sharded(p) for p in self._params):
             return "the parameters are sharded, and their gradients are added up over the ranks as they come"
         if self._ranks.size > 1 and not self._ranks.reduces_here:
             return "a wrapper adds up the gradients of different domains over the ranks; hand over its no_sync"
         return None
 
-    def _weighted_backward(self, loss_B: Tensor, weight_B: Tensor) -> None:
-        """Gradient of this rank's share of ``sum_i weight_i l_i``; the weights are numbers, no graph runs through."""
-        self._backward(torch.dot((weight_B * self._ranks.loss_factor).to(loss_B.dtype), loss_B))
+    def _weighted_backward(
+        self, losses: MicroBatchLosses, weight_D: Tensor, statistics_weights: Sequence[Tensor] = ()
+    ) -> None:
+        """Gradient of this rank's share of the surrogate."""
+        self._backward(losses.weighted(weight_D, statistics_weights, self._ranks.loss_factor))
 
     def _set_gradients(self, gradients: Sequence[Tensor | None]) -> None:
         for p, gradient in zip(self._params, gradients, strict=True):
@@ -191,8 +248,8 @@ class _PlainGradients:
         self.gradients = _added(self.gradients, gradients)
 
 
-def _each(number: Tensor, loss_B: Tensor) -> Tensor:
-    return number.expand(len(loss_B))
+def _total(some: DomainSums | None, more: DomainSums) -> DomainSums:
+    return more if some is None else some + more
 
 
 @torch.no_grad()

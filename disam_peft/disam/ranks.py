@@ -53,12 +53,15 @@ class Ranks:
         return tensor
 
     def all_sums(self, sums: DomainSums) -> DomainSums:
-        """The same sums over all ranks: one collective. All ranks must hold the same ``ids_D``.
+        """The same sums over all ranks: one collective. All ranks must hold the same ``ids_D`` and statistics.
 
         A loss that is not finite on one rank makes its domain's sum so on all: no flag is needed beside it.
         """
-        sum_D, count_D = self.summed(torch.cat([sums.sum_D, sums.count_D])).chunk(2)
-        return DomainSums(sums.ids_D, sum_D, count_D)
+        if self.size == 1:
+            return sums
+        mine = sums.tensors()
+        everybodys = self.summed(torch.cat([tensor.reshape(-1) for tensor in mine]))
+        return sums.with_tensors(unflatten(everybodys, mine))
 
     @torch.no_grad()
     def add_up_gradients_(self, params: Sequence[Tensor]) -> None:

@@ -20,7 +20,7 @@ from disam_peft.config.method import MethodConfig
 from disam_peft.config.recipe import Recipe
 from disam_peft.disam.disam import DISAM
 from disam_peft.experiments.build import load_pretrained
-from disam_peft.objectives.losses import cross_entropy
+from disam_peft.objectives.cross_entropy import cross_entropy
 
 CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
 TEMPLATES = 2

@@ -115,6 +115,7 @@ def _train_one(
             classifier,
             inferred.dataset,
             method=recipe.method,
+            objective=recipe.objective,
             config=recipe.train,
             averages=kept_averages(recipe.average),
             augment=recipe.augment,

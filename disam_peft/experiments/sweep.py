@@ -78,6 +78,11 @@ def sweep(
             f"a sweep trains linear probes side by side, and adapter.kind is {recipe.adapter.kind!r}; use "
             "adapter.kind=linear_probe, or disam-peft compare for other adapters"
         )
+    if not recipe.objective.is_plain_mean:
+        raise UserError(
+            "a sweep trains with the mean cross entropy over samples, and this recipe has another objective; remove "
+            "objective, or use disam-peft compare"
+        )
     settings = _settings(recipe, learning_rates, rhos, variance_weights)
     accelerator = start_accelerator(recipe.train.mixed_precision)
     if accelerator.num_processes > 1:

@@ -22,10 +22,12 @@ from disam_peft.common.device import to_device
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.dataset import DomainDataset
-from disam_peft.disam.disam import DISAM, StepReport
+from disam_peft.disam.disam import DISAM
+from disam_peft.disam.domain_objective import Forward
 from disam_peft.disam.passes import MAX_STORED_GRADIENT_BYTES
+from disam_peft.disam.step_report import StepReport
 from disam_peft.errors import UserError
-from disam_peft.objectives.losses import cross_entropy
+from disam_peft.objectives.objective import Objective
 
 Indices = slice | Tensor
 """Which samples of a batch belong to a micro-batch."""
@@ -70,6 +72,7 @@ def choose_micro_batches(
     config: TrainConfig,
     method: MethodConfig,
     num_processes: int,
+    objective: Objective | None = None,
 ) -> MicroBatches:
     """The micro-batches of a run. They follow from the recipe alone and are the same on every process, in every step.
 
@@ -78,8 +81,9 @@ def choose_micro_batches(
 
     The mode ``per_domain`` saves the forward passes of ``two_phase``'s first phase (N - 1 of N micro-batches). It keeps
     one gradient for each domain, and it needs more micro-batches where the images of a domain do not fill them. The
-    cost of small micro-batches grows with their number, so the mode is chosen where M of them cost no more:
-    6 M <= 7 N - 1 forward passes, where a backward pass counts as two.
+    cost of small micro-batches grows with their number, so the mode is chosen where M of them cost no more. A backward
+    pass counts as two forward passes: P passes cost 3 P M against 3 P N + W (N - 1), where W of the passes have weights
+    that depend on all losses. (DISAM: 6 M <= 7 N - 1.)
 
     Raises:
         UserError: there are more micro-batches than a process has images.
@@ -97,12 +101,18 @@ def choose_micro_batches(
     assert classifier.adapter is not None  # fit checked
     if count == 1 or classifier.adapter.image_split is None:
         return MicroBatches(count, size, "whole")
-    if method.effective_variance_weight == 0 or method.effective_rho == 0:
+    objective = Objective() if objective is None else objective
+    climbs = method.effective_rho > 0
+    passes, waiting = 1 + climbs, int(objective.has_penalty(in_ascent=False))
+    if climbs:
+        waiting += method.effective_variance_weight > 0 or objective.has_penalty(in_ascent=True)
+    if waiting == 0:
         return MicroBatches(count, size, "mean")
     by_domain = sum(math.ceil(images / size) for images in _images_per_domain(dataset, config, num_processes))
     stored_bytes = len(dataset.domains) * sum(p.numel() * p.element_size() for p in classifier.trainable().values())
-    pays = 6 * by_domain <= 7 * count - 1 and stored_bytes <= MAX_STORED_GRADIENT_BYTES
-    return MicroBatches(count, size, "per_domain" if pays else "two_phase")
+    pays = 3 * passes * by_domain <= 3 * passes * count + waiting * (count - 1)
+    possible = not objective.has_statistics and stored_bytes <= MAX_STORED_GRADIENT_BYTES
+    return MicroBatches(count, size, "per_domain" if pays and possible else "two_phase")
 
 
 def _images_per_domain(dataset: DomainDataset, config: TrainConfig, num_processes: int) -> list[int]:
@@ -120,13 +130,19 @@ class StepGradient:
 
     Args:
         accelerator: gives device and precision. Its own gradient accumulation must be off, since it divides every loss.
+        objective: what is descended; unset: the mean of the cross entropy.
 
     Raises:
         UserError: the accelerator's gradient accumulation is on.
     """
 
     def __init__(
-        self, classifier: ClipClassifier, disam: DISAM, micro_batches: MicroBatches, accelerator: Accelerator
+        self,
+        classifier: ClipClassifier,
+        disam: DISAM,
+        micro_batches: MicroBatches,
+        accelerator: Accelerator,
+        objective: Objective | None = None,
     ) -> None:
         if accelerator.gradient_accumulation_steps != 1:
             raise UserError(
@@ -135,6 +151,7 @@ class StepGradient:
             )
         self._classifier, self._disam, self._accelerator = classifier, disam, accelerator
         self._micro_batches = micro_batches
+        self._objective = Objective() if objective is None else objective
         self._dtype = next(classifier.model.parameters()).dtype
 
     def __call__(self, batch: dict[str, Tensor]) -> StepReport:
@@ -145,15 +162,18 @@ class StepGradient:
         if mode == "whole":
             frozen = self._encoded(batch, slice(None)) if "frozen" in batch else self._encoded_in_micro_batches(batch)
             logits = self._classifier.cached_logits(frozen)
-            return self._disam.backward(self._per_sample_loss(logits, labels_B), domains_B)
+            return self._disam.backward(self._forward(logits, labels_B), domains_B, objective=self._objective)
         indices = self._micro_batches.indices(domains_B)
         # Micro-batches are there to save memory: only the output of the frozen part is kept between the passes.
         logits_of = [partial(self._classifier.logits, self._encoded(batch, rows)) for rows in indices]
         labels = [_rows(labels_B, rows) for rows in indices]
-        losses = [self._per_sample_loss(*of_one) for of_one in zip(logits_of, labels, strict=True)]
+        forwards = [self._forward(*of_one) for of_one in zip(logits_of, labels, strict=True)]
         # "auto" is one pass here; of the others it would ask the device, every step, which one is possible
         return self._disam.backward_accumulated(
-            losses, [domains_B[rows] for rows in indices], mode="auto" if mode == "mean" else mode
+            forwards,
+            [domains_B[rows] for rows in indices],
+            mode="auto" if mode == "mean" else mode,
+            objective=self._objective,
         )
 
     def _encoded_in_micro_batches(self, batch: dict[str, Tensor]) -> Tensor:
@@ -169,13 +189,13 @@ class StepGradient:
             pixels_BCHW = to_device(_rows(batch["pixels"], rows), device).to(self._dtype)
             return self._classifier.encode_frozen(pixels_BCHW)
 
-    def _per_sample_loss(self, logits: Callable[[], Tensor], labels_B: Tensor) -> Callable[[], Tensor]:
-        def per_sample_loss() -> Tensor:
+    def _forward(self, logits: Callable[[], Tensor], labels_B: Tensor) -> Callable[[], Forward]:
+        def forward() -> Forward:
             with self._accelerator.autocast():  # per pass: its cache of casts must not outlive the weights
                 logits_BC = logits()
-            return cross_entropy(logits_BC, labels_B)
+            return self._objective.forward(logits_BC, labels_B)
 
-        return per_sample_loss
+        return forward
 
 
 def _rows(tensor: Tensor, rows: Indices) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.dataset import DomainDataset
-from disam_peft.disam.disam import StepReport
+from disam_peft.disam.step_report import StepReport
 from disam_peft.errors import UserError
 from disam_peft.training.guarded_optimizer import StepOutcome
 
@@ -114,6 +114,7 @@ class StepMetrics:
         losses_D, weights_D = report.domain_losses.tolist(), report.domain_weights.tolist()
         values: dict[str, Any] = {
             "loss": float(report.loss),
+            "objective": float(report.objective),
             "perturbed_loss": float(report.perturbed_loss),
             "domain_loss": {names[i]: losses_D[i] for i in present},
             "domain_weight": {names[i]: weights_D[i] for i in present},

@@ -22,6 +22,7 @@ from disam_peft.common.progress import track
 from disam_peft.config.average import EmaConfig
 from disam_peft.config.data import AugmentConfig, FeatureConfig
 from disam_peft.config.method import MethodConfig
+from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.loading.batches import training_batches
@@ -30,6 +31,7 @@ from disam_peft.data.stores.features import FeatureStore
 from disam_peft.data.transforms.augment import TrainTransform
 from disam_peft.disam.disam import DISAM
 from disam_peft.errors import UserError
+from disam_peft.objectives.objective import build_objective
 from disam_peft.training.accelerator import start_accelerator
 from disam_peft.training.averages.weight_averages import RAW, WeightAverages
 from disam_peft.training.checkpoint.manager import CheckpointConfig, CheckpointManager, Stateful
@@ -81,6 +83,7 @@ class Trainer:
         classifier: ClipClassifier,
         dataset: DomainDataset,
         method: MethodConfig,
+        objective: ObjectiveConfig,
         config: TrainConfig,
         averages: Sequence[EmaConfig],
         accelerator: Accelerator,
@@ -94,9 +97,12 @@ class Trainer:
         optimizer = build_optimizer(params, config, fused=fused)
         self.schedule = Schedule(optimizer, config)  # before Accelerate wraps the optimizer's step
         self.optimizer = GuardedOptimizer(optimizer, list(self.trained), accelerator)
-        self.micro_batches = choose_micro_batches(classifier, dataset, config, method, accelerator.num_processes)
+        self.objective = build_objective(objective, dataset.present_domains, config.steps)
+        self.micro_batches = choose_micro_batches(
+            classifier, dataset, config, method, accelerator.num_processes, self.objective
+        )
         disam = _disam(params, method, config, dataset, accelerator)
-        self.gradient = StepGradient(classifier, disam, self.micro_batches, accelerator)
+        self.gradient = StepGradient(classifier, disam, self.micro_batches, accelerator, self.objective)
         self.averages = WeightAverages(averages, params)
         self.metrics = StepMetrics(dataset, method, config, on_event, accelerator)
         self.compiled = CompiledBlocks.of(classifier) if config.compile else nullcontext()
@@ -160,6 +166,7 @@ def fit(
     dataset: DomainDataset,
     *,
     method: MethodConfig | None = None,
+    objective: ObjectiveConfig | None = None,
     config: TrainConfig | None = None,
     averages: Sequence[EmaConfig] = (),
     augment: AugmentConfig | None = None,
@@ -176,6 +183,7 @@ def fit(
     Args:
         classifier: moved to the accelerator's device.
         dataset: training samples; their labels index the classifier's classes.
+        objective: what is descended; unset: the mean of the cross entropy.
         averages: averages of the weights that are kept and validated beside the weights themselves.
         features: whether to train from stored features of the frozen part; unset: from images.
         seed: of batches, augmentation and dropout.
@@ -202,12 +210,13 @@ def fit(
         raise UserError("the classifier has no adapter with trainable parameters; build one and hand it over")
     set_seed(seed, device_specific=True)  # other dropout masks on other ranks
     classifier.to(accelerator.device)
-    trainer = Trainer(classifier, dataset, method, config, averages, accelerator, emit)
+    trainer = Trainer(classifier, dataset, method, objective or ObjectiveConfig(), config, averages, accelerator, emit)
     best = BestStates(classifier, trainer.averages, validate, on_best)
     components: dict[str, Stateful] = {
         "adapter": trainer,
         "optimizer": trainer.optimizer,
         "schedule": trainer.schedule,
+        "objective": trainer.objective,
         "averages": trainer.averages,
         "metrics": trainer.metrics,
         "best": best,

@@ -13,7 +13,7 @@ from disam_peft.adapters.registry import build_adapter
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.config.adapters import LoraAdapterConfig
 from disam_peft.disam.passes import Mode
-from disam_peft.objectives.losses import cross_entropy
+from disam_peft.objectives.cross_entropy import cross_entropy
 
 from .measure import Row, interleaved, ratios
 from .models import class_prompts, our_backbone

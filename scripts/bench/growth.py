@@ -10,7 +10,7 @@ from disam_peft import DISAM
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.config.adapters import LastBlocks, LoraAdapterConfig
-from disam_peft.objectives.losses import cross_entropy
+from disam_peft.objectives.cross_entropy import cross_entropy
 
 from .measure import Row, interleaved, ratios
 from .models import class_prompts, our_backbone

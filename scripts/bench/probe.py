@@ -17,7 +17,7 @@ from disam_peft.adapters.registry import build_adapter
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.config.adapters import LinearProbeConfig
 from disam_peft.config.training import TrainConfig
-from disam_peft.objectives.losses import cross_entropy
+from disam_peft.objectives.cross_entropy import cross_entropy
 from disam_peft.training.stacked_probes import ProbeSetting, ProbeStack, fit_probes, probe_features
 
 from .measure import Row, interleaved, ratios

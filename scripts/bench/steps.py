@@ -24,7 +24,7 @@ from disam_peft.adapters.base import Autocast
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.common.device import prefetch_to_device
-from disam_peft.objectives.losses import cross_entropy
+from disam_peft.objectives.cross_entropy import cross_entropy
 
 RHO = 0.05
 VARIANCE_WEIGHT = 0.1

@@ -16,7 +16,7 @@ from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.loading.loader import make_eval_loader
 from disam_peft.disam.perturbation import flatten, restored, unflatten
-from disam_peft.objectives.losses import cross_entropy
+from disam_peft.objectives.cross_entropy import cross_entropy
 
 
 class LossSurface:

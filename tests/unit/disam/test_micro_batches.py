@@ -6,6 +6,7 @@ from torch import nn
 
 from disam_peft import DISAM
 from disam_peft.disam import passes
+from disam_peft.disam.domain_objective import DomainObjective
 from disam_peft.disam.micro_batches import SEVERAL, EffectiveBatch
 from disam_peft.disam.ranks import Ranks
 
@@ -286,7 +287,13 @@ def test_the_host_knows_of_domains_what_the_device_would_say():
     def batch(masks, num_domains):
         calls = [lambda: None] * len(pieces)
         return EffectiveBatch.of(
-            calls, pieces, masks, num_domains=num_domains, params=params, ranks=Ranks.of(None, False)
+            calls,
+            pieces,
+            masks,
+            num_domains=num_domains,
+            params=params,
+            ranks=Ranks.of(None, False),
+            objective=DomainObjective(),
         )
 
     on_host = batch(None, 3)

@@ -44,20 +44,20 @@ MUTANTS = {
     ),
     "mean over this rank": Mutant(
         "passes.py",
-        "_each(1.0 / total, loss_B))\n                del",
-        "_each(torch.tensor(1.0 / (2 * max(len(loss_B), 1))), loss_B))\n                del",
+        "                self._weighted_backward(losses, weight_D)\n",
+        "                self._weighted_backward(losses, 0 * weight_D + 1.0 / (2 * max(len(losses.loss_B), 1)))\n",
         "tests/helpers/disam_rank_mutants.py::test_reduce",
     ),
     "variance over this rank": Mutant(
         "ranks.py",
-        "sum_D, count_D = self.summed(torch.cat([sums.sum_D, sums.count_D])).chunk(2)",
-        "sum_D, count_D = torch.cat([sums.sum_D, sums.count_D]).chunk(2)",
+        "everybodys = self.summed(torch.cat([tensor.reshape(-1) for tensor in mine]))",
+        "everybodys = torch.cat([tensor.reshape(-1) for tensor in mine])",
         "tests/helpers/disam_rank_mutants.py::test_reduce",
     ),
     "perturbation per rank": Mutant(
         "passes.py",
-        "        self._ranks.add_up_gradients_(self._params)\n        return Ascent(\n",
-        "        return Ascent(\n",
+        "        self._ranks.add_up_gradients_(self._params)\n        return FirstPass(\n",
+        "        return FirstPass(\n",
         "tests/helpers/disam_rank_mutants.py::test_reduce",
     ),
     "no restore": Mutant(
@@ -107,8 +107,8 @@ MUTANTS = {
     ),
     "variance with the other sign": Mutant(
         "ascent.py",
-        "1.0 / count_D.sum() - pull_D",
-        "1.0 / count_D.sum() + pull_D",
+        "objective_D) - pull_D",
+        "objective_D) + pull_D",
         f"{STEP}::test_two_quadratics_by_hand",
     ),
     "absent domains count": Mutant(
@@ -119,8 +119,8 @@ MUTANTS = {
     ),
     "variance in both passes": Mutant(
         "disam.py",
-        "perturbed = passes.mean(ascent.sums.total)",
-        "perturbed = passes.ascent(self.variance_weight, 'two_phase', with_plain_gradients=False).sums",
+        "perturbed = passes.second(first.sums.count_D)",
+        "perturbed = passes.first(Target(self.variance_weight, True), 'two_phase', with_plain_gradients=False).sums",
         "tests/unit/disam/test_reference.py::test_trajectory",
     ),
     "gradients of both passes added": Mutant(
@@ -144,10 +144,10 @@ MUTANTS = {
     ),
     "variance per micro-batch": Mutant(
         "passes.py",
-        "self._weighted_backward(loss_B, weight_D[micro_batch.index_B])",
-        "own = micro_batch.sums(loss_B)\n"
-        "                w = ascent_weights(own.mean_D, own.count_D, variance_weight) * own.total / sums.total\n"
-        "                self._weighted_backward(loss_B, w[micro_batch.index_B])",
+        "self._weighted_backward(losses, weight_D, wanted.statistics)",
+        "own = losses.sums()\n"
+        "                w = ascent_weights(own.mean_D, own.count_D, target.variance_weight) * own.total / sums.total\n"
+        "                self._weighted_backward(losses, w)",
         f"{MICRO_BATCHES}::test_micro_batches_equal_the_whole_batch",
     ),
     "gradients per domain unweighted": Mutant(

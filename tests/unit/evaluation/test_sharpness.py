@@ -15,7 +15,7 @@ from disam_peft.evaluation.sharpness.measures import (
     worst_loss,
 )
 from disam_peft.evaluation.sharpness.surface import LossSurface
-from disam_peft.objectives.losses import cross_entropy
+from disam_peft.objectives.cross_entropy import cross_entropy
 from tests.helpers.adapter_cells import LABELS, pixels, tiny_backbone, tiny_classifier
 
 

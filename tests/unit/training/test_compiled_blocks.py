@@ -18,7 +18,7 @@ from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.errors import UserError
-from disam_peft.objectives.losses import cross_entropy
+from disam_peft.objectives.cross_entropy import cross_entropy
 from disam_peft.training import trainer as loop
 from disam_peft.training.compiled_blocks import CompiledBlocks
 from tests.helpers import accumulated_runs

@@ -20,12 +20,13 @@ from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
 from disam_peft.errors import Stopped, UserError
 from disam_peft.evaluation.protocols import Score
-from disam_peft.training import micro_batching as gradient
+from disam_peft.objectives.cross_entropy import cross_entropy
 from disam_peft.training import trainer as loop
 from disam_peft.training.checkpoint.manager import CheckpointConfig
 from disam_peft.training.guarded_optimizer import GuardedOptimizer
 from disam_peft.training.trainer import fit
 from tests.helpers.guarded_optimizers import Late, LooksFirst
+from tests.helpers.losses import replace_loss
 
 OPTIMIZERS = {
     "adamw": lambda params: torch.optim.AdamW(params, 0.1, weight_decay=0.3, fused=True),
@@ -102,7 +103,6 @@ def trained(openclip_name, domains_folder, monkeypatch):
     """Train with losses that are NaN in some steps: (weights, events, result), or what was raised in its place."""
     dataset = load(DataConfig(root=domains_folder))
     prompts = ClassPrompts(dataset.prompt_names, ("a photo of a {}.",))
-    real = gradient.cross_entropy
 
     def run(way, bad_steps, *, optimizer="adamw", at_call=lambda number: None, checkpoints=None, **settings):
         backbone = load_backbone(BackboneConfig(name=openclip_name))
@@ -112,9 +112,9 @@ def trained(openclip_name, domains_folder, monkeypatch):
         def sometimes_nan(logits, labels):
             calls.append(1)
             at_call(len(calls))
-            return real(logits, labels) * (math.nan if (len(calls) + 1) // 2 in bad_steps else 1.0)
+            return cross_entropy(logits, labels) * (math.nan if (len(calls) + 1) // 2 in bad_steps else 1.0)
 
-        monkeypatch.setattr(gradient, "cross_entropy", sometimes_nan)
+        replace_loss(sometimes_nan, monkeypatch)
         monkeypatch.setattr(loop, "GuardedOptimizer", way)
         try:
             outcome = fit(

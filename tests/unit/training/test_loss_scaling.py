@@ -15,9 +15,10 @@ from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.data import AugmentConfig, DataConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
-from disam_peft.training import micro_batching as gradient
+from disam_peft.objectives.cross_entropy import cross_entropy
 from disam_peft.training.accelerator import start_accelerator
 from disam_peft.training.trainer import fit
+from tests.helpers.losses import replace_loss
 from tests.helpers.overflow import Overflow
 
 STEPS, BAD_STEP, SCALE = 6, 4, 2.0**16
@@ -65,16 +66,16 @@ def test_row_29_an_overflow_in_the_loop_changes_nothing_but_the_scale(
 ):
 
     accelerator, scaler = scaled
-    real, calls, rates = gradient.cross_entropy, [], []
+    calls, rates = [], []
 
     def overflowing(logits, labels):
         calls.append(1)
-        loss_B = real(logits, labels)
+        loss_B = cross_entropy(logits, labels)
         if len(calls) != 2 * (BAD_STEP - 1) + bad_pass:
             return loss_B
         return loss_B * torch.inf if where == "loss" else Overflow.apply(loss_B)
 
-    monkeypatch.setattr(gradient, "cross_entropy", overflowing)
+    replace_loss(overflowing, monkeypatch)
     dataset = load(DataConfig(root=domains_folder))
     backbone = load_backbone(BackboneConfig(name=openclip_name))
     prompts = ClassPrompts(dataset.prompt_names, ("a photo of a {}.",))

@@ -21,8 +21,10 @@ from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
 from disam_peft.errors import UserError
 from disam_peft.evaluation.protocols import Score
+from disam_peft.objectives.cross_entropy import cross_entropy
 from disam_peft.training.accelerator import check_precision, start_accelerator
 from disam_peft.training.trainer import fit
+from tests.helpers.losses import replace_loss
 
 SETTINGS = {"steps": 3, "batch_size": 6, "workers": 0, "log_every": 1}
 
@@ -209,15 +211,13 @@ def test_row_11_losses_that_stay_nan_stop_the_run_and_name_the_files(make_classi
 
 
 def test_a_skipped_step_changes_nothing_and_does_not_advance_the_schedule(make_classifier, dataset, monkeypatch):
-    from disam_peft.training import micro_batching as gradient
-
-    real, calls = gradient.cross_entropy, []
+    calls = []
 
     def sometimes_nan(logits, labels):
         calls.append(1)
-        return real(logits, labels) * (math.nan if len(calls) in (3, 4) else 1.0)  # both passes of step 2
+        return cross_entropy(logits, labels) * (math.nan if len(calls) in (3, 4) else 1.0)  # both passes of step 2
 
-    monkeypatch.setattr(gradient, "cross_entropy", sometimes_nan)
+    replace_loss(sometimes_nan, monkeypatch)
     events = []
     result = fit(
         make_classifier(),
@@ -231,17 +231,15 @@ def test_a_skipped_step_changes_nothing_and_does_not_advance_the_schedule(make_c
 
 
 def test_row_31_out_of_memory_leaves_the_weights_alone_and_says_what_to_do(make_classifier, dataset, monkeypatch):
-    from disam_peft.training import micro_batching as gradient
-
-    real, calls = gradient.cross_entropy, []
+    calls = []
 
     def exhausted(logits, labels):
         calls.append(1)
         if len(calls) == 4:  # pass 2 of the second step
             raise torch.OutOfMemoryError("tried to allocate 20 GiB")
-        return real(logits, labels)
+        return cross_entropy(logits, labels)
 
-    monkeypatch.setattr(gradient, "cross_entropy", exhausted)
+    replace_loss(exhausted, monkeypatch)
     classifier, states = make_classifier(), []
     config = TrainConfig(**SETTINGS)
 

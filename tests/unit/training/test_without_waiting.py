@@ -9,10 +9,11 @@ from disam_peft.config.data import AugmentConfig
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.loading import feature_batches
-from disam_peft.training import micro_batching as gradient
+from disam_peft.objectives.cross_entropy import cross_entropy
 from disam_peft.training import trainer as loop
 from tests.helpers import accumulated_runs
 from tests.helpers.guarded_optimizers import LooksFirst
+from tests.helpers.losses import replace_loss
 
 pytestmark = [
     pytest.mark.gpu,
@@ -123,17 +124,15 @@ def test_one_look_at_the_device_would_be_seen(run, strict, monkeypatch):
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_late_is_as_if_it_had_looked_first(run, bad_steps, optimizer, monkeypatch):
     """SAM, whose weights of samples no order of additions can change."""
-    real, found = gradient.cross_entropy, []
+    found = []
     for way in (loop.GuardedOptimizer, LooksFirst):
         calls = count(2)
         monkeypatch.setattr(loop, "GuardedOptimizer", way)
-        monkeypatch.setattr(
-            gradient,
-            "cross_entropy",
-            lambda logits, labels, calls=calls: (
-                real(logits, labels) * (float("nan") if next(calls) // 2 in bad_steps else 1.0)
-            ),
-        )
+
+        def sometimes_nan(logits, labels, calls=calls):
+            return cross_entropy(logits, labels) * (float("nan") if next(calls) // 2 in bad_steps else 1.0)
+
+        replace_loss(sometimes_nan, monkeypatch)
         weights, events = run(method="sam", optimizer=optimizer, log_every=3)
         rates = [(v["step"], v["learning_rate"], v["skipped"]) for name, v in events if name == "step"]
         found.append((weights, rates))

@@ -1,0 +1,90 @@
+"""What training descends: the loss, how its mean is taken, and penalties that compare the domains."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from disam_peft.config.base import Config
+
+
+class CrossEntropyConfig(Config):
+    """Cross entropy of the logits."""
+
+    kind: Literal["cross_entropy"] = "cross_entropy"
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """The share of each label that is spread evenly over all classes."""
+
+
+LossConfig = CrossEntropyConfig
+"""All losses; with a second one ``Annotated[A | B, Field(discriminator="kind")]``."""
+
+
+class BasePenaltyConfig(Config):
+    """The settings that every penalty has."""
+
+    averages_domains: ClassVar[bool] = False
+    """Whether the mean loss beside this penalty is one over domains, unless ``mean_over`` says otherwise."""
+
+    weight: float = Field(default=1.0, ge=0)
+    """The factor of the penalty in the objective."""
+    in_ascent: bool = True
+    """Whether the perturbation of sam and disam climbs the penalty too. It is always part of what is descended."""
+
+
+class VRexConfig(BasePenaltyConfig):
+    """Variance of the mean losses of the domains (V-REx, Krueger et al. 2021, arXiv 2003.00688)."""
+
+    averages_domains: ClassVar[bool] = True
+
+    kind: Literal["vrex"] = "vrex"
+    weight: float = Field(default=10.0, ge=0)
+    """The published default of DomainBed; it searches 0.1 to 100000."""
+    anneal: int = Field(default=500, ge=0)
+    """As in DomainBed the weight is 1 during so many steps, and ``weight`` afterwards. 0: ``weight`` from the start."""
+
+
+PenaltyConfig = VRexConfig
+"""All penalties; with a second one ``Annotated[A | B, Field(discriminator="kind")]``."""
+
+
+class ObjectiveConfig(Config):
+    """The function that training descends: mean loss + sum of weight * penalty. The defaults are the plain mean."""
+
+    loss: LossConfig = LossConfig()
+    mean_over: Literal["samples", "domains"] | None = None
+    """``samples``: the mean of all losses of a batch. ``domains``: the mean over the domains of their mean losses. Both
+    are the same where a batch holds as many samples of every domain. Unset: ``domains`` with a penalty that was
+    published so (vrex), ``samples`` otherwise."""
+    penalties: list[PenaltyConfig] = Field(default=[])
+    """Functions of the whole batch that are added to the mean loss; at most one of a kind."""
+    anchors: list[str] = Field(default=[])
+    """Terms that hold the model near its zero-shot state. There are none yet."""
+
+    @field_validator("penalties")
+    @classmethod
+    def _one_of_a_kind(cls, penalties: list[PenaltyConfig]) -> list[PenaltyConfig]:
+        kinds = [penalty.kind for penalty in penalties]
+        twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
+        if twice:
+            raise ValueError(f"the penalty {twice[0]!r} stands {kinds.count(twice[0])} times; keep one of them")
+        return penalties
+
+    @field_validator("anchors")
+    @classmethod
+    def _none_yet(cls, anchors: list[str]) -> list[str]:
+        if anchors:
+            raise ValueError("there are no anchors in this version; leave the list empty")
+        return anchors
+
+    @property
+    def effective_mean_over(self) -> Literal["samples", "domains"]:
+        if self.mean_over is not None:
+            return self.mean_over
+        return "domains" if any(penalty.averages_domains for penalty in self.penalties) else "samples"
+
+    @property
+    def is_plain_mean(self) -> bool:
+        """Whether it is the mean over samples of the plain cross entropy."""
+        return self.loss == CrossEntropyConfig() and self.effective_mean_over == "samples" and not self.penalties

@@ -1,0 +1,138 @@
+"""The contracts of a loss and of a penalty.
+
+Shapes in this file: B samples of a micro-batch, C classes, E embedding width, D domains.
+
+How to add a penalty
+--------------------
+A penalty is one file, one config class, one line in a table, and its test.
+
+1. *The config class*, in ``config/objective.py``: a ``BasePenaltyConfig`` with ``kind: Literal["name"] = "name"`` and
+   the settings. Add it to ``PenaltyConfig``, the union of all penalties. Set ``averages_domains`` if the penalty was
+   published beside a mean over domains.
+2. *The file*, ``objectives/name.py``: a ``Penalty`` of this config. Write it as a function of *sums over the samples of
+   each domain*, of the losses (``sums.sum_D``) and of whatever ``statistics`` sums up. Nothing else is needed for the
+   gradient to be exact over micro-batches and processes: the step adds up the sums over all of them first, and asks for
+   ``value`` only then. A mean feature of each domain, for example, is
+
+   .. code-block:: python
+
+        class MeanFeature(Penalty):
+            num_statistics = 1
+
+            def statistics(self, outputs, domains):
+                return (domains.sums(outputs.features_BE),)
+
+            def value(self, sums):
+                (sum_DE,) = sums.statistics
+                mean_DE = sums.mean_of(sum_DE)
+                return sums.over_domains(mean_DE.square().sum(dim=1))
+
+   Use ``domains.outer_sums`` for second moments. Never build one tensor for each sample out of the features' square.
+   Absent domains must not bring in a NaN: ``sums.mean_of``, ``sums.over_domains`` and ``sums.present_D`` see to it.
+3. *The line*, in ``PENALTIES`` of ``objectives/objective.py``: ``NameConfig: Name``.
+4. *The test*, ``tests/unit/objectives/test_name.py``: values and gradients against published code.
+   ``tests/unit/objectives/test_contract.py`` drives every penalty of the table over unequal micro-batches, masks,
+   missing domains, both passes and saved state.
+
+A penalty with state (an average over steps, weights of groups) moves it in ``begin_step`` and gives it to
+``state_dict``. It is then saved, resumed and equal on all processes like the rest.
+
+A loss is added in the same way: a config class in ``LossConfig``, a ``Loss`` in its own file, a line in ``LOSSES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disam_peft.disam.domain_objective import DomainsOfSamples
+from disam_peft.disam.domain_sums import DomainSums
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The results of a forward pass of a micro-batch, with their graph.
+
+    Attributes:
+        logits_BC: of float32 or a wider type.
+        labels_B: the true classes.
+        features_BE: normalised image features; None where the caller has none to give.
+    """
+
+    logits_BC: Tensor
+    labels_B: Tensor
+    features_BE: Tensor | None = None
+
+
+class Loss:
+    """One loss for each sample.
+
+    Args:
+        config: its settings, of the class that stands beside it in ``LOSSES``.
+    """
+
+    is_cross_entropy: bool = False
+    """Whether the losses are the plain cross entropy, which records show whatever is descended."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def __call__(self, outputs: Outputs) -> Tensor:
+        """The losses (B,), in nats where that has a meaning, with a graph."""
+        raise NotImplementedError(f"{type(self).__name__} must say what the losses are")
+
+
+class Penalty:
+    """A function of sums over the samples of each domain, which is added to the mean loss.
+
+    Args:
+        config: its settings, of the class that stands beside it in ``PENALTIES``.
+    """
+
+    num_statistics: int = 0
+    """How many tensors ``statistics`` gives."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def statistics(self, outputs: Outputs, domains: DomainsOfSamples) -> Sequence[Tensor]:
+        """Sums over the samples of each domain of one micro-batch, (D, ...) each, differentiable in the outputs."""
+        return ()
+
+    def value(self, sums: DomainSums) -> Tensor:
+        """The penalty, shape (), without its weight; differentiable in ``sums.sum_D`` and ``sums.statistics``.
+
+        Args:
+            sums: of the whole batch, over all micro-batches and processes, in float64 where there is one.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say what the penalty is")
+
+    def weight(self, step: int) -> float:
+        """The factor of the penalty in the objective in step ``step``, which counts from 0."""
+        return float(self.config.weight)
+
+    def begin_step(self, sums: DomainSums) -> None:
+        """State moves here: called once in a step, with the sums of pass 1, before ``value``.
+
+        Both passes then see the same state. The sums are the same on every process. They may be infinite or NaN (such a
+        step is skipped): state must not take that over, for example by ``torch.where(torch.isfinite(new), new, old)``,
+        which does not wait for the device.
+        """
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What ``begin_step`` has moved."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what ``state_dict`` gave."""
+
+
+def domain_mean_weights(count_D: Tensor) -> Tensor:
+    """m_d of the mean over domains of their mean losses: ``1 / (K n_d)``, 0 for absent domains; (D,)."""
+    present_D = count_D > 0
+    weight_D = 1.0 / (present_D.sum().to(count_D.dtype) * count_D.clamp(min=1))
+    return weight_D.where(present_D, torch.zeros_like(weight_D))
