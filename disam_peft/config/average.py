@@ -23,12 +23,14 @@ class EmaConfig(Config):
     """Share of the average that stays at each step; about the last 1 / (1 - decay) steps count."""
 
 
-AverageConfig = Annotated[NoAverageConfig | EmaConfig, Field(discriminator="kind")]
+KeptAverageConfig = EmaConfig
+"""All averages; with a second one ``A | B``."""
+AverageConfig = Annotated[NoAverageConfig | KeptAverageConfig, Field(discriminator="kind")]
 Averages = AverageConfig | Annotated[list[AverageConfig], Field(min_length=1)]
 """One average, or several that are judged side by side."""
 
 
-def kept_averages(averages: Averages) -> list[EmaConfig]:
+def kept_averages(averages: Averages) -> list[KeptAverageConfig]:
     """The averages that are really kept: a list, without ``none``."""
     listed = averages if isinstance(averages, list) else [averages]
     return [average for average in listed if not isinstance(average, NoAverageConfig)]

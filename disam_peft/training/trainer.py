@@ -19,7 +19,7 @@ from torch import Tensor
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.frozen_features import training_store
 from disam_peft.common.progress import track
-from disam_peft.config.average import EmaConfig
+from disam_peft.config.average import KeptAverageConfig
 from disam_peft.config.data import AugmentConfig, FeatureConfig
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.objective import ObjectiveConfig
@@ -85,7 +85,7 @@ class Trainer:
         method: MethodConfig,
         objective: ObjectiveConfig,
         config: TrainConfig,
-        averages: Sequence[EmaConfig],
+        averages: Sequence[KeptAverageConfig],
         accelerator: Accelerator,
         on_event: OnEvent,
     ) -> None:
@@ -168,7 +168,7 @@ def fit(
     method: MethodConfig | None = None,
     objective: ObjectiveConfig | None = None,
     config: TrainConfig | None = None,
-    averages: Sequence[EmaConfig] = (),
+    averages: Sequence[KeptAverageConfig] = (),
     augment: AugmentConfig | None = None,
     features: FeatureConfig | None = None,
     seed: int = 0,
