@@ -29,7 +29,7 @@ BATCH = 64
 def start_from_features(
     classifier: ClipClassifier,
     dataset: DomainDataset,
-    features: FeatureConfig,
+    features: FeatureConfig | None = None,
     *,
     autocast: Autocast = nullcontext,
     workers: int | Literal["auto"] = "auto",
@@ -45,7 +45,8 @@ def start_from_features(
 
     Args:
         dataset: the training set, on every process the whole of it.
-        features: with ``store``, the features come from the feature store, which is built first if it is not there.
+        features: with ``store``, the features come from the feature store, which is built first if it is not there;
+            unset: from images.
         autocast: makes the context of a forward pass, for example ``accelerator.autocast``.
         workers: processes that decode images.
 
@@ -60,7 +61,7 @@ def start_from_features(
     if adapter is None or not adapter.starts_from_features():
         return False
     device = classifier.backbone.device
-    features_ME = _features(classifier, dataset, features, autocast, workers)
+    features_ME = _features(classifier, dataset, features or FeatureConfig(), autocast, workers)
     labels_M, domains_M = (torch.from_numpy(ids).to(device) for ids in (dataset.labels, dataset.domain_ids))
     with torch.no_grad():
         adapter.fit_start(features_ME, labels_M, domains_M)

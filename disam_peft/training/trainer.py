@@ -17,6 +17,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.classification.fit_start import start_from_features
 from disam_peft.classification.frozen_features import training_store
 from disam_peft.common.progress import track
 from disam_peft.config.average import KeptAverageConfig
@@ -223,6 +224,8 @@ def fit(
     }
     manager = CheckpointManager(checkpoints, components, list(trainer.trained.values()), config, accelerator)
     trainer.steps_done = resumed_after = manager.resume()
+    if resumed_after == 0:
+        start_from_features(classifier, dataset, features, autocast=accelerator.autocast, workers=config.workers)
     sampler = DomainBatches(
         dataset.domain_ids,
         config.batch_size,

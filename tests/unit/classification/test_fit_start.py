@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,17 @@ import torch
 from disam_peft.classification.classifier import ClipClassifier, zero_shot
 from disam_peft.classification.fit_start import start_from_features
 from disam_peft.config.data import DataConfig, FeatureConfig
+from disam_peft.config.training import TrainConfig
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.load import load
 from disam_peft.errors import UserError
+from disam_peft.training.checkpoint.manager import CheckpointConfig
+from disam_peft.training.trainer import fit
 from tests.helpers.adapter_cells import CELLS, tiny_backbone, tiny_classifier
 from tests.helpers.class_means import ClassMeans, class_means
 
 NO_STORE = FeatureConfig()
+FOUR_STEPS = TrainConfig(steps=4, batch_size=9, workers=0, save_every=2, validate_every=3)
 
 
 @pytest.fixture
@@ -98,3 +103,22 @@ def test_a_start_that_is_not_finite_is_an_error(openclip_name: str, dataset: Dom
         start(class_means(openclip_name, dataset), without)
     with pytest.raises(UserError, match="no training images to start from"):
         start(class_means(openclip_name, dataset), dataset.select([]))
+
+
+def test_training_starts_from_the_features_and_a_resumed_run_does_not_start_again(
+    openclip_name: str, dataset: DomainDataset, tmp_path: Path
+) -> None:
+    def killed() -> float:
+        raise RuntimeError("a kill in step 3")
+
+    whole, first, resumed = (class_means(openclip_name, dataset) for _ in range(3))
+    result = fit(whole, dataset, config=FOUR_STEPS)
+    assert whole.adapter is not None and whole.adapter.calls == 1
+    assert abs(result.first_loss - math.log(4)) > 1e-3, "an adapter that has not started is all zeros, which give log 4"
+    with pytest.raises(RuntimeError, match="a kill in step 3"):
+        fit(first, dataset, config=FOUR_STEPS, validate=killed, checkpoints=CheckpointConfig(tmp_path))
+    fit(resumed, dataset, config=FOUR_STEPS, checkpoints=CheckpointConfig(tmp_path, resume=True))
+    assert resumed.adapter is not None and resumed.adapter.calls == 0
+    found, wanted = resumed.adapter.state(), whole.adapter.state()
+    assert found["images_CD"].sum() == len(dataset)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
