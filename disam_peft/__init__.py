@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from disam_peft.errors import did_you_mean
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 # Public name -> the module that has it; ``module:name`` where it has another name there.
 _HOMES = {

@@ -8,6 +8,8 @@ from importlib import metadata
 
 import torch
 
+from disam_peft import __version__
+
 PACKAGES = ("torch", "open_clip_torch", "transformers", "peft", "accelerate")
 
 
@@ -21,7 +23,7 @@ def environment(device: torch.device) -> dict[str, str]:
     """Names and versions, as text."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    found = {"disam_peft": _version("disam_peft"), "python": platform.python_version()}
+    found = {"disam_peft": __version__, "python": platform.python_version()}
     found |= {package: _version(package) for package in PACKAGES}
     return found | {
         "system": f"{platform.system()} {platform.machine()}",
