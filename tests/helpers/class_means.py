@@ -82,7 +82,7 @@ def started(rank: int, world_size: int) -> dict[str, Any]:
             seen.append(len(pixels_BCHW))
             return encode(pixels_BCHW)
 
-        classifier.encode_frozen = counted  # type: ignore[method-assign]
+        classifier.encode_frozen = counted
         assert start_from_features(classifier, dataset, features, workers=0)
         assert isinstance(classifier.adapter, ClassMeans)
         found |= {f"{name} {key}": tensor for key, tensor in classifier.adapter.state().items()}
@@ -92,9 +92,9 @@ def started(rank: int, world_size: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from tests.helpers.disam_ranks import fork_ranks
+    from tests.helpers.disam_ranks import fork_cases
 
     torch.set_num_threads(1)
     for world in (1, 2):
         (Path(sys.argv[3]) / str(world)).mkdir()
-        fork_ranks(world, f"{sys.argv[3]}/{world}", started)
+        fork_cases(world, f"{sys.argv[3]}/{world}", started)

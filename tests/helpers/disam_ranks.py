@@ -172,10 +172,9 @@ def train_tower(rank, world_size, *, how="whole", adaptive=False, reshard="defau
     model = Tower()
     ignored = set(model.trained()) if how == "beside" else None
     if world_size > 1:
-        options = {} if ignored is None else {"ignored_params": ignored}
         for block in model.blocks:
             fully_shard(block)
-        fully_shard(model, **options)
+        fully_shard(model, ignored_params=ignored)
         if reshard != "default":
             model.set_reshard_after_backward(False)
     params = model.trained()

@@ -63,7 +63,7 @@ def cases(root: str) -> dict[str, Any]:
         dataset = whole.select(range(len(whole) - 1, len(whole) - 1 - 3 * size, -3))
         for batch in BATCHES:
             model = Counting()
-            predictions = predict(model, dataset, EvaluationConfig(batch_size=batch, workers=0))  # type: ignore[arg-type]
+            predictions = predict(model, dataset, EvaluationConfig(batch_size=batch, workers=0))
             found[f"{size} by {batch}"] = {
                 "logits": predictions.logits_NC,
                 "labels": predictions.labels_N,

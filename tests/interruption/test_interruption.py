@@ -153,7 +153,7 @@ def test_row_34_a_full_disk_ends_the_run_with_an_error_and_loses_nothing(finishe
     expected, recipe = finished(), make_recipe()
 
     def full():
-        real, calls = checkpoints._write_through, []
+        real, calls = checkpoints.write_through, []
 
         def write(path, content):
             calls.append(1)
@@ -161,7 +161,7 @@ def test_row_34_a_full_disk_ends_the_run_with_an_error_and_loses_nothing(finishe
                 raise OSError(28, "No space left on device")
             real(path, content)
 
-        checkpoints._write_through = write
+        checkpoints.write_through = write
 
     assert ended(start(recipe, full)) == 2
     err = capfd.readouterr().err
@@ -305,7 +305,7 @@ def test_row_39_one_of_two_ranks_hangs(make_recipe, start_two):
 
     def hang(rank):
         if rank == 1:
-            DISAM.backward = lambda *arguments, **options: time.sleep(600)
+            setattr(DISAM, "backward", lambda *arguments, **options: time.sleep(600))  # noqa: B010
 
     pids = start_two(recipe, hang)
     assert ended(pids[0], within=60) == 1

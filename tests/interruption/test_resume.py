@@ -49,7 +49,7 @@ def test_row_33_killed_again_and_again_a_run_ends_in_the_same_bits(finished, mak
         for kind in kills:  # each goes on from what the one before left
             where = {
                 "perturbed": (AscentDirection, "add_", rng.randint(1, 4)),
-                "saving": (checkpoints, "_write_through", rng.randint(1, 6)),  # three files each
+                "saving": (checkpoints, "write_through", rng.randint(1, 6)),  # three files each
             }.get(kind)
             if where is not None:
                 pid = start(recipe, ends_itself(*where))

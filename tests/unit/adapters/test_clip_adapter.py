@@ -36,7 +36,7 @@ def backbone(request: pytest.FixtureRequest, twins: tuple[str, str]) -> ClipBack
 
 
 def build(backbone: ClipBackbone, **settings: object) -> ClipClassifier:
-    adapter = build_adapter(ClipAdapterConfig(**settings), backbone, PROMPTS)  # type: ignore[arg-type]
+    adapter = build_adapter(ClipAdapterConfig(**settings), backbone, PROMPTS)
     return ClipClassifier(backbone, adapter, PROMPTS)
 
 
@@ -68,7 +68,7 @@ def test_the_classifier_blends_features_that_are_not_normalised(backbone: ClipBa
     blended_BE = nn.functional.normalize(0.3 * adapted_BE + 0.7 * features_BE, dim=-1)
     by_hand = backbone.logit_scale * blended_BE @ classifier.class_features().T
     assert (classifier(pixels()) - by_hand).abs().max() < 1e-12 * by_hand.abs().max()
-    assert torch.equal(classifier.features(features_BE), classifier.adapter.image_features(features_BE))  # type: ignore[union-attr]
+    assert torch.equal(classifier.features(features_BE), classifier.adapter.image_features(features_BE))
     assert torch.equal(classifier.tower_features(features_BE), features_BE)
     # the length of a feature matters, as it does not for CLIP itself
     shifted = features_BE + 1

@@ -232,8 +232,8 @@ def test_half_precision_is_near(backbone: ClipBackbone, how: str) -> None:
     theirs = by_hand(backbone, NAMES, context).detach()
     if how == "half weights":
         classifier.to(torch.bfloat16)
-        classifier.adapter.float()  # type: ignore[union-attr]  # as it is trained: only the backbone is half
-        classifier.adapter._chunks.to(torch.bfloat16)  # type: ignore[union-attr]
+        classifier.adapter.float()  # as it is trained: only the backbone is half
+        classifier.adapter._chunks.to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
         features = classifier.class_features()
     assert 1e-4 < relative(features, theirs) < 0.05

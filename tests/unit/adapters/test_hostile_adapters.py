@@ -100,7 +100,7 @@ def distort(content: Any, rng: Random) -> Any:
 def test_row_42_distorted_json_is_an_error_or_harmless(
     saved: dict[str, Path], backbone: ClipBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load_adapter(saved["lora-image"], backbone).adapter.detach(backbone)  # type: ignore[union-attr]
+    load_adapter(saved["lora-image"], backbone).adapter.detach(backbone)
     modules, compiled = set(sys.modules), []
     compile_pattern = re.compile
     monkeypatch.setattr(re, "compile", lambda *given, **kw: compiled.append(given[0]) or compile_pattern(*given, **kw))
@@ -248,7 +248,7 @@ def test_row_40_damage_anywhere_in_the_tensors(folder: Path, backbone: ClipBackb
         (folder / TENSORS).write_bytes(content)
         edit(folder / RECORD, sha256=hashlib.sha256(content).hexdigest())
         try:
-            load_adapter(folder, backbone).adapter.detach(backbone)  # type: ignore[union-attr]
+            load_adapter(folder, backbone).adapter.detach(backbone)
         except UserError:
             refusals += 1
     assert refusals >= 55
@@ -291,7 +291,7 @@ def test_links_inside_and_those_of_a_hugging_face_cache_are_fine(
     (folder / TENSORS).symlink_to("blob")
     alias = tmp_path / "alias"
     alias.symlink_to(folder)
-    load_adapter(alias, backbone).adapter.detach(backbone)  # type: ignore[union-attr]
+    load_adapter(alias, backbone).adapter.detach(backbone)
     repository = tmp_path / "models--me--lora"
     snapshot = repository / "snapshots" / "0123abcd"
     snapshot.mkdir(parents=True)
@@ -299,4 +299,4 @@ def test_links_inside_and_those_of_a_hugging_face_cache_are_fine(
     for name in (TENSORS, RECORD, PEFT_CONFIG):
         shutil.copy(folder / name, repository / "blobs" / f"sha-{name}")
         (snapshot / name).symlink_to(f"../../blobs/sha-{name}")
-    load_adapter(snapshot, backbone).adapter.detach(backbone)  # type: ignore[union-attr]
+    load_adapter(snapshot, backbone).adapter.detach(backbone)

@@ -18,7 +18,7 @@ def backbone(request: pytest.FixtureRequest, twins: tuple[str, str]) -> ClipBack
 
 
 def probe(backbone: ClipBackbone, **settings: object) -> ClipClassifier:
-    adapter = build_adapter(LinearProbeConfig(**settings), backbone, PROMPTS)  # type: ignore[arg-type]
+    adapter = build_adapter(LinearProbeConfig(**settings), backbone, PROMPTS)
     return ClipClassifier(backbone, adapter, PROMPTS)
 
 

@@ -71,7 +71,7 @@ def test_options_change_what_is_built(backbone: ClipBackbone) -> None:
 
 def test_lora_settings_reach_peft(backbone: ClipBackbone) -> None:
     adapter = build_adapter(LoraAdapterConfig(rank=2, alpha=6, dropout=0.25, projections=["fc1"]), backbone, PROMPTS)
-    _, layer = adapter._layers()[0]  # type: ignore[attr-defined]
+    _, layer = adapter._layers()[0]
     assert layer.r == {"default": 2} and layer.scaling == {"default": 3.0}
     assert layer.lora_dropout["default"].p == 0.25
 
@@ -92,7 +92,7 @@ def test_lora_settings_reach_peft(backbone: ClipBackbone) -> None:
 )
 def test_values_that_no_adapter_can_have(bad: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
-        LoraAdapterConfig(**bad)  # type: ignore[arg-type]
+        LoraAdapterConfig(**bad)
 
 
 def test_ia3_scales_fc2_at_its_input_and_attention_at_its_output(backbone: ClipBackbone) -> None:
@@ -186,11 +186,11 @@ def test_row_43_nothing_is_saved_or_merged_while_merged(backbone: ClipBackbone) 
     adapter = classifier.adapter
     assert isinstance(adapter, PeftAdapter)
     state = adapter.state()
-    adapter.peft_model.merge_adapter()  # type: ignore[operator]
+    adapter.peft_model.merge_adapter()
     for act in (adapter.state, lambda: adapter.merged(backbone), lambda: adapter.load_state(state)):
         with pytest.raises(UserError, match="merged into the live model"):
             act()
-    adapter.peft_model.unmerge_adapter()  # type: ignore[operator]
+    adapter.peft_model.unmerge_adapter()
     adapter.load_state(state)
 
 

@@ -132,7 +132,7 @@ def test_image_towers_of_other_kinds(tmp_path: Path, name: str) -> None:
         output = whole_image(backbone, pixels(3))
         return output[0] if isinstance(output, tuple) else output
 
-    assert_same(lambda: backbone.encode_image(pixels(3)), theirs, [last.weight], 1e-12)  # type: ignore[list-item]
+    assert_same(lambda: backbone.encode_image(pixels(3)), theirs, [last.weight], 1e-12)
     assert lengths == [1 if alone else 5, 5]
     trunk = backbone.image_trunk(pixels(3), 3)
     assert torch.equal(backbone.image_head(trunk, 3), backbone.encode_image(pixels(3)))
@@ -159,7 +159,7 @@ def test_text_towers_of_other_kinds(tmp_path: Path, name: str) -> None:
     known = {key: value for key, value in settings.items() if key != "pad mask"}
     backbone = variant(tmp_path, custom_text="embed_cls" in settings, text_cfg={"context_length": 20, **known})
     if "pad mask" in settings:
-        backbone.model.text.use_pad_mask = True  # type: ignore[assignment, union-attr]
+        backbone.model.text.use_pad_mask = True
     tokens = backbone.tokenize(TEXTS)
     last, shapes = backbone.model.get_submodule("text.transformer.resblocks.2.mlp.c_fc"), []
     last.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape[1]))

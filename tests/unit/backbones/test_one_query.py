@@ -28,7 +28,7 @@ CONFIGS = {
 
 def adapted(twins: tuple[str, str], family: str, config: Any) -> tuple[ClipBackbone, list[Tensor]]:
     backbone = tiny_backbone(twins, family)
-    trained = list(build_adapter(config, backbone, PROMPTS).double().eval().trainable().values())
+    trained: list[Tensor] = list(build_adapter(config, backbone, PROMPTS).double().eval().trainable().values())
     with torch.no_grad():
         for number, p in enumerate(trained):
             p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number), dtype=p.dtype)

@@ -29,6 +29,6 @@ def test_processes_keep_their_group_and_one_that_dies_takes_nothing_with_it():
 def test_leaving_early_ends_the_processes():
     work_to_do = spread([["a"], ["b"], ["c"], ["d"]], work, 1)
     _, result = next(work_to_do)
-    work_to_do.close()
+    work_to_do.close()  # type: ignore[attr-defined]  # it is a generator
     with pytest.raises(ProcessLookupError):
         os.kill(result.value[0], 0)

@@ -121,7 +121,7 @@ def pack(folder: Path, archive: Path, top: str = "") -> Path:
                 target.write(path, Path(top) / path.relative_to(folder))
     else:
         mode = {".tgz": "gz", ".txz": "xz", ".tbz2": "bz2"}.get(archive.suffix, archive.suffix[1:].replace("tar", ""))
-        with tarfile.open(archive, f"w:{mode}") as target:
+        with tarfile.open(archive, f"w:{mode}") as target:  # type: ignore[call-overload]
             target.add(folder, top or ".")
     return archive
 

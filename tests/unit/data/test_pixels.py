@@ -345,7 +345,8 @@ def test_pixel_store_is_the_recipes_choice(tree):
         dataset = load(DataConfig(root=root, pixel_store=choice)).select([3, 1])
         assert dataset.pixel_plan.side == choice and len(dataset.pixel_plan.whole) == 4
         loader = make_stored_loader(dataset, batches, BatchAugment(*ARGUMENTS), workers=0)
-        assert loader.dataset._store.key.side == side and len(loader.dataset._store) == 4
+        store = loader.dataset._store  # type: ignore[attr-defined]
+        assert store.key.side == side and len(store) == 4
 
 
 def test_a_side_below_the_models_input(tree):

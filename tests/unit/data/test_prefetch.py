@@ -52,7 +52,7 @@ def test_it_is_ahead_by_its_depth_and_no_more():
         time.sleep(0.001)
     time.sleep(0.02)
     assert [number for number, _ in seen] == [0, 1, 2]
-    items.close()
+    items.close()  # type: ignore[attr-defined]  # it is a generator
 
 
 def test_an_error_comes_as_itself_when_its_turn_has_come():
@@ -79,7 +79,7 @@ def test_the_thread_ends_with_a_consumer_that_stops_early(how):
         del items
         gc.collect()
     else:
-        items.close()
+        items.close()  # type: ignore[attr-defined]  # it is a generator
     assert not threads()
 
 

@@ -45,7 +45,7 @@ def test_views_keep_the_numbering(tree):
     assert view.domain_ids.tolist() == [2, 2]
     assert view.keys == ("c/cat/1.png", "c/dog/1.png")
     assert view.content(1) == (dataset.base / "c/dog/1.png").read_bytes()
-    assert view.hashes == (dataset.hashes[9], dataset.hashes[11])
+    assert dataset.hashes is not None and view.hashes == (dataset.hashes[9], dataset.hashes[11])
     with pytest.raises(IndexError):
         view.select([2])
 

@@ -27,6 +27,7 @@ def test_trajectory(case):
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
     params = list(model.parameters())
     nn.utils.vector_to_parameters(torch.from_numpy(REFERENCE[f"{case}/init"]), params)
+    optimizer: torch.optim.Optimizer
     if about["base"] == "sgd":
         optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=5e-4)
     else:

@@ -15,7 +15,9 @@ def arm(by_seed, domains=DOMAINS):
 
 
 def verdicts(values, pairs, *, higher_is_better=True, held_out=DOMAINS):
-    return judged([paired(*pair, values, held_out) for pair in pairs], higher_is_better=higher_is_better)
+    return judged(
+        [paired(first, second, values, held_out) for first, second in pairs], higher_is_better=higher_is_better
+    )
 
 
 def test_the_seed_is_the_unit():
