@@ -35,7 +35,7 @@ def mixed(count):
 def of_one_domain(count):
     """``count`` micro-batches, each of one domain, in no order."""
     per_domain = {3: (1, 1, 1), 4: (2, 1, 1), 6: (2, 2, 2), 7: (3, 2, 2)}[count]
-    pieces = [p for d in range(3) for p in (d == DOMAINS).nonzero()[:, 0].tensor_split(per_domain[d])]
+    pieces = [p for d in range(3) for p in torch.eq(DOMAINS, d).nonzero()[:, 0].tensor_split(per_domain[d])]
     return [pieces[k] for k in torch.randperm(count, generator=torch.Generator().manual_seed(count))]
 
 
@@ -198,7 +198,7 @@ def test_parameters_of_one_domain_alone_are_weighted_too():
     """Domain 1 has a parameter that domain 0 does not touch, and one is touched by none."""
     model, loss_of = problem()
     only_1, unused = nn.Parameter(torch.ones((), dtype=torch.float64)), nn.Parameter(torch.ones(2))
-    pieces = [(d == DOMAINS).nonzero()[:, 0] for d in range(3)]
+    pieces = [torch.eq(DOMAINS, d).nonzero()[:, 0] for d in range(3)]
     calls = [lambda p=p, d=d: loss_of(p)() * (only_1 if d == 1 else 1.0) for d, p in enumerate(pieces)]
     params = [*model.parameters(), only_1, unused]
     found = []
