@@ -44,8 +44,9 @@ def test_the_best_setting_scores_what_training_it_records(recipe_path, tmp_path)
     assert written == [vars(row) for row in rows]
     best = rows[0]
     [outcome] = run.train(load_recipe(recipe_path, best.overrides()))
-    assert outcome.fit.best_score.mean_top1 == best.source_top1
-    assert -outcome.fit.best_score.negative_nll == pytest.approx(best.source_nll, abs=1e-4)
+    mean_top1, negative_nll = outcome.fit.best_score
+    assert mean_top1 == best.source_top1
+    assert -negative_nll == pytest.approx(best.source_nll, abs=1e-4)
 
 
 def test_the_command_prints_what_to_type_next(recipe_path):
