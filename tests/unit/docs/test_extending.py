@@ -19,9 +19,9 @@ def test_a_tutorial_fits_the_code_as_it_is(heading: str):
         before = files.get(block.path) or (path.read_text(encoding="utf-8") if path.exists() else None)
         files[block.path] = applied(block, before)
     assert any(path.startswith("tests/unit/") for path in files), "a tutorial has a test"
-    for path, text in files.items():
-        if path.endswith(".py"):
-            ast.parse(text, path)
+    for name, text in files.items():
+        if name.endswith(".py"):
+            ast.parse(text, name)
 
 
 def test_the_tutorials_are_found():
