@@ -9,7 +9,7 @@ from typing import Any
 
 
 def read_json(path: Path, *, max_bytes: int) -> Any:
-    """The content of a JSON file. Stricter than Python's own reader, so that no two readers see different content.
+    """The content of a JSON file, see ``parse_json``.
 
     Raises:
         OSError: the file cannot be read.
@@ -19,12 +19,28 @@ def read_json(path: Path, *, max_bytes: int) -> Any:
     if size > max_bytes:
         raise ValueError(f"{path} has {size} bytes; more than {max_bytes} are not read")
     try:
-        found = json.loads(
-            path.read_bytes(), object_pairs_hook=_no_key_twice, parse_constant=_not_a_number, parse_float=_finite
-        )
-        json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair, written as an escape, is no text
-    except (ValueError, RecursionError) as error:
+        return parse_json(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error})") from error
+
+
+def parse_json(content: bytes) -> Any:
+    """The value of a JSON text in UTF-8. Stricter than Python's own reader, so that no two readers see different values.
+
+    Raises:
+        ValueError: not JSON; a key that is there twice, a number that is NaN or infinite, an escape for half of a
+            character, or values nested too deeply.
+    """
+    try:
+        found = json.loads(
+            content.decode("utf-8-sig"),  # some editors begin a file with the mark of UTF-8
+            object_pairs_hook=_no_key_twice,
+            parse_constant=_not_a_number,
+            parse_float=_finite,
+        )
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair, written as an escape, is no text
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, model_validator
 
@@ -20,23 +20,28 @@ def is_archive(path: Path) -> bool:
 
 ClassPolicy = Literal["identical", "intersection", "union"]
 
-
 _COLUMNS = frozenset({"image_column", "label_column", "domain_column", "image_root"})
-
-
-_HUB_ONLY = frozenset({"split", "config_name"})
-
-
-_ARCHIVE_ONLY = frozenset({"max_archive_gb", "max_archive_files"})
+_ARCHIVES = frozenset({"max_archive_gb", "max_archive_files"})
+SOURCE_SETTINGS: Final = {
+    "root": _ARCHIVES,
+    "table": _COLUMNS,
+    "json_lines": _COLUMNS,
+    "hub": _COLUMNS | {"split", "config_name"},
+    "shapes": frozenset[str](),
+}
+"""Every setting that names a source -> the settings of ``DataConfig`` that say how it is read. A setting that stands
+here for other sources only may not be given."""
 
 
 class DataConfig(Config):
-    """One source of images, exactly one of ``root``, ``table``, ``hub`` and ``shapes``, and what may be done to it."""
+    """One source of images, which is exactly one of the settings of ``SOURCE_SETTINGS``, and what is done to it."""
 
     root: Path | None = None
     """A folder tree ``root/<domain>/<class>/*.jpg``, or a .zip, .tar, .tar.gz, .tar.xz or .tar.bz2 of one."""
     table: Path | None = None
     """A CSV, TSV or Parquet file with a row per image."""
+    json_lines: Path | None = None
+    """A text file with one JSON object per line, one for each image."""
     hub: str | None = None
     """A Hugging Face dataset: a hub id, a local folder, a ``save_to_disk`` folder or a Parquet file."""
     shapes: ShapesConfig | None = None
@@ -46,13 +51,13 @@ class DataConfig(Config):
     config_name: str | None = None
     """Which configuration of ``hub``, where it has several."""
     image_column: str = "image"
-    """Column of ``table`` or ``hub`` that holds the images: paths, or the image files themselves."""
+    """Column of ``table`` or ``hub`` with the images, as paths or image files; in ``json_lines``, key with the path."""
     label_column: str = "label"
     """Column with the class: a name, or a number with names (ClassLabel)."""
     domain_column: str = "domain"
     """Column with the domain: a name, or a number with names (ClassLabel)."""
     image_root: Path | None = None
-    """The folder that paths in ``image_column`` start from and must not leave. Unset: the table's own folder."""
+    """The folder that paths of images start from and must not leave. Unset: the folder of the table."""
     domains: list[str] | None = Field(default=None, min_length=1)
     """Use these domains only. Unset: all."""
     classes: ClassPolicy = "identical"
@@ -76,22 +81,28 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
-        given = [name for name in ("root", "table", "hub", "shapes") if getattr(self, name) is not None]
+        given = [name for name in SOURCE_SETTINGS if getattr(self, name) is not None]
         if len(given) != 1:
+            *most, last = SOURCE_SETTINGS
             raise ValueError(
-                f"exactly one of root, table, hub and shapes is needed, got {' and '.join(given) or 'none of them'}; "
+                f"exactly one of {', '.join(most)} and {last} is needed, got {' and '.join(given) or 'none of them'}; "
                 "for example data.root=FOLDER with FOLDER/<domain>/<class>/*.jpg"
             )
-        unused = self.model_fields_set & (_HUB_ONLY if given != ["hub"] else set())
-        unused |= self.model_fields_set & (_COLUMNS if given in (["root"], ["shapes"]) else set())
-        if self.root is None or not is_archive(self.root):
-            unused |= self.model_fields_set & _ARCHIVE_ONLY
+        used = SOURCE_SETTINGS[given[0]]
+        if self.root is not None and not is_archive(self.root):
+            used -= _ARCHIVES
+        unused = self.model_fields_set & (frozenset().union(*SOURCE_SETTINGS.values()) - used)
         if unused:
-            kind = f"data.{given[0]}" + (" that is no archive" if unused & _ARCHIVE_ONLY else "")
+            kind = f"data.{given[0]}" + (" that is no archive" if unused & _ARCHIVES else "")
             raise ValueError(f"{', '.join(sorted(unused))} has no meaning with {kind}; remove it")
         if self.skip_bad and not self.verify:
             raise ValueError("skip_bad needs verify: without the check no bad image is found; set verify to true")
         return self
+
+    @property
+    def source(self) -> str:
+        """The one setting that names the source: ``root``, ``table``, ..."""
+        return next(name for name in SOURCE_SETTINGS if getattr(self, name) is not None)
 
 
 class AugmentConfig(Config):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections import defaultdict
@@ -10,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from disam_peft.common.strict_json import parse_json
 from disam_peft.config.yaml import parse_yaml
 from disam_peft.errors import UserError, did_you_mean
 
@@ -70,8 +70,8 @@ def _parse(path: Path, text: str) -> Any:
     if path.suffix != ".json":
         return parse_yaml(text, f"data.class_names: {path}")
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text.encode())
+    except ValueError as error:
         raise UserError(f"data.class_names: {path} cannot be parsed: {error}") from error
 
 

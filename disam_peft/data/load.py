@@ -1,4 +1,4 @@
-"""Where the samples come from, and how the four kinds of source become one DomainDataset."""
+"""From a source to a dataset: classes and domains are numbered, samples are chosen and sorted, images are checked."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from disam_peft.config.data import ClassPolicy, DataConfig, is_archive
+import numpy as np
+
+from disam_peft.config.data import ClassPolicy, DataConfig
+from disam_peft.data.check import verified
 from disam_peft.data.class_names import prompt_names, read_overrides
-from disam_peft.data.sources.archive import unpacked
-from disam_peft.data.sources.samples import require_domains
+from disam_peft.data.dataset import DomainDataset, PixelPlan
+from disam_peft.data.sources.registry import read_source
+from disam_peft.data.sources.samples import Samples, require_domains
 from disam_peft.errors import UserError
-
-if TYPE_CHECKING:
-    from disam_peft.data.dataset import DomainDataset
-    from disam_peft.data.sources.samples import Samples
 
 
 def load(config: DataConfig) -> DomainDataset:
@@ -30,41 +28,12 @@ def load(config: DataConfig) -> DomainDataset:
         UserError: a source that is missing or laid out otherwise; a domain that is not there; classes that differ
             between domains; paths that leave the root; bad images.
     """
-    if config.root is not None:
-        samples = _read_root(config.root, config)
-    elif config.table is not None:
-        from disam_peft.data.sources.table import read_table
-
-        samples = read_table(config.table, config)
-    elif config.hub is not None:
-        from disam_peft.data.sources.huggingface import read_hub
-
-        samples = read_hub(config.hub, config)
-    elif config.shapes is not None:
-        from disam_peft.data.sources.shapes.source import read_shapes
-
-        samples = read_shapes(config.shapes, config.domains)
-    else:
-        raise UserError("no data: set one of data.root, data.table, data.hub and data.shapes")
-    dataset = assemble(samples, config)
+    dataset = assemble(read_source(config), config)
     if config.verify:
-        from disam_peft.data.check import verified
-
         dataset = verified(dataset, skip_bad=config.skip_bad)
     if config.pixel_store is None:
         return dataset
-    from disam_peft.data.dataset import PixelPlan
-
     return replace(dataset, pixel_plan=PixelPlan(dataset, config.pixel_store))
-
-
-def _read_root(root: Path, config: DataConfig) -> Samples:
-    from disam_peft.data.sources.folder import read_folders
-
-    if not (is_archive(root) and root.is_file()):
-        return read_folders(root, config.domains)
-    folder = unpacked(root, max_gb=config.max_archive_gb, max_files=config.max_archive_files)
-    return replace(read_folders(folder, config.domains), origin=str(root))
 
 
 def assemble(samples: Samples, config: DataConfig) -> DomainDataset:
@@ -73,10 +42,6 @@ def assemble(samples: Samples, config: DataConfig) -> DomainDataset:
     Raises:
         UserError: as ``load``.
     """
-    import numpy as np
-
-    from disam_peft.data.dataset import DomainDataset
-
     labels = [unicodedata.normalize("NFC", name) for name in samples.labels]
     domain_names = [unicodedata.normalize("NFC", name) for name in samples.domains]
     domains = _chosen_domains(domain_names, config.domains, samples.origin)

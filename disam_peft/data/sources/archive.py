@@ -22,7 +22,9 @@ import os
 import re
 import shutil
 import unicodedata
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from disam_peft.common.files import cache_folder
@@ -30,15 +32,29 @@ from disam_peft.common.locks import one_at_a_time
 from disam_peft.common.progress import track
 from disam_peft.config.data import is_archive
 from disam_peft.data.sources.archive_members import Budget, Member, guarded, members, refuse, too_many
-from disam_peft.data.sources.samples import MAX_FILE_BYTES
+from disam_peft.data.sources.folder import read_folders
+from disam_peft.data.sources.samples import MAX_FILE_BYTES, Samples
 from disam_peft.errors import UserError
-
-__all__ = ["is_archive", "unpacked"]
 
 MAX_NAME, MAX_PART, MAX_DEPTH = 1024, 255, 32
 """Bytes of a whole name and of one part of it (what file systems allow), and parts."""
 
 _DRIVE = re.compile(r"[A-Za-z]:")
+
+
+def read_root(root: Path, domains: Sequence[str] | None, max_gb: float, max_files: int) -> Samples:
+    """The images of a folder tree, or of the folder tree in an archive.
+
+    Args:
+        domains: these only; None: all.
+        max_gb, max_files: what an archive may hold at most, see ``unpacked``.
+
+    Raises:
+        UserError: as ``read_folders`` and ``unpacked``.
+    """
+    if not (is_archive(root) and root.is_file()):
+        return read_folders(root, domains)
+    return replace(read_folders(unpacked(root, max_gb=max_gb, max_files=max_files), domains), origin=str(root))
 
 
 def unpacked(archive: Path, *, max_gb: float, max_files: int, folder: Path | None = None) -> Path:
@@ -172,8 +188,6 @@ def _fold(name: str) -> str:
 
 
 def _require_layout(archive: Path, draft: Path) -> None:
-    from disam_peft.data.sources.folder import read_folders
-
     top = _domains(draft)
     try:
         read_folders(top)

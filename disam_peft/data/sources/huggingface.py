@@ -5,41 +5,45 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from disam_peft.data.sources.columns import Columns, read_columns
 from disam_peft.data.sources.samples import Samples
-from disam_peft.data.sources.table import from_columns, read_parquet
+from disam_peft.data.sources.table import read_parquet
 from disam_peft.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-    from disam_peft.config.data import DataConfig
 
+def read_hub(name: str, columns: Columns, *, split: str | None = None, configuration: str | None = None) -> Samples:
+    """The rows of a dataset of the library ``datasets``.
 
-def read_hub(name: str, config: DataConfig) -> Samples:
-    """The rows of the dataset ``name``, which is ``config.hub``.
+    Nothing from the dataset is executed: the library no longer runs dataset scripts.
 
-    Nothing from it is executed: the library no longer runs dataset scripts.
+    Args:
+        name: a hub id, a local folder, a ``save_to_disk`` folder or a Parquet file.
+        split: may be left out where there is only one.
+        configuration: of a dataset that has several.
 
     Raises:
-        UserError: not found, not cached and no network, an unknown split or column, a path out of the dataset.
+        UserError: not found; not cached, and no network; an unknown split; and as ``read_columns``.
     """
     import datasets
 
     path = Path(name)
     local = path.exists()
-    table = _open(config, name, path)
+    table = _one_split(_open(name, path, configuration), split, name)
     base: Path | None = None
-    if config.image_root is not None:
-        base = config.image_root.absolute()
+    if columns.image_root is not None:
+        base = columns.image_root.absolute()
     elif local:
         base = (path if path.is_dir() else path.parent).absolute()
     # Files that the library downloaded lie in its caches, wherever the dataset itself is.
     caches = (Path(datasets.config.HF_CACHE_HOME), Path(datasets.config.HF_DATASETS_CACHE))
     allowed = (base, *caches) if base is not None else caches
-    return from_columns(table, config, origin=name, base=base, allowed=allowed)
+    return read_columns(table, columns, name, base=base, allowed=allowed)
 
 
-def _open(config: DataConfig, name: str, path: Path) -> Dataset:
+def _open(name: str, path: Path, configuration: str | None) -> Dataset | DatasetDict:
     import datasets
     import pyarrow as pa
 
@@ -49,11 +53,10 @@ def _open(config: DataConfig, name: str, path: Path) -> Dataset:
                 raise UserError(f"data.hub={name} is a {path.suffix} file; expected .parquet (or use data.table)")
             return read_parquet(path)
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            content = datasets.load_from_disk(name)
-        elif not path.exists() and (path.is_absolute() or name.startswith(".") or path.suffix == ".parquet"):
+            return datasets.load_from_disk(name)
+        if not path.exists() and (path.is_absolute() or name.startswith(".") or path.suffix == ".parquet"):
             raise UserError(f"data.hub={name} does not exist; give a hub id (owner/name) or a local folder")
-        else:
-            content = datasets.load_dataset(name, config.config_name)
+        return datasets.load_dataset(name, configuration)
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
@@ -63,7 +66,6 @@ def _open(config: DataConfig, name: str, path: Path) -> Dataset:
             "configuration (data.config_name) and the network, or download it beforehand with "
             f"'hf download --repo-type dataset {name}'"
         ) from error
-    return _one_split(content, config.split, name)
 
 
 def _one_split(content: Dataset | DatasetDict, split: str | None, name: str) -> Dataset:

@@ -150,7 +150,7 @@ def test_row_06_an_unknown_domain_of_shapes_names_the_close_ones():
 
 def test_shapes_stand_alone_in_the_data_config():
     with pytest.raises(
-        ValidationError, match="exactly one of root, table, hub and shapes is needed, got root and shapes"
+        ValidationError, match="exactly one of root, table, json_lines, hub and shapes is needed, got root and shapes"
     ):
         DataConfig(root="x", shapes={})
     with pytest.raises(ValidationError, match=r"image_column has no meaning with data\.shapes"):
