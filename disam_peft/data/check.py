@@ -1,4 +1,4 @@
-"""The data check: every file is read, hashed and decoded once, and the findings are remembered between runs."""
+"""The data check: every file is read, hashed and decoded once. What was found is kept in the cache between runs."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from disam_peft.data.transforms.decode import BadImage, decode_image
 from disam_peft.errors import UserError
 
 MAX_BAD_SHARE = 0.01
-_FORMAT = 2  # of the remembered findings; raise it where decoding changes its mind about a file
+_FORMAT = 2  # of the findings in the cache; to be raised when decoding judges a file differently
 _LISTED = 10
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What one file turned out to be."""
+class CheckedFile:
+    """What the check found out about one file."""
 
     sha256: str
     """Empty where the file could not be read at all."""
@@ -57,9 +57,9 @@ class DuplicateGroup:
     sha256: str
     sources: tuple[str, ...]
     domains: tuple[str, ...]
-    """The distinct domains they are in: more than one is a leak once one of them is held out."""
+    """The different domains they are in. More than one is a leak when one of them is held out."""
     classes: tuple[str, ...]
-    """The distinct classes they are in: more than one means that a label is wrong."""
+    """The different classes they are in. More than one means that a label is wrong."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,17 @@ class SizeSummary:
     smallest: tuple[int, int]
     median: tuple[float, float]
     largest: tuple[int, int]
-    """By number of pixels, as is ``smallest``; ``median`` is that of widths and of heights."""
+    """``smallest`` and ``largest`` are by number of pixels; ``median`` is the median width and the median height."""
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """The census and the findings; plain data, see ``to_dict``.
+    """How many samples there are, and what the check found; plain data, see ``to_dict``.
 
     Attributes:
         counts: samples by domain (rows) and class (columns), bad ones included.
-        duplicates_within: same content inside one domain.  duplicates_across: in several.
+        duplicates_within: groups of files with the same content in one domain.
+        duplicates_across: groups of files with the same content in several domains.
         ignored: files that are no samples, counted by kind.
         sizes: None where no image is good.
     """
@@ -106,7 +107,7 @@ class DataReport:
 
 
 def inspect(dataset: DomainDataset, *, progress: bool = True) -> DataReport:
-    """Look at every file of ``dataset``; bad ones are listed, not raised."""
+    """Check every file of ``dataset``. Bad files are listed in the report and are no error."""
     findings = examine(dataset, progress=progress)
     counts_DC = np.zeros((len(dataset.domains), len(dataset.classes)), dtype=np.int64)
     np.add.at(counts_DC, (dataset.domain_ids, dataset.labels), 1)
@@ -127,13 +128,13 @@ def inspect(dataset: DomainDataset, *, progress: bool = True) -> DataReport:
 
 
 def verified(dataset: DomainDataset, *, skip_bad: bool = False, progress: bool = True) -> DomainDataset:
-    """``dataset`` with the hash of every file, once every file has proved to be an image.
+    """``dataset`` with the hash of every file, after a check that every file is an image.
 
     Args:
-        skip_bad: leave bad images out and record them in ``skipped``, as long as they are at most 1 %.
+        skip_bad: leave bad images out and record them in ``skipped``, if they are at most 1 % of all images.
 
     Raises:
-        UserError: bad images; lists up to ten and says how many there are.
+        UserError: there are bad images; lists up to ten of them and says how many there are.
     """
     findings = examine(dataset, progress=progress)
     bad = [i for i, finding in enumerate(findings) if finding.reason]
@@ -157,40 +158,41 @@ def verified(dataset: DomainDataset, *, skip_bad: bool = False, progress: bool =
     return replace(kept, skipped=dataset.skipped + skipped)
 
 
-def examine(dataset: DomainDataset, *, progress: bool = True) -> list[Finding]:
-    """One finding per sample, from memory where neither a name nor a size nor a time of change is new."""
-    memory = _memory(dataset)
-    remembered = _recall(memory, len(dataset))
-    if remembered is not None:
-        return remembered
+def examine(dataset: DomainDataset, *, progress: bool = True) -> list[CheckedFile]:
+    """What is found out about each sample. The findings of an earlier run are taken if no name, size or time of change
+    is new."""
+    cache_file = _cache_file(dataset)
+    known = _read_findings(cache_file, len(dataset))
+    if known is not None:
+        return known
     scan = _scan(dataset)
     findings = list(track(scan, "checking images", total=len(dataset)) if progress else scan)
-    # A file that could not be read may become readable without changing its size or time.
+    # A file that could not be read may become readable without a change of its size or time, so it is checked again.
     if all(finding.sha256 for finding in findings):
-        _remember(memory, findings)
+        _write_findings(cache_file, findings)
     return findings
 
 
-def _scan(dataset: DomainDataset) -> Iterator[Finding]:
+def _scan(dataset: DomainDataset) -> Iterator[CheckedFile]:
     # Threads: hashing and Pillow's decoders release the interpreter lock, and nothing has to be sent to a process.
     threads = min(16, (os.cpu_count() or 1) + 2)
     with ThreadPoolExecutor(threads) as pool:
-        places = iter(range(len(dataset)))
-        while chunk := list(islice(places, 64 * threads)):  # a future per sample of a large set would fill memory
+        indices = iter(range(len(dataset)))
+        while chunk := list(islice(indices, 64 * threads)):  # a future per sample of a large set would fill memory
             yield from pool.map(lambda i: _find(dataset, i), chunk)
 
 
-def _find(dataset: DomainDataset, index: int) -> Finding:
+def _find(dataset: DomainDataset, index: int) -> CheckedFile:
     try:
         data = dataset.content(index)
     except BadImage as error:
-        return Finding("", 0, 0, error.reason)
+        return CheckedFile("", 0, 0, error.reason)
     digest = hashlib.sha256(data).hexdigest()
     try:
         image = decode_image(data, "", max_pixels=dataset.max_pixels)
     except BadImage as error:
-        return Finding(digest, 0, 0, error.reason)
-    return Finding(digest, image.width, image.height, "")
+        return CheckedFile(digest, 0, 0, error.reason)
+    return CheckedFile(digest, image.width, image.height, "")
 
 
 def _bad_file(dataset: DomainDataset, index: int, reason: str) -> BadFile:
@@ -202,7 +204,7 @@ def _bad_file(dataset: DomainDataset, index: int, reason: str) -> BadFile:
     )
 
 
-def _duplicates(dataset: DomainDataset, findings: list[Finding]) -> list[DuplicateGroup]:
+def _duplicates(dataset: DomainDataset, findings: list[CheckedFile]) -> list[DuplicateGroup]:
     by_hash: dict[str, list[int]] = defaultdict(list)
     for i, finding in enumerate(findings):
         if not finding.reason:  # ten empty files are ten bad files, not duplicates
@@ -219,7 +221,7 @@ def _duplicates(dataset: DomainDataset, findings: list[Finding]) -> list[Duplica
     ]
 
 
-def _sizes(findings: list[Finding]) -> SizeSummary | None:
+def _sizes(findings: list[CheckedFile]) -> SizeSummary | None:
     sizes = sorted(((f.width, f.height) for f in findings if not f.reason), key=lambda s: (s[0] * s[1], s))
     if not sizes:
         return None
@@ -227,10 +229,10 @@ def _sizes(findings: list[Finding]) -> SizeSummary | None:
     return SizeSummary(smallest=sizes[0], median=median, largest=sizes[-1])
 
 
-# -- findings remembered between runs ------------------------------------------------------------------------
+# -- findings in the cache ----------------------------------------------------------------------------------
 
 
-def _memory(dataset: DomainDataset) -> Path:
+def _cache_file(dataset: DomainDataset) -> Path:
     times_N = dataset.sizes_and_times[1]
     # The table's own fingerprint stands for embedded images, whose content has no time of change.
     table = getattr(dataset.images, "_fingerprint", "") if (times_N == 0).any() else ""
@@ -239,16 +241,16 @@ def _memory(dataset: DomainDataset) -> Path:
     return cache_folder() / "checks" / f"{digest}.json"
 
 
-def _recall(path: Path, count: int) -> list[Finding] | None:
+def _read_findings(path: Path, count: int) -> list[CheckedFile] | None:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        findings = [Finding(str(sha), int(w), int(h), str(reason)) for sha, w, h, reason in rows]
+        findings = [CheckedFile(str(sha), int(w), int(h), str(reason)) for sha, w, h, reason in rows]
     except (OSError, ValueError, TypeError):
         return None  # never written, or damaged: look again
     return findings if len(findings) == count else None
 
 
-def _remember(path: Path, findings: list[Finding]) -> None:
+def _write_findings(path: Path, findings: list[CheckedFile]) -> None:
     rows = [[f.sha256, f.width, f.height, f.reason] for f in findings]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The samples of a run: an image, a class and a domain each, from whatever source, and views onto a part of them."""
+"""The samples of a run, each an image with a class and a domain, and views of a part of them."""
 
 from __future__ import annotations
 
@@ -33,30 +33,31 @@ class Skipped:
 
 @dataclass(frozen=True, eq=False)
 class PixelPlan:
-    """That training reads its images from a store of resized pixels, which is built when first needed."""
+    """Training reads its images from a store of resized pixels, which is built when it is first needed."""
 
     whole: DomainDataset
-    """Everything that was loaded: one store serves every view of it, whatever domain is held out."""
+    """All samples that were loaded. One store serves every view of them, whatever domain is held out."""
     side: int | Literal["auto"]
 
 
 @dataclass(frozen=True, eq=False)
 class DomainDataset:
-    """N samples; ``select`` gives views that keep the numbering of classes and domains. N samples in this file.
+    """N samples. ``select`` gives views, which keep the numbers of classes and domains. N is used so in this file.
 
     Attributes:
         classes: names as in the source, sorted; ``labels`` counts in them.
         prompt_names: the same classes, as words for a prompt.
         domains: names, sorted; ``domain_ids`` counts in them. A view may lack some, see ``present_domains``.
         labels, domain_ids: (N,) int64.
-        keys: what each sample is called for good: its path below the root with ``/``, or its row. Splits hang on it.
-        images: Arrow table with the one column ``image`` of {bytes, path}; ``rows`` (N,) says which row is whose.
+        keys: the permanent name of each sample: its path below the root, with ``/``, or its row. Splits depend on it.
+        images: Arrow table with the one column ``image`` of {bytes, path}.
+        rows: (N,) the row of ``images`` for each sample.
         base: the folder that relative paths start from.
         origin: where the table came from, for messages.
-        ignored: files that the source passed over, counted by kind.
+        ignored: files that the reader of the source left out because they are no samples, counted by kind.
         skipped: what ``skip_bad`` left out.
-        hashes: sha256 of every file, where the data check has run; None before.
-        pixel_plan: whether training reads stored pixels; None: it decodes the files.
+        hashes: sha256 of every file; None where the data check has not run.
+        pixel_plan: from which store of pixels training reads; None: it decodes the files.
     """
 
     images: Dataset

@@ -14,8 +14,8 @@ from disam_peft.config.data import ClassPolicy, DataConfig
 from disam_peft.data.check import verified
 from disam_peft.data.class_names import prompt_names, read_overrides
 from disam_peft.data.dataset import DomainDataset, PixelPlan
-from disam_peft.data.sources.registry import read_source
 from disam_peft.data.sources.samples import Samples, require_domains
+from disam_peft.data.sources.source_kinds import read_source
 from disam_peft.errors import UserError
 
 

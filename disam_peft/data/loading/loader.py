@@ -35,7 +35,7 @@ StartMethod = Literal["fork", "spawn", "forkserver"]
 
 
 class ImageLoader(DataLoader):
-    """A DataLoader that raises a bad image as itself: torch would wrap it in the traceback of a worker."""
+    """A DataLoader that raises a BadImage unchanged, where torch would wrap it in the traceback of a worker."""
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
         for batch in super().__iter__():
@@ -47,7 +47,7 @@ class ImageLoader(DataLoader):
 
 
 class StoredLoader(DataLoader):
-    """Batches of the pixel store; where the workers left the augmentation to the device, it happens here."""
+    """Batches from the pixel store. Augmentation on a device other than a CPU happens here, not in the workers."""
 
     def __init__(self, samples: _StoredSamples, augment: BatchAugment, device: torch.device, **options: Any) -> None:
         super().__init__(samples, **options)
@@ -194,8 +194,9 @@ def _options(
 
 
 def _survive_signals(worker: int) -> None:
-    """A signal to all processes, as a terminal and many schedulers send it, must leave the main one its batches until
-    it has ended its step. Workers go when it goes; to one that hangs, SIGTERM still means the end, a little later."""
+    """Let a worker outlive a signal that a terminal or a scheduler sends to all processes, because the main process
+    needs its batches until the step has ended. Workers end with the main process; one that hangs ends a little after
+    SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # whatever it means to the process that this one was forked from
@@ -212,17 +213,17 @@ class _TrainSamples(Dataset):
 
 
 class _StoredSamples(Dataset):
-    """Gives whole batches at once. ``augment`` unset: the images as they are stored."""
+    """Gives whole batches at once. With ``augment`` None, images stay as they are stored."""
 
     def __init__(self, dataset: DomainDataset, store: PixelStore, augment: BatchAugment | None) -> None:
         assert dataset.pixel_plan is not None
         self._labels, self._domains = torch.from_numpy(dataset.labels), torch.from_numpy(dataset.domain_ids)
-        self._places = _places(dataset.rows, dataset.pixel_plan.whole.rows)
+        self._positions = _positions(dataset.rows, dataset.pixel_plan.whole.rows)
         self._store, self._augment = store, augment
 
     def __getitems__(self, pairs: list[tuple[int, int]]) -> dict[str, Tensor]:
         indices, epochs = map(list, zip(*pairs, strict=True))
-        images, sizes_B2 = self._store.read(self._places[indices])
+        images, sizes_B2 = self._store.read(self._positions[indices])
         return {
             "pixels": images if self._augment is None else self._augment(images, indices, epochs, sizes_B2),
             "labels": self._labels[indices],
@@ -233,8 +234,8 @@ class _StoredSamples(Dataset):
         }
 
 
-def _places(rows_N: np.ndarray, whole_rows_M: np.ndarray) -> np.ndarray:
-    """Where the samples of a view stand in the whole dataset: (N,), by their rows of the table."""
+def _positions(rows_N: np.ndarray, whole_rows_M: np.ndarray) -> np.ndarray:
+    """(N,) the positions of the samples of a view in the whole dataset, found by their rows of the table."""
     order_M = np.argsort(whole_rows_M)
     return order_M[np.searchsorted(whole_rows_M, rows_N, sorter=order_M)]
 

@@ -17,8 +17,8 @@ from disam_peft.errors import UserError
 Sampling = Literal["balanced", "proportional"]
 
 
-class _Walk:
-    """An endless walk through ``members``, in a fresh seeded order each time round."""
+class _EndlessOrder:
+    """An endless sequence of ``members``: one seeded permutation after the other, a new one for each epoch."""
 
     def __init__(self, members: np.ndarray, seed: int, name: str) -> None:
         self._members, self._seed, self._name = members, seed, name
@@ -26,7 +26,7 @@ class _Walk:
         self._order = members
 
     def take(self, first: int, count: int) -> Iterator[tuple[int, int]]:
-        """(index, times round before) of positions ``first`` to ``first + count - 1`` of the walk."""
+        """(index, epoch) at the positions ``first`` to ``first + count - 1`` of the sequence."""
         for position in range(first, first + count):
             epoch, offset = divmod(position, len(self._members))
             if epoch != self._epoch:
@@ -39,12 +39,12 @@ class DomainBatches:
     """The batches of one rank, for use as a DataLoader's ``batch_sampler``.
 
     Iterating gives, for every step from ``first_step`` to ``steps - 1``, the list of ``(index, epoch)`` pairs of
-    this rank: ``index`` is a position in the dataset, ``epoch`` says how often the walk it belongs to went round
-    before, so that (seed, epoch, index) never repeats within a run.
+    this rank: ``index`` is a position in the dataset, ``epoch`` says how often all samples of its domain (or of the
+    data set) came before, so that (seed, epoch, index) never repeats within a run.
 
     ``balanced``: every domain gives B // D samples to each batch; the B % D left over go round the domains from
-    step to step. Each domain walks through its own permutation and starts a new one when it is through, so the
-    smallest domain does not end the epoch. ``proportional``: one walk through all samples.
+    step to step. Each domain has a permutation of its own and begins a new one when all its samples have come, so the
+    smallest domain does not end the epoch. ``proportional``: one permutation of all samples after the other.
 
     Args:
         domain_ids: (N,) domain of every sample; ids need not be contiguous.
@@ -92,22 +92,22 @@ class DomainBatches:
         self.batch_size, self.steps, self.first_step = batch_size, steps, first_step
         self.rank, self.world_size = rank, world_size
         if sampling == "balanced":
-            self._walks = [_Walk(np.flatnonzero(ids_N == d), seed, f"domain {d}") for d in domains]
+            self._orders = [_EndlessOrder(np.flatnonzero(ids_N == d), seed, f"domain {d}") for d in domains]
         else:
-            self._walks = [_Walk(np.arange(len(ids_N)), seed, "all")]
+            self._orders = [_EndlessOrder(np.arange(len(ids_N)), seed, "all")]
 
     def __len__(self) -> int:
         return self.steps - self.first_step
 
     def global_batch(self, step: int) -> list[tuple[int, int]]:
         """The (index, epoch) pairs of all ranks at ``step``."""
-        walks = self._walks
-        share, rest = divmod(self.batch_size, len(walks))
+        orders = self._orders
+        share, rest = divmod(self.batch_size, len(orders))
         batch: list[tuple[int, int]] = []
-        for place, walk in enumerate(walks):
-            # Left-over number x (x = 0, 1, ... over the whole run) goes to the domain at place x % D.
-            before, after = (_congruent_below(s * rest, place, len(walks)) for s in (step, step + 1))
-            batch.extend(walk.take(share * step + before, share + after - before))
+        for number, order in enumerate(orders):
+            # The left-over sample number x (x = 0, 1, ... over the whole run) goes to domain number x % D.
+            before, after = (_congruent_below(s * rest, number, len(orders)) for s in (step, step + 1))
+            batch.extend(order.take(share * step + before, share + after - before))
         return batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:

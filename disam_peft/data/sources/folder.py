@@ -27,9 +27,9 @@ def read_folders(root: Path, domains: Sequence[str] | None = None) -> Samples:
     import datasets
 
     _require_folder(root)
-    walk = _Walk(root)
+    tree = _TreeReader(root)
     wanted = {unicodedata.normalize("NFC", name) for name in domains} if domains is not None else None
-    folders = {unicodedata.normalize("NFC", entry.name): entry for entry in walk.folders(str(root))}
+    folders = {unicodedata.normalize("NFC", entry.name): entry for entry in tree.folders(str(root))}
     if wanted is not None:
         require_domains(sorted(wanted), folders, str(root))
         folders = {name: entry for name, entry in folders.items() if name in wanted}
@@ -37,13 +37,13 @@ def read_folders(root: Path, domains: Sequence[str] | None = None) -> Samples:
     labels: list[str] = []
     names: list[str] = []
     for domain, domain_entry in folders.items():
-        for class_entry in walk.folders(domain_entry.path):
-            found = walk.images(class_entry.path)
+        for class_entry in tree.folders(domain_entry.path):
+            found = tree.images(class_entry.path)
             paths += found
             labels += [class_entry.name] * len(found)
             names += [domain] * len(found)
     if not paths:
-        raise UserError(f"no images in {root}: expected {LAYOUT}{walk.hint()}")
+        raise UserError(f"no images in {root}: expected {LAYOUT}{tree.hint()}")
     relative = [os.path.relpath(path, root) for path in paths]
     features = datasets.Features({"image": datasets.Image(decode=False)})
     return Samples(
@@ -53,7 +53,7 @@ def read_folders(root: Path, domains: Sequence[str] | None = None) -> Samples:
         keys=[unicodedata.normalize("NFC", Path(path).as_posix()) for path in relative],
         origin=str(root),
         base=root.absolute(),
-        ignored=dict(sorted(walk.ignored.items())),
+        ignored=dict(sorted(tree.ignored.items())),
     )
 
 
@@ -71,7 +71,7 @@ def _require_folder(root: Path) -> None:
     raise UserError(f"data.root={root} does not exist{hint}; expected a folder laid out as {LAYOUT}")
 
 
-class _Walk:
+class _TreeReader:
     """Lists a tree level by level, sorted, counting what it passes over."""
 
     def __init__(self, root: Path) -> None:

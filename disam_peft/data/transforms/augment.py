@@ -1,4 +1,4 @@
-"""Training augmentation whose randomness belongs to (seed, epoch, index), not to a process or to the order of work."""
+"""Training augmentation. Its random numbers depend on (seed, epoch, index), not on a process or the order of work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class TrainTransform:
     """``transform(image, index, epoch)``: an RGB image to a (3, H, W) float32 tensor, normalised.
 
-    One (seed, epoch, index) gives the bit-identical tensor in any worker, process and order; the global random
+    One (seed, epoch, index) gives the same tensor, bit for bit, in any worker, process and order. The global random
     state is left as it was.
 
     Args:
@@ -46,7 +46,7 @@ class TrainTransform:
         steps += [v2.PILToTensor(), _to_unit, v2.Normalize(list(preprocessing.mean), list(preprocessing.std))]
         self._steps = v2.Compose(steps)
         self.deterministic = config.kind == "none"
-        """Whether the result is the same in every epoch, so that features of it may be stored."""
+        """Whether the result is the same in every epoch, so that one view of each image can be stored."""
 
     def __call__(self, image: Image, index: int, epoch: int) -> Tensor:
         with _cpu_rng(keyed_seed(self.seed, epoch, index)):
@@ -54,7 +54,7 @@ class TrainTransform:
 
 
 class _Cover:
-    """Resize, keeping the aspect, to the smallest size that covers ``size``; for squares exactly CLIP's own resize."""
+    """Resize to the smallest size of the same aspect that covers ``size``. For squares this is CLIP's own resize."""
 
     def __init__(self, size: tuple[int, int], interpolation: Any) -> None:
         self._size, self._interpolation = size, interpolation
@@ -63,7 +63,7 @@ class _Cover:
         from torchvision.transforms.v2 import functional
 
         height, width = self._size
-        # The side that fits exactly is set, not computed: rounding may not leave a pixel uncovered.
+        # The side that fits exactly is set and not computed, so that rounding cannot leave a pixel uncovered.
         if image.height * width <= image.width * height:
             size = [height, max(width, int(height * image.width / image.height))]
         else:
@@ -72,13 +72,13 @@ class _Cover:
 
 
 def _to_unit(pixels: Tensor) -> Tensor:
-    # Divided, as the transforms that come with CLIP do; torchvision v2 multiplies by 1/255, which rounds otherwise.
+    # A division, as in the transforms that come with CLIP; torchvision v2 multiplies by 1/255 and rounds differently.
     return pixels.float().div_(255)
 
 
 @contextmanager
 def _cpu_rng(seed: int) -> Iterator[None]:
-    """The CPU's random state from ``seed``, and back. ``torch.manual_seed`` would also reseed every GPU."""
+    """Set the CPU's random state from ``seed``, and restore it. ``torch.manual_seed`` would change every GPU's too."""
     import torch
 
     state = torch.get_rng_state()

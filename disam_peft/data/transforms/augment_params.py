@@ -1,4 +1,4 @@
-"""What the augmentation does to each image, drawn from (seed, epoch, index) alone. B images."""
+"""The random parameters of the augmentation of each image, drawn from (seed, epoch, index) alone. B images."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ ASPECTS = (3 / 4, 4 / 3)
 
 @dataclass(frozen=True)
 class AugmentParams:
-    """Uniform numbers turned into choices; the box alone needs to know an image's size, see ``boxes``."""
+    """What is done to each image of a batch. Only the crop box depends on the size of the image, see ``boxes``."""
 
     area_BA: np.ndarray
-    """(B, attempts) share of the image's area."""
+    """(B, attempts) share of the image's area that the box covers."""
     aspect_BA: np.ndarray
     """(B, attempts) width / height of the box."""
     place_B2: np.ndarray
-    """(B, 2) where the box lies in what is left of height and width, in [0, 1)."""
+    """(B, 2) where the box lies, as a share in [0, 1) of the height and width that it leaves free."""
     flip_B: np.ndarray
-    """(B,) bool."""
+    """(B,) bool: mirrored left to right."""
     order_B4: np.ndarray
-    """(B, 4) what comes first, second, ...: 0 brightness, 1 contrast, 2 saturation, 3 hue."""
+    """(B, 4) which change comes first, second, ...: 0 is brightness, 1 contrast, 2 saturation, 3 hue."""
     strength_B4: np.ndarray
-    """(B, 4) in that numbering: factors of the first three, the share of the circle that the hue turns by."""
+    """(B, 4) by the same numbers: three factors, and the share of the circle by which the hue is turned."""
     grey_B: np.ndarray
-    """(B,) bool."""
+    """(B,) bool: without colour."""
 
     def boxes(self, grid: tuple[int, int], sizes_B2: np.ndarray) -> np.ndarray:
         """(B, 4) top, left, height and width of the boxes, in whole pixels of the grid.
 
-        The first attempt that fits is taken; where none does, the largest box in the middle whose aspect is allowed
-        (torchvision's RandomResizedCrop).
+        The first attempt that fits into the image is taken. Where none fits, it is the largest box in the middle whose
+        aspect is allowed, as in torchvision's RandomResizedCrop.
 
         Args:
-            grid: height and width of the image as it is at hand.
+            grid: height and width of the stored image.
             sizes_B2: height and width that it had before it was squeezed into the grid.
         """
         height_B, width_B = np.asarray(sizes_B2, dtype=np.float64).T
@@ -61,8 +61,8 @@ class AugmentParams:
         return np.column_stack([corner_B2, high_B, wide_B]).astype(np.int64)
 
 
-def draw(config: AugmentConfig, seed: int, indices: Sequence[int], epochs: Sequence[int]) -> AugmentParams:
-    """The draws of these samples; each depends on its own key and on nothing else in the batch."""
+def draw_params(config: AugmentConfig, seed: int, indices: Sequence[int], epochs: Sequence[int]) -> AugmentParams:
+    """The parameters of these samples; each sample's depend on its own key and on nothing else in the batch."""
     count = 2 * ATTEMPTS + 2 + 1 + 4 + 4 + 1
     uniform = np.stack(
         [keyed_uniforms(count, seed, epoch, index) for index, epoch in zip(indices, epochs, strict=True)]

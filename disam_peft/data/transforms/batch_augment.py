@@ -12,7 +12,7 @@ from disam_peft.common.device import constant, to_device
 from disam_peft.common.preprocessing import Preprocessing
 from disam_peft.config.data import AugmentConfig
 from disam_peft.data.transforms import color as colors
-from disam_peft.data.transforms.augment_params import AugmentParams, draw, middle_boxes
+from disam_peft.data.transforms.augment_params import AugmentParams, draw_params, middle_boxes
 from disam_peft.data.transforms.resize import crop_resize
 
 _CHANGES = (colors.brightness, colors.contrast, colors.saturation, colors.hue)
@@ -21,11 +21,11 @@ _CHANGES = (colors.brightness, colors.contrast, colors.saturation, colors.hue)
 class BatchAugment:
     """``augment(images, indices, epochs)``: uint8 images to normalised float32 pixels.
 
-    The same kinds of change with the same strengths as ``TrainTransform``, drawn by other numbers: torchvision has one
-    draw for a whole batch, and here each image has its own.
+    The kinds of change and their strengths are those of ``TrainTransform``, the random numbers are not: torchvision
+    draws once for a whole batch, and here each image has draws of its own.
 
-    The choices for an image belong to its (seed, epoch, index): its result is the same in any batch, order and
-    process; on a CPU to the bit, elsewhere up to the rounding of a device's products.
+    The draws for an image depend on its (seed, epoch, index) alone, so its result is the same in any batch, order and
+    process: to the bit on a CPU, elsewhere up to the rounding of the device's matrix products.
 
     Args:
         preprocessing, config, seed: as for ``TrainTransform``.
@@ -46,24 +46,24 @@ class BatchAugment:
         grid = (images.shape[2], images.shape[3])
         sizes_B2 = np.tile(grid, (len(images), 1)) if sizes_B2 is None else sizes_B2
         if self.config.kind == "none":
-            draws, boxes_B4 = None, middle_boxes(grid, sizes_B2, self.preprocessing.size)
+            params, boxes_B4 = None, middle_boxes(grid, sizes_B2, self.preprocessing.size)
         else:
-            draws = draw(self.config, self.seed, indices, epochs)
-            boxes_B4 = draws.boxes(grid, sizes_B2)
+            params = draw_params(self.config, self.seed, indices, epochs)
+            boxes_B4 = params.boxes(grid, sizes_B2)
         if images.device.type != "cpu":
-            return self._part(images, boxes_B4, draws, slice(None))
-        # One by one: an image and what is computed of it fit the processor's cache, a batch does not.
+            return self._augment_part(images, boxes_B4, params, slice(None))
+        # One by one: an image and the values computed from it fit into the processor's cache, those of a batch do not.
         result = torch.empty((len(images), 3, *self.preprocessing.size))
         for i in range(len(images)):
-            result[i] = self._part(images, boxes_B4, draws, slice(i, i + 1))[0]
+            result[i] = self._augment_part(images, boxes_B4, params, slice(i, i + 1))[0]
         return result
 
-    def _part(self, images: Tensor, boxes_B4: np.ndarray, draws: AugmentParams | None, part: slice) -> Tensor:
+    def _augment_part(self, images: Tensor, boxes_B4: np.ndarray, params: AugmentParams | None, part: slice) -> Tensor:
         wanted, boxes = self.preprocessing, boxes_B4[part]
-        flip_B = np.zeros(len(boxes), dtype=bool) if draws is None else draws.flip_B[part]
+        flip_B = np.zeros(len(boxes), dtype=bool) if params is None else params.flip_B[part]
         pixels = crop_resize(images[part], boxes, flip_B, wanted.size, wanted.interpolation).div_(255)
-        if draws is not None:
-            pixels = self._recolored(pixels, draws.order_B4[part], draws.strength_B4[part], draws.grey_B[part])
+        if params is not None:
+            pixels = self._recolored(pixels, params.order_B4[part], params.strength_B4[part], params.grey_B[part])
         mean, std = (constant(v, pixels.dtype, pixels.device).view(1, 3, 1, 1) for v in (wanted.mean, wanted.std))
         return pixels.sub_(mean).div_(std)
 
@@ -76,14 +76,14 @@ class BatchAugment:
 
 
 def _changed(
-    pixels: Tensor, who_B: np.ndarray, change: Callable[[Tensor, Tensor], Tensor], strength_B: np.ndarray
+    pixels: Tensor, chosen_B: np.ndarray, change: Callable[[Tensor, Tensor], Tensor], strength_B: np.ndarray
 ) -> Tensor:
-    """``pixels`` with those images changed that ``who_B`` says."""
-    chosen = np.flatnonzero(who_B)
-    if len(chosen) == 0:
+    """``pixels`` in which ``change`` was applied to the images where ``chosen_B`` is true."""
+    indices = np.flatnonzero(chosen_B)
+    if len(indices) == 0:
         return pixels
-    strength = to_device(torch.from_numpy(strength_B[chosen]).to(pixels.dtype), pixels.device)
-    if len(chosen) == len(pixels):
+    strength = to_device(torch.from_numpy(strength_B[indices]).to(pixels.dtype), pixels.device)
+    if len(indices) == len(pixels):
         return change(pixels, strength)
-    places = to_device(torch.from_numpy(chosen), pixels.device)
-    return pixels.index_copy_(0, places, change(pixels[places], strength))
+    rows = to_device(torch.from_numpy(indices), pixels.device)
+    return pixels.index_copy_(0, rows, change(pixels[rows], strength))

@@ -1,6 +1,6 @@
-"""Colour changes of a batch, a strength for each image. Images are (B, 3, H, W) floats in 0 to 1; so are results.
+"""Colour changes of a batch with a strength for each image. Images and results are (B, 3, H, W) floats from 0 to 1.
 
-What torchvision's ``adjust_*`` do to one image, without rounding to whole levels in between.
+Each function does what torchvision's ``adjust_*`` does to one image, without rounding to whole levels in between.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Cut a box out of every image of a batch and resize it to one size, as Pillow does: the filter grows with the box.
 
-Two ways to the same result. On a CPU, torch's kernel for whole levels (uint8), image by image; elsewhere one product
-of matrices per axis for the whole batch, whose result is not rounded to whole levels. They differ by a level or so.
+There are two ways to the same result. On a CPU, torch's kernel for whole levels (uint8) is called for each image.
+Elsewhere, the whole batch takes one matrix product per axis, whose result is not rounded to whole levels. The two
+differ by about one level of 256.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def _by_product(
 
 
 def _weights(start_B: Tensor, length_B: Tensor, pixels: int, out: int, interpolation: Interpolation) -> Tensor:
-    """(B, out, pixels): how much of each pixel goes into each place of the result."""
+    """(B, out, pixels): the weight of each pixel in each pixel of the result."""
     step_B = length_B / out
     places = torch.arange(out, device=start_B.device) + 0.5
     middles = torch.arange(pixels, device=start_B.device) + 0.5

@@ -14,7 +14,7 @@ from disam_peft.common.random import keyed_uniforms
 from disam_peft.config.data import AugmentConfig
 from disam_peft.data.transforms import color as colors
 from disam_peft.data.transforms import resize as resample
-from disam_peft.data.transforms.augment_params import draw, middle_boxes
+from disam_peft.data.transforms.augment_params import draw_params, middle_boxes
 from disam_peft.data.transforms.batch_augment import BatchAugment
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -28,8 +28,8 @@ def augment(size: tuple[int, int] = (16, 16), seed: int = 0, **config) -> BatchA
 
 def whole(apply: BatchAugment) -> torch.Tensor:
     """As on a device other than a CPU: all images in one go."""
-    draws = draw(apply.config, apply.seed, INDICES, EPOCHS)
-    return apply._part(IMAGES, draws.boxes((40, 50), np.tile((40, 50), (6, 1))), draws, slice(None))
+    draws = draw_params(apply.config, apply.seed, INDICES, EPOCHS)
+    return apply._augment_part(IMAGES, draws.boxes((40, 50), np.tile((40, 50), (6, 1))), draws, slice(None))
 
 
 def test_uniform_numbers_hang_on_their_key_alone():
@@ -95,7 +95,9 @@ def test_resizing_is_pillows(interpolation, size):
 
 def test_boxes_are_random_resized_crops():
     n = 4000
-    boxes = draw(AugmentConfig(scale=(0.1, 0.5)), 0, range(n), [0] * n).boxes((300, 400), np.tile((300, 400), (n, 1)))
+    boxes = draw_params(AugmentConfig(scale=(0.1, 0.5)), 0, range(n), [0] * n).boxes(
+        (300, 400), np.tile((300, 400), (n, 1))
+    )
     top, left, height, width = boxes.T
     area, aspect = height * width / 120_000, width / height
     assert area.min() > 0.098 and area.max() < 0.51 and abs(area.mean() - 0.29) < 0.02
@@ -107,14 +109,14 @@ def test_boxes_are_random_resized_crops():
 def test_squeezed_images_get_the_same_boxes():
     """A box is a part of the picture, wherever the picture has been squeezed to."""
     sizes = np.tile((300, 400), (50, 1))
-    draws = draw(AugmentConfig(), 0, range(50), [0] * 50)
+    draws = draw_params(AugmentConfig(), 0, range(50), [0] * 50)
     plain, squeezed = draws.boxes((300, 400), sizes), draws.boxes((100, 100), sizes)
     assert np.abs(plain / [300, 400, 300, 400] - squeezed / 100).max() <= 0.011
     assert np.abs(plain / [300, 400, 300, 400] - draws.boxes((100, 100), sizes[:, ::-1]) / 100).max() > 0.1
 
 
 def test_where_no_box_fits_the_middle_is_taken():
-    draws = draw(AugmentConfig(scale=(1.0, 1.0)), 0, [0, 1], [0, 0])
+    draws = draw_params(AugmentConfig(scale=(1.0, 1.0)), 0, [0, 1], [0, 0])
     assert draws.boxes((90, 300), np.array([(90, 300)] * 2)).tolist() == [[0, 90, 90, 120]] * 2
     assert draws.boxes((300, 90), np.array([(300, 90)] * 2)).tolist() == [[90, 0, 120, 90]] * 2
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from disam_peft.config.data import SOURCE_SETTINGS, DataConfig
 from disam_peft.data.load import load
 from disam_peft.data.sources import json_lines
-from disam_peft.data.sources.registry import SOURCES
+from disam_peft.data.sources.source_kinds import SOURCES
 from disam_peft.errors import UserError
 
 

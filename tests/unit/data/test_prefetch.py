@@ -12,8 +12,7 @@ import torch
 from disam_peft.common.device import constant, prefetch_to_device, to_device
 from disam_peft.config.data import DataConfig
 from disam_peft.data.load import load
-from disam_peft.data.loading.feature_batches import feature_batches
-from disam_peft.data.loading.prefetch import ahead
+from disam_peft.data.loading.feature_batches import feature_batches, read_ahead
 from disam_peft.data.loading.sampler import DomainBatches
 from disam_peft.data.stores.features import FeatureKey, open_or_build
 
@@ -36,7 +35,7 @@ def numbers(until, seen, fails_at=None):
 @pytest.mark.parametrize("count", [0, 1, 7])
 def test_the_same_items_in_order_from_one_thread(depth, count):
     seen = []
-    assert list(ahead(numbers(count, seen), depth=depth)) == list(range(count))
+    assert list(read_ahead(numbers(count, seen), depth=depth)) == list(range(count))
     assert [number for number, _ in seen] == list(range(count))
     assert len({name for _, name in seen}) == min(1, count) and threading.main_thread().name not in dict(seen).values()
     assert not threads()
@@ -44,7 +43,7 @@ def test_the_same_items_in_order_from_one_thread(depth, count):
 
 def test_it_is_ahead_by_its_depth_and_no_more():
     seen = []
-    items = ahead(numbers(9, seen), depth=2)
+    items = read_ahead(numbers(9, seen), depth=2)
     assert seen == [], "nothing is made before anybody asks"
     assert next(items) == 0
     deadline = time.monotonic() + 5
@@ -58,14 +57,14 @@ def test_it_is_ahead_by_its_depth_and_no_more():
 def test_an_error_comes_as_itself_when_its_turn_has_come():
     taken = []
     with pytest.raises(ValueError, match="number 3 is missing"):
-        taken.extend(ahead(numbers(9, [], fails_at=3)))
+        taken.extend(read_ahead(numbers(9, [], fails_at=3)))
     assert taken == [0, 1, 2]
     assert not threads()
 
 
 @pytest.mark.parametrize("how", ["break", "error", "forgotten"])
 def test_the_thread_ends_with_a_consumer_that_stops_early(how):
-    items = ahead(numbers(10**9, []))
+    items = read_ahead(numbers(10**9, []))
     if how == "error":
         with pytest.raises(KeyboardInterrupt):
             for number in items:
@@ -85,9 +84,9 @@ def test_the_thread_ends_with_a_consumer_that_stops_early(how):
 
 def test_an_interpreter_that_exits_in_the_middle_does_not_hang():
     code = (
-        "from disam_peft.data.loading.prefetch import ahead\n"
+        "from disam_peft.data.loading.feature_batches import read_ahead\n"
         "import itertools\n"
-        "items = ahead(itertools.count())\n"
+        "items = read_ahead(itertools.count())\n"
         "print(next(items), next(items))\n"
         "keep = [items]; keep.append(keep)\n"
     )
@@ -97,13 +96,13 @@ def test_an_interpreter_that_exits_in_the_middle_does_not_hang():
 
 def test_what_the_thread_begins_with():
     names = []
-    assert list(ahead(range(3), in_thread=lambda: names.append(threading.current_thread().name))) == [0, 1, 2]
+    assert list(read_ahead(range(3), in_thread=lambda: names.append(threading.current_thread().name))) == [0, 1, 2]
     assert len(names) == 1 and names[0].startswith("ahead")
 
 
 def test_no_random_number_is_drawn():
     before = torch.get_rng_state()
-    list(ahead(range(20)))
+    list(read_ahead(range(20)))
     assert torch.equal(torch.get_rng_state(), before)
 
 
