@@ -25,7 +25,7 @@ def read_json(path: Path, *, max_bytes: int) -> Any:
 
 
 def parse_json(content: bytes) -> Any:
-    """The value of a JSON text in UTF-8. Stricter than Python's own reader, so that no two readers see different values.
+    """The value of a JSON text in UTF-8. Python's own reader is less strict; two readers could then see different values.
 
     Raises:
         ValueError: not JSON; a key that is there twice, a number that is NaN or infinite, an escape for half of a
@@ -38,9 +38,9 @@ def parse_json(content: bytes) -> Any:
             parse_constant=_not_a_number,
             parse_float=_finite,
         )
+        json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair, written as an escape, is no text
     except RecursionError as error:
         raise ValueError(str(error)) from error
-    json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair, written as an escape, is no text
     return found
 
 
