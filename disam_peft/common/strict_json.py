@@ -25,7 +25,7 @@ def read_json(path: Path, *, max_bytes: int) -> Any:
 
 
 def parse_json(content: bytes) -> Any:
-    """The value of a JSON text in UTF-8. Python's own reader is less strict; two readers could then see different values.
+    """The value of a JSON text in UTF-8. Stricter than Python's own reader, so that all readers see the same values.
 
     Raises:
         ValueError: not JSON; a key that is there twice, a number that is NaN or infinite, an escape for half of a
