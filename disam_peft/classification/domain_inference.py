@@ -1,4 +1,4 @@
-"""Domains that nobody labelled: taken from what CLIP sees in the training images. N images, K domains, E width."""
+"""Domains of training images that nobody labelled, found from CLIP's image features. N images, K domains, E width."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class InferredDomains:
-    """The training images with other domains, and how these relate to those of the data.
+    """The training images with inferred domains, and how these relate to the domains of the data.
 
     Attributes:
-        purity: share of the images whose domain of the data is the most frequent one among the images of their
-            inferred domain; 1 where every inferred domain lies within one of the data.
-        counts: inferred domain -> domain of the data -> images.
+        purity: share of the images whose domain in the data is the most frequent one of their inferred domain; 1 where
+            every inferred domain lies within one domain of the data.
+        counts: inferred domain -> domain of the data -> number of images.
     """
 
     dataset: DomainDataset
@@ -44,11 +44,11 @@ def infer_domains(
     *,
     workers: int | Literal["auto"] = "auto",
 ) -> InferredDomains:
-    """Give every image of ``training`` the domain that ``config`` infers; ``none`` leaves them as they are.
+    """Give every image of ``training`` a domain as ``config`` says. With ``none``, the domains of the data stay.
 
     Args:
         backbone: before any adapter is attached.
-        seed: of the k-means starts.
+        seed: of the starts of k-means.
 
     Raises:
         UserError: fewer images than clusters; all images in one domain.
@@ -76,8 +76,9 @@ def infer_domains(
 
 
 def clusters(features_NE: np.ndarray, labels_N: np.ndarray, k: int, seed: int) -> np.ndarray:
-    """k-means (best of ten k-means++ starts) of features from which the mean of their class was taken: what a class has
-    in common would else make the clusters. Numbered by size, the largest first: (N,) int64.
+    """(N,) int64, the cluster of each image, numbered by size with the largest first: the best of ten k-means++ starts.
+
+    The mean of its class is subtracted from each feature, because clusters would else be the classes.
 
     Raises:
         UserError: fewer images than clusters.

@@ -1,11 +1,11 @@
-"""The frozen part's output of a classifier for a whole dataset, from the feature store."""
+"""The output of a classifier's frozen part for every image of a dataset, from a feature store."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from disam_peft.adapters.base import Autocast
 from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.common.device import to_device
 from disam_peft.config.data import AugmentConfig, FeatureConfig
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.stores.features import FeatureKey, FeatureStore, data_identity, open_or_build
@@ -31,7 +32,7 @@ def training_store(
     autocast: Autocast = nullcontext,
     workers: int | Literal["auto"] = "auto",
 ) -> FeatureStore:
-    """The store that training reads: view v is the image as ``TrainTransform`` makes it in epoch v.
+    """The store that training reads. View v of an image is what ``TrainTransform`` makes of it in epoch v.
 
     Raises:
         UserError: augmentation without a number of views; not enough room on the disk.
@@ -47,7 +48,7 @@ def training_store(
         "augment": augment.model_dump(mode="json"),
         "seed": None if transform.deterministic else seed,
     }
-    return _store(classifier, dataset, transform, name, views, config, autocast, workers)
+    return _store(classifier, dataset, _Views(transform, name, views), config, autocast, workers)
 
 
 def evaluation_store(
@@ -58,13 +59,14 @@ def evaluation_store(
     autocast: Autocast = nullcontext,
     workers: int | Literal["auto"] = "auto",
 ) -> FeatureStore:
-    """The store that evaluation reads: one view, as the model's own transform makes it."""
-    transform = _OwnTransform(classifier.backbone.image_transform)
-    return _store(classifier, dataset, transform, {"own": classifier.backbone.family}, 1, config, autocast, workers)
+    """The store that evaluation reads. It has one view of each image, made by the model's own transform."""
+    own = _OwnTransform(classifier.backbone.image_transform)
+    views = _Views(own, {"own": classifier.backbone.family}, 1)
+    return _store(classifier, dataset, views, config, autocast, workers)
 
 
 class _OwnTransform:
-    """The model's own transform with the signature of a training transform."""
+    """The model's own transform, called as a training transform is. A class, so that it can be sent to a worker."""
 
     def __init__(self, transform: Callable[[Image], Tensor]) -> None:
         self._transform = transform
@@ -73,12 +75,21 @@ class _OwnTransform:
         return self._transform(image)
 
 
+@dataclass(frozen=True)
+class _Views:
+    """How many views of each image are stored, and how they are made."""
+
+    transform: Callable[[Image, int, int], Tensor]
+    """Image, index and view to pixels."""
+    name: dict[str, object]
+    """Identifies the transform in the key."""
+    count: int
+
+
 def _store(
     classifier: ClipClassifier,
     dataset: DomainDataset,
-    transform: Callable[[Image, int, int], Tensor],
-    transform_name: dict[str, object],
-    views: int,
+    views: _Views,
     config: FeatureConfig,
     autocast: Autocast,
     workers: int | Literal["auto"],
@@ -87,7 +98,7 @@ def _store(
 
     def encode(pixels_BCHW: Tensor) -> Tensor:
         with autocast():
-            return classifier.encode_frozen(pixels_BCHW.to(like.device, non_blocking=True).to(like.dtype))
+            return classifier.encode_frozen(to_device(pixels_BCHW, like.device).to(like.dtype))
 
     with autocast():
         active = torch.is_autocast_enabled(like.device.type)
@@ -96,20 +107,13 @@ def _store(
         backbone=classifier.backbone.base_hash,
         split=classifier.image_split,
         precision=precision,
-        transform=json.dumps({**transform_name, **asdict(classifier.backbone.preprocessing)}, sort_keys=True),
+        transform=json.dumps({**views.name, **asdict(classifier.backbone.preprocessing)}, sort_keys=True),
         data=data_identity(dataset),
-        views=views,
+        views=views.count,
     )
     was_training = classifier.training
-    classifier.eval()  # the frozen part is the same in both modes; its norms keep their statistics
+    classifier.eval()  # the frozen part gives the same in both modes, and its norms keep their statistics
     try:
-        return open_or_build(
-            key,
-            dataset,
-            transform,
-            encode,
-            folder=config.folder,
-            workers=workers,
-        )
+        return open_or_build(key, dataset, views.transform, encode, folder=config.folder, workers=workers)
     finally:
         classifier.train(was_training)

@@ -1,4 +1,4 @@
-"""How a model wants its images, as data."""
+"""The size and normalisation of the images that a model expects."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What the checkpoint was trained to see; training augmentation ends in the same size and normalisation."""
+    """How the images of the checkpoint's own training were made; augmented images end in the same form."""
 
     size: tuple[int, int]
     """Height and width in pixels."""

@@ -1,4 +1,4 @@
-"""Randomness made from a key, so that a choice depends on what it is for and not on what was drawn before it."""
+"""Random numbers that are computed from a key, so that they do not depend on what was drawn before them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def keyed_seed(*parts: int | str) -> int:
 
 
 def keyed_uniforms(count: int, *parts: int | str) -> np.ndarray:
-    """(count,) float64, uniform on [0, 1), from the key alone: no generator has to be set up for a few numbers."""
+    """(count,) float64, uniform on [0, 1), from the key alone. For a few numbers this is quicker than a generator."""
     import numpy as np
 
     stream = hashlib.shake_128("/".join(map(str, parts)).encode()).digest(8 * count)

@@ -1,4 +1,4 @@
-"""Processes that live for many tasks: starting one costs seconds of imports, so it is done once per process."""
+"""Worker processes that live for many tasks. Starting a process costs seconds of imports, so each is started once."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ GRACE_SECONDS = 5
 
 @dataclass(frozen=True)
 class Finished(Generic[Result]):
-    """What the function gave for a task."""
+    """A task's result."""
 
     value: Result
 
 
 @dataclass(frozen=True)
 class Died:
-    """The process ended under a task, for example for want of memory."""
+    """The process ended while it worked on a task, for example because there was not enough memory."""
 
     exit_code: int | None
 
@@ -36,46 +36,47 @@ class Died:
 def spread(
     groups: Sequence[Sequence[Task]], function: Callable[[Task], Result], jobs: int
 ) -> Iterator[tuple[Task, Finished[Result] | Died]]:
-    """``function`` of every task, in ``jobs`` processes; in the order of finishing.
+    """``function`` of every task, computed by ``jobs`` processes, in the order in which the tasks are finished.
 
-    A process works through one group after the other, so tasks that share something expensive belong in one group. A
-    process that dies takes no other task with it: a new one takes over. Leaving the iterator early ends them all.
+    A process works through one group after the other, so tasks that share something expensive belong in one group. When
+    a process dies, one task is lost with it, and a new process takes over the rest of its group. When the iterator is
+    left early, all processes are ended.
 
     Args:
-        function: sent to each process once; what it keeps in itself lives as long as the process.
+        function: sent to each process once. What it keeps in its attributes lives as long as the process.
     """
     waiting = [list(group) for group in groups]
-    crews: dict[Connection, _Crew[Task, Result]] = {}
+    busy: dict[Connection, _Worker[Task, Result]] = {}
     try:
         for _ in range(jobs):
-            _employ(_Crew(function, jobs), waiting, crews)
-        while crews:
-            for ready in wait(list(crews)):
+            _give_next_task(_Worker(function, jobs), waiting, busy)
+        while busy:
+            for ready in wait(list(busy)):
                 assert isinstance(ready, Connection)
-                crew = crews.pop(ready)
-                task = crew.task
+                worker = busy.pop(ready)
+                task = worker.task
                 try:
                     result: Finished[Result] | Died = Finished(ready.recv())
                 except (EOFError, ConnectionResetError):
-                    crew.process.join()
-                    result = Died(crew.process.exitcode)
-                    crew = _Crew(function, jobs, crew.group) if crew.group or waiting else crew
-                _employ(crew, waiting, crews)
+                    worker.process.join()
+                    result = Died(worker.process.exitcode)
+                    worker = _Worker(function, jobs, worker.group) if worker.group or waiting else worker
+                _give_next_task(worker, waiting, busy)
                 yield task, result
     finally:
-        for crew in crews.values():
-            crew.end()
+        for worker in busy.values():
+            worker.end()
 
 
-class _Crew(Generic[Task, Result]):
-    """A process, the way to it, and what is left of its group."""
+class _Worker(Generic[Task, Result]):
+    """A process, the connection to it, its present task and the rest of its group."""
 
     def __init__(self, function: Callable[[Task], Result], jobs: int, group: list[Task] | None = None) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would inherit locks and threads of torch
-        self.way, theirs = context.Pipe()
+        self.connection, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(target=_serve, args=(theirs, function, jobs), daemon=False)
         self.process.start()
-        theirs.close()  # so that the end of the process is the end of the pipe
+        theirs.close()  # so that the end of the process is the end of the connection
         self.group = group if group is not None else []
         self.task: Any = None
 
@@ -87,28 +88,30 @@ class _Crew(Generic[Task, Result]):
             self.process.join()
 
 
-def _employ(crew: _Crew[Task, Result], waiting: list[list[Task]], crews: dict[Connection, _Crew[Task, Result]]) -> None:
-    """The next task of its group, or of the next group; without work the process ends by itself."""
-    if not crew.group and waiting:
-        crew.group = waiting.pop(0)
-    if not crew.group:
-        crew.way.close()
+def _give_next_task(
+    worker: _Worker[Task, Result], waiting: list[list[Task]], busy: dict[Connection, _Worker[Task, Result]]
+) -> None:
+    """Send the next task of the worker's group, or of the next group. A worker without a task ends by itself."""
+    if not worker.group and waiting:
+        worker.group = waiting.pop(0)
+    if not worker.group:
+        worker.connection.close()
         return
-    crew.task = crew.group.pop(0)
-    crews[crew.way] = crew
-    with suppress(OSError):  # it died while starting: the end of its pipe says so
-        crew.way.send(crew.task)
+    worker.task = worker.group.pop(0)
+    busy[worker.connection] = worker
+    with suppress(OSError):  # it died while it started: the end of its connection says so
+        worker.connection.send(worker.task)
 
 
-def _serve(way: Connection, function: Callable[[Any], Any], jobs: int) -> None:
-    """A process's life: take a task, send its result, until the other end is closed."""
-    # Ctrl-C reaches the whole group of processes; the first one decides, and ends this one
+def _serve(connection: Connection, function: Callable[[Any], Any], jobs: int) -> None:
+    """What a worker process does: receive a task, send its result, until the other end of the connection is closed."""
+    # Ctrl-C reaches the whole group of processes. The first process decides what follows, and ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     progress.silence()
-    os.environ["LOCAL_WORLD_SIZE"] = str(jobs)  # whoever counts cores, as loaders of images do, takes this share
+    os.environ["LOCAL_WORLD_SIZE"] = str(jobs)  # loaders of images count cores; each process takes its share of them
     while True:
         try:
-            task = way.recv()
+            task = connection.recv()
         except EOFError:
             return
-        way.send(function(task))
+        connection.send(function(task))
