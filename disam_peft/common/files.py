@@ -27,8 +27,9 @@ def write_atomically(path: Path, content: bytes | str, *, durable: bool = False)
         OSError: the file cannot be written. The old file is then untouched, and no draft is left behind.
     """
     data = content.encode() if isinstance(content, str) else content
-    # A name of its own for every attempt: other processes, on other machines too, may write the same file now.
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}{DRAFT_SUFFIX}")
+    # A name of its own for every attempt: other processes, on other machines too, may write the same file now. It is
+    # cut, because a name of the greatest length that is allowed has no room for more.
+    draft = path.with_name(f".{path.name[:60]}.{secrets.token_hex(4)}{DRAFT_SUFFIX}")
     try:
         if durable:
             write_through(draft, data)

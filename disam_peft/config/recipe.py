@@ -85,8 +85,13 @@ def checked(values: Mapping[str, Any], mistakes: list[str]) -> Recipe | None:
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe as YAML that ``load_recipe`` reads back."""
+    path.write_text(as_yaml(recipe), encoding="utf-8")
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as the text of a file that ``load_recipe`` reads back."""
     header = "# The resolved recipe of this run. A setting that is not listed has its default, or no value.\n"
-    path.write_text(header + yaml.safe_dump(as_dict(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return header + yaml.safe_dump(as_dict(recipe), sort_keys=False, allow_unicode=True)
 
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:

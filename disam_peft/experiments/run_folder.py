@@ -10,8 +10,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from disam_peft.common.files import is_draft, write_atomically
 from disam_peft.common.records import RESULTS
-from disam_peft.config.recipe import Recipe, differences, load_recipe, save_recipe
+from disam_peft.config.recipe import Recipe, as_yaml, differences, load_recipe
 from disam_peft.errors import Notice, UserError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def plan(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Pl
     if overwrite and resume:
         raise UserError("--overwrite starts again and --resume goes on; choose one of them")
     folder = recipe.folder(recipe.protocol.held_out)
-    if not folder.exists() or not any(not _is_draft(path) for path in folder.iterdir()):
+    if not folder.exists() or not any(not is_draft(path) for path in folder.iterdir()):
         if resume:
             warnings.warn(f"nothing to go on with in {folder}; it is started", Notice, stacklevel=2)
         return "start"
@@ -120,11 +121,9 @@ def prepare(recipe: Recipe, *, anew: bool) -> None:
     for path in folder.iterdir():
         if path.is_dir() and path.name.startswith(".adapter."):
             shutil.rmtree(path)  # of a kill while the adapter was saved
-        elif _is_draft(path):
+        elif is_draft(path):
             path.unlink()
-    draft = folder / f".{RECIPE}.{os.getpid()}.tmp"
-    save_recipe(recipe, draft)
-    os.replace(draft, folder / RECIPE)
+    write_atomically(folder / RECIPE, as_yaml(recipe))
 
 
 def clear(folder: Path) -> None:
@@ -146,8 +145,3 @@ def content_by_cell(dataset: DomainDataset) -> dict[str, str]:
 
 def _digest(parts: list[str] | tuple[str, ...]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-def _is_draft(path: Path) -> bool:
-    """Ours, left behind by a kill."""
-    return path.name.startswith(".") and path.name.endswith(".tmp")

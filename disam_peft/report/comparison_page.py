@@ -9,6 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from disam_peft.common.files import write_atomically
 from disam_peft.report.comparison import (
     Comparison,
     TextTable,
@@ -62,8 +63,8 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
         folder: where the comparison's runs are, too.
     """
     tables = _tables(comparison)
-    (folder / "comparison.md").write_text(_markdown(comparison, tables), encoding="utf-8")
-    (folder / "comparison.tex").write_text("\n\n".join(t.latex() for t in tables) + "\n", encoding="utf-8")
+    write_atomically(folder / "comparison.md", _markdown(comparison, tables))
+    write_atomically(folder / "comparison.tex", "\n\n".join(t.latex() for t in tables) + "\n")
     loader = PackageLoader("disam_peft.report", "templates")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     page = environment.get_template("comparison.html.j2").render(
@@ -76,7 +77,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
         conditions=[(name, _settings(given)) for name, given in comparison.conditions.items() if name],
         tables=tables,
     )
-    (folder / "comparison.html").write_text(page, encoding="utf-8")
+    write_atomically(folder / "comparison.html", page)
 
 
 def _section(comparison: Comparison, metric: str) -> _Section:

@@ -16,6 +16,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from disam_peft.common.files import write_atomically
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 METHOD_COLOURS = {"zero-shot": "#999999", "ERM": "#0072B2", "SAM": "#E69F00", "DISAM": "#D55E00"}
 INK = "#1c2330"
@@ -57,8 +59,8 @@ class Drawing:
 
     def save(self, folder: Path) -> None:
         """Write ``name.svg`` and ``name.png``."""
-        (folder / f"{self.name}.svg").write_text(self.wide, encoding="utf-8")
-        (folder / f"{self.name}.png").write_bytes(self.png)
+        write_atomically(folder / f"{self.name}.svg", self.wide)
+        write_atomically(folder / f"{self.name}.png", self.png)
 
 
 def draw(name: str, alt: str, plot: Callable[[float], Figure]) -> Drawing:

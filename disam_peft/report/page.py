@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from disam_peft.common.files import write_atomically
 from disam_peft.report.drawing import draw
 from disam_peft.report.figures import accuracy_bars
 from disam_peft.report.groups import group_runs
@@ -67,12 +68,12 @@ def build_report(
         groups=groups,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page, encoding="utf-8")
+    write_atomically(output, page)
     folder = figures if figures is not None else output.with_name(f"{output.stem}_figures")
     folder.mkdir(parents=True, exist_ok=True)
     for drawing in [*bars, *(drawing for group in groups for drawing in group.drawings)]:
         drawing.save(folder)
     every = [*tables, *(group.sharpness for group in groups if group.sharpness is not None)]
-    (folder / "tables.md").write_text("\n\n".join(table.markdown() for table in every) + "\n", encoding="utf-8")
+    write_atomically(folder / "tables.md", "\n\n".join(table.markdown() for table in every) + "\n")
     named = [f"% {' '.join(table.title.split())}\n{table.latex()}" for table in every]
-    (folder / "tables.tex").write_text("\n\n".join(named) + "\n", encoding="utf-8")
+    write_atomically(folder / "tables.tex", "\n\n".join(named) + "\n")

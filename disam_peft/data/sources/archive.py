@@ -27,7 +27,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from disam_peft.common.files import cache_folder
+from disam_peft.common.files import cache_folder, write_atomically
 from disam_peft.common.locks import one_at_a_time
 from disam_peft.common.progress import track
 from disam_peft.config.data import is_archive
@@ -81,7 +81,7 @@ def unpacked(archive: Path, *, max_gb: float, max_files: int, folder: Path | Non
                 if not place.is_dir():
                     _build(archive, place, int(max_gb * 1e9), max_files)
                 memory.parent.mkdir(exist_ok=True)
-                memory.write_text(digest, encoding="ascii")
+                write_atomically(memory, digest)
     except OSError as error:
         raise UserError(
             f"data.root={archive} cannot be unpacked into {folder} ({error.strerror or error}); make room, or set "

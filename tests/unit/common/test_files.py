@@ -21,6 +21,13 @@ def test_text_and_bytes_replace_what_was_there(tmp_path: Path):
     assert os.listdir(tmp_path) == ["a.json"]
 
 
+def test_the_longest_name_that_a_file_system_allows(tmp_path: Path):
+    for name in ("a" * 255, "é" * 127, "😀" * 63):
+        write_atomically(tmp_path / name, name)
+        assert (tmp_path / name).read_text(encoding="utf-8") == name
+    assert len(os.listdir(tmp_path)) == 3
+
+
 def test_others_may_read_it_as_any_other_file(tmp_path: Path):
     """A temporary file of the system is private to its owner; a record of results must not be."""
     (tmp_path / "plain").write_text("")
