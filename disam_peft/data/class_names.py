@@ -13,8 +13,8 @@ from disam_peft.common.strict_json import parse_json
 from disam_peft.config.yaml import parse_yaml
 from disam_peft.errors import UserError, did_you_mean
 
-# A number in front counts as numbering where a dot follows, or where it is padded or long: `001.ak47`, `02_dog`,
-# `257-cat`; the 18 of `18_wheeler` belongs to the name. A letter must follow.
+# A number in front is a numbering if a dot follows it, or if it is padded with zeros or has three digits: `001.ak47`,
+# `02_dog`, `257-cat`. The 18 of `18_wheeler` belongs to the name. A letter must follow.
 _NUMBERING = re.compile(r"^(?:\d+\.|0\d+[_\- ]|\d{3,}[_\- ])[_\-. ]*(?=.*[^\W\d_])")
 _SEPARATORS = re.compile(r"[_\-]+|(?<!\d)\.|\.(?!\d)")
 # Two small letters before the capital, so that iPod and McDonald stay whole.

@@ -20,9 +20,9 @@ from disam_peft.errors import UserError
 
 
 def load(config: DataConfig) -> DomainDataset:
-    """The dataset of ``config``: classes and domains sorted, samples in a fixed order, checked if ``verify`` says so.
+    """The dataset of ``config``: classes and domains are sorted, samples are in a fixed order, and checked if ``verify``.
 
-    To look at data as they are (the census of ``check-data``), load with ``verify`` off and ``classes`` "union".
+    To look at data as they are, as ``check-data`` does, load with ``verify`` off and ``classes`` "union".
 
     Raises:
         UserError: a source that is missing or laid out otherwise; a domain that is not there; classes that differ
@@ -60,7 +60,7 @@ def assemble(samples: Samples, config: DataConfig) -> DomainDataset:
             stacklevel=3,
         )
     kept = [i for i in range(len(labels)) if labels[i] in class_id and domain_names[i] in domain_id]
-    # Sorted by content of the source, not by the order in which a disk or a table lists it.
+    # Sorted by names, not by the order in which a disk or a table lists the samples.
     kept.sort(key=lambda i: (domain_id[domain_names[i]], class_id[labels[i]], samples.keys[i]))
     return DomainDataset(
         images=samples.images,

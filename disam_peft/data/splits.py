@@ -1,4 +1,4 @@
-"""Who may see which sample: the held-out domain, the validation part of the sources, and the search for leaks."""
+"""Which samples train, validate and test: the held-out domain, the validation part of the sources, and leaks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FEW_VALIDATION_SAMPLES = 5
 
 
 def leave_out(dataset: DomainDataset, held_out: str) -> tuple[DomainDataset, DomainDataset]:
-    """``(sources, target)``: every domain but ``held_out``, and ``held_out`` alone. Numbering stays as it was.
+    """``(sources, target)``: every domain but ``held_out``, and ``held_out``. Classes and domains keep their numbers.
 
     Raises:
         UserError: fewer than two domains; no such domain, or one without samples (names the close ones).
@@ -31,8 +31,10 @@ def leave_out(dataset: DomainDataset, held_out: str) -> tuple[DomainDataset, Dom
 
 
 def split_train_validation(sources: DomainDataset, fraction: float, seed: int) -> tuple[DomainDataset, DomainDataset]:
-    """``(train, validation)``: in each domain the first ``round(fraction * n)`` samples, at least one, by the order
-    of ``sha256(seed/key)`` validate. A file that comes or goes moves at most one other across the border.
+    """``(train, validation)``: a share of each domain validates.
+
+    The samples of a domain are ordered by ``sha256(seed/key)``, and the first ``round(fraction * n)`` of the n samples,
+    at least one, validate. So a file that is added or removed moves at most one other file to the other part.
 
     Args:
         fraction: share of each domain that validates, between 0 and 1.
@@ -70,7 +72,7 @@ def _rank(key: str, seed: int) -> tuple[bytes, str]:
 
 
 def check_no_leak(sources: DomainDataset, target: DomainDataset) -> None:
-    """Pass if the target is unseen: no domain and no image file, compared by content, is on both sides.
+    """Pass if no domain and no image file, compared by content, is both in the sources and in the target.
 
     Raises:
         UserError: a leak; lists the files.
@@ -94,7 +96,7 @@ def check_no_leak(sources: DomainDataset, target: DomainDataset) -> None:
 
 def _same_content(sources: DomainDataset, target: DomainDataset) -> list[tuple[int, int]]:
     source_sizes, target_sizes = sources.sizes_and_times[0], target.sizes_and_times[0]
-    # Only files of equal size can be equal, so most need not be read.
+    # Only files of equal size can have equal content, so most files need not be read.
     by_hash: dict[str, list[int]] = defaultdict(list)
     for i in np.flatnonzero(np.isin(source_sizes, target_sizes)):
         by_hash[sources.content_hash(int(i))].append(int(i))

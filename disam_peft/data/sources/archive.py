@@ -1,4 +1,4 @@
-"""Archives as data: ROOT/<domain>/<class>/* in a .zip or .tar, unpacked once into the package's cache folder.
+"""Archives of ROOT/<domain>/<class>/* as .zip or .tar, which are unpacked once into the package's cache folder.
 
 | what                        | rule                                                                                 |
 |-----------------------------|--------------------------------------------------------------------------------------|
@@ -37,7 +37,7 @@ from disam_peft.data.sources.samples import MAX_FILE_BYTES, Samples
 from disam_peft.errors import UserError
 
 MAX_NAME, MAX_PART, MAX_DEPTH = 1024, 255, 32
-"""Bytes of a whole name and of one part of it (what file systems allow), and parts."""
+"""Limits of a name in the archive: its bytes, the bytes of one part of it (what file systems allow), its parts."""
 
 _DRIVE = re.compile(r"[A-Za-z]:")
 
@@ -58,12 +58,13 @@ def read_root(root: Path, domains: Sequence[str] | None, max_gb: float, max_file
 
 
 def unpacked(archive: Path, *, max_gb: float, max_files: int, folder: Path | None = None) -> Path:
-    """The folder of domains in ``archive``; unpacked first if it was not yet.
+    """The folder of domains in ``archive``, which is unpacked first if it was not yet.
 
-    Processes that want an archive at the same time wait for the one that unpacks.
+    Of several processes that need the archive at the same time, one unpacks it and the others wait.
 
     Args:
-        max_gb: 10^9 bytes, unpacked.
+        max_gb: the largest size of all unpacked files, in 10^9 bytes.
+        max_files: the largest number of members.
         folder: of all unpacked archives; the default is ``archives`` in the package's cache.
 
     Raises:
@@ -72,16 +73,16 @@ def unpacked(archive: Path, *, max_gb: float, max_files: int, folder: Path | Non
     """
     folder = folder or cache_folder() / "archives"
     try:
-        memory = _remembered(archive, folder)
-        digest = _digest(archive, memory)
+        digest_file = _digest_file(archive, folder)
+        digest = _digest(archive, digest_file)
         place = folder / digest
         if not place.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
             with one_at_a_time(folder / ".lock"):
                 if not place.is_dir():
                     _build(archive, place, int(max_gb * 1e9), max_files)
-                memory.parent.mkdir(exist_ok=True)
-                write_atomically(memory, digest)
+                digest_file.parent.mkdir(exist_ok=True)
+                write_atomically(digest_file, digest)
     except OSError as error:
         raise UserError(
             f"data.root={archive} cannot be unpacked into {folder} ({error.strerror or error}); make room, or set "
@@ -93,7 +94,7 @@ def unpacked(archive: Path, *, max_gb: float, max_files: int, folder: Path | Non
 def _build(archive: Path, place: Path, max_bytes: int, max_files: int) -> None:
     draft = place.with_suffix(".partial")
     if draft.exists():
-        shutil.rmtree(draft)  # of an attempt that was killed
+        shutil.rmtree(draft)  # left by an attempt that was killed
     try:
         draft.mkdir()
         _unpack(archive, draft, max_bytes, max_files)
@@ -122,7 +123,7 @@ def _unpack(archive: Path, target: Path, max_bytes: int, max_files: int) -> None
 def _write(archive: Path, member: Member, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     size = 0
-    with open(path, "xb") as file:  # never through something that is there; the archive's permissions are not taken
+    with open(path, "xb") as file:  # "x": never through a file or link that is there
         for chunk in guarded(member.read(), archive):
             size += len(chunk)
             if size > MAX_FILE_BYTES:
@@ -132,14 +133,14 @@ def _write(archive: Path, member: Member, path: Path) -> None:
 
 
 class _Names:
-    """Admits names that mean one place inside the target on every system, each once."""
+    """Accepts names of members. A name must mean the same place inside the target on every system, and come once."""
 
     def __init__(self, archive: Path) -> None:
         self._archive = archive
         self._seen: dict[str, tuple[str, bool]] = {}  # folded: (as spelled first, whether a folder)
 
     def admit(self, member: Member) -> tuple[str, ...]:
-        """The parts of the member's path below the target; none for the top itself.
+        """The parts of the member's path below the target; no parts for the top folder itself.
 
         Raises:
             UserError: see the module.
@@ -168,7 +169,7 @@ class _Names:
 
 
 def _fault(name: str, parts: tuple[str, ...]) -> str:
-    """Why a name cannot be used; empty where it can."""
+    """Why a name cannot be used; empty if it can."""
     if any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
         return "has a control character or undecodable bytes in its name"
     if "\\" in name:
@@ -183,7 +184,7 @@ def _fault(name: str, parts: tuple[str, ...]) -> str:
 
 
 def _fold(name: str) -> str:
-    """Equal for names that some file system takes for one."""
+    """A form that is equal for two names which some file system takes for the same name."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
@@ -191,12 +192,12 @@ def _require_layout(archive: Path, draft: Path) -> None:
     top = _domains(draft)
     try:
         read_folders(top)
-    except UserError as error:  # before anything is kept, and in terms of what the user named
+    except UserError as error:  # raised before anything is kept, with the path that the user gave
         raise UserError(str(error).replace(str(top), str(archive))) from error
 
 
 def _domains(place: Path) -> Path:
-    """``place``, or the one folder in it where that holds the domains: recognised by folders three levels below."""
+    """``place``, or the only folder in it if that holds the domains, which is recognised by the folders below it."""
     shown = [path for path in place.iterdir() if not path.name.startswith(".") and path.name != "__MACOSX"]
     if len(shown) == 1 and any(path.is_dir() for path in shown[0].glob("*/*")):
         return shown[0]
@@ -206,16 +207,16 @@ def _domains(place: Path) -> Path:
 # -- where it is kept ----------------------------------------------------------------------------------------
 
 
-def _remembered(archive: Path, folder: Path) -> Path:
-    """The file that remembers the archive's sha256, by its place, size and time of change."""
+def _digest_file(archive: Path, folder: Path) -> Path:
+    """The file that keeps the archive's sha256. Its name depends on the archive's path, size and time of change."""
     status = archive.stat()
     identity = repr((os.fsencode(archive.resolve()), status.st_size, status.st_mtime_ns))
     return folder / "seen" / hashlib.sha256(identity.encode()).hexdigest()
 
 
-def _digest(archive: Path, memory: Path) -> str:
-    with suppress(OSError, UnicodeDecodeError):  # hashing 100 GB anew for every run would take minutes
-        if re.fullmatch("[0-9a-f]{64}", digest := memory.read_text(encoding="ascii")):
+def _digest(archive: Path, digest_file: Path) -> str:
+    with suppress(OSError, UnicodeDecodeError):  # to hash 100 GB again for every run would take minutes
+        if re.fullmatch("[0-9a-f]{64}", digest := digest_file.read_text(encoding="ascii")):
             return digest
     with open(archive, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,7 @@
-"""The members of a zip or tar file as streams of bytes. The formats are the standard library's business.
+"""The members of a zip or tar file as streams of bytes.
 
-What that library leaves open is closed here: how much is decompressed, how much memory a header may ask for, what a
-damaged end looks like, and which kinds of members there may be.
+The standard library reads the formats. This module adds what it does not check: how much is decompressed, how much
+memory a header may ask for, whether the end is damaged, and which kinds of members there are.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Item = TypeVar("Item")
 
 CHUNK = 2**20
 MAX_RATIO = 100
-"""Unpacked bytes per packed byte; pictures hardly shrink at all."""
+"""Largest number of unpacked bytes for each packed byte; images hardly shrink at all."""
 FREE_BYTES = 64 * 2**20
-"""Below this, no ratio is suspicious."""
+"""As many unpacked bytes are allowed whatever the ratio is."""
 MAX_HEADER = 2**20  # tarfile reads long names and extended headers at once, of whatever size they claim
 MAX_DICTIONARY = 2**28  # of xz; its strongest preset needs a quarter of it
 
@@ -35,7 +35,7 @@ class Refused(UserError):
 
 
 def refuse(archive: Path, reason: str, member: str | None = None, action: str = "") -> Refused:
-    """The error to raise: value, cause, action."""
+    """The error to raise, with the archive, the member, the reason and what the user can do."""
     what = "" if member is None else f" member {member[:200]!r}"
     action = action or "pack it again without that, or unpack it yourself if you trust it and give the folder"
     return Refused(f"data.root={archive}:{what} {reason}; nothing was kept of it. To use it, {action}")
@@ -43,16 +43,16 @@ def refuse(archive: Path, reason: str, member: str | None = None, action: str = 
 
 @dataclass(frozen=True)
 class Member:
-    """One entry, its name as the archive spells it."""
+    """One entry of an archive, with its name as it stands there."""
 
     name: str
     is_folder: bool
     read: Callable[[], Iterator[bytes]]
-    """The content, in chunks; folders have none."""
+    """Gives the content in chunks. Folders have none."""
 
 
 class Budget:
-    """Counts what is decompressed, because headers may lie about it."""
+    """Counts the bytes that are decompressed, because headers may give wrong sizes."""
 
     def __init__(self, archive: Path, max_bytes: int) -> None:
         self._archive, self._max_bytes, self._packed = archive, max_bytes, archive.stat().st_size
@@ -85,7 +85,7 @@ def members(archive: Path, file: IO[bytes], budget: Budget, max_files: int) -> I
 
 
 def guarded(items: Iterator[Item], archive: Path) -> Iterator[Item]:
-    """``items``, where whatever a damaged archive leads the standard library to raise becomes ``Refused``."""
+    """``items``; any error that the standard library raises for a damaged archive becomes ``Refused``."""
     while True:
         try:
             item = next(items)
@@ -177,7 +177,7 @@ def _of_tar(archive: Path, file: IO[bytes], budget: Budget, max_files: int) -> I
 
 
 def _tar_chunks(archive: Path, content: tarfile.TarFile, entry: tarfile.TarInfo) -> Iterator[bytes]:
-    if hasattr(tarfile, "data_filter"):  # from Python 3.11.4: a second fence, of other hands
+    if hasattr(tarfile, "data_filter"):  # from Python 3.11.4: a second, independent check
         try:
             tarfile.data_filter(entry, "/nowhere")
         except tarfile.FilterError as error:
@@ -201,7 +201,7 @@ def _check_tar_entry(archive: Path, entry: tarfile.TarInfo) -> None:
 
 
 class _Stream:
-    """What tarfile reads from: forward only, counted, and no more at once than a header needs."""
+    """The file that tarfile reads from: forward only, every byte counted, and no more at once than a header needs."""
 
     def __init__(self, archive: Path, source: _Source, budget: Budget) -> None:
         self._archive, self._source, self._budget = archive, source, budget
@@ -241,7 +241,7 @@ def _decompressed(archive: Path, file: IO[bytes]) -> _Source:
 
 
 class _Xz:
-    """``lzma.open`` knows no limit of memory, and a header may ask for a dictionary of 4 GB."""
+    """Reads xz with a limit of memory. ``lzma.open`` has none, and a header may ask for a dictionary of 4 GB."""
 
     def __init__(self, archive: Path, file: IO[bytes]) -> None:
         self._archive, self._file = archive, file

@@ -19,7 +19,7 @@ LAYOUT = "root/<domain>/<class>/*.jpg"
 def read_folders(root: Path, domains: Sequence[str] | None = None) -> Samples:
     """Every image of the tree, or of these ``domains`` only.
 
-    Hidden files, files of other kinds and files outside a class folder are passed over and counted.
+    Hidden files, files of other kinds and files outside of a class folder are left out and counted.
 
     Raises:
         UserError: no such folder, another layout, or a link that leads out of ``root``.
@@ -72,7 +72,7 @@ def _require_folder(root: Path) -> None:
 
 
 class _TreeReader:
-    """Lists a tree level by level, sorted, counting what it passes over."""
+    """Lists a tree level by level in sorted order, and counts the files that are no samples."""
 
     def __init__(self, root: Path) -> None:
         self.ignored: Counter[str] = Counter()
@@ -81,7 +81,7 @@ class _TreeReader:
         self._loose = ""  # the first image found where only folders were expected
 
     def folders(self, path: str) -> list[os.DirEntry[str]]:
-        """The sub-folders, sorted; files here are counted as ignored."""
+        """The folders in a folder, sorted. Files that are there are counted as ignored."""
         kept = []
         for entry in self._entries(path):
             if entry.is_dir():
@@ -105,7 +105,7 @@ class _TreeReader:
                 )
             if not _is_image(entry.name):
                 self.ignored[_kind(entry.name)] += 1
-            elif entry.is_file() or not os.path.exists(entry.path):  # a dangling link is the data check's to report
+            elif entry.is_file() or not os.path.exists(entry.path):  # the data check reports a broken link
                 kept.append(entry.path)
             else:
                 self.ignored["not a regular file"] += 1

@@ -1,4 +1,4 @@
-"""What every reader of a source hands over: an Arrow table of images and, beside it, one name per sample."""
+"""What every reader of a source returns: an Arrow table of images, and the class, domain and key of each sample."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 MAX_FILE_BYTES = 2**30
-"""Of one image file, which is read as a whole; the largest that decoding accepts by default fits uncompressed."""
+"""Largest image file, which is read as a whole. The largest image that is accepted by default fits uncompressed."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples as found, unsorted; row i of ``images`` has ``labels[i]``, ``domains[i]`` and ``keys[i]``."""
+    """Samples in the order of their source; row i of ``images`` has ``labels[i]``, ``domains[i]`` and ``keys[i]``."""
 
     images: Dataset
-    """One column ``image`` of {bytes, path}, not decoded."""
+    """An Arrow table with the one column ``image`` of {bytes, path}, not decoded."""
     labels: Sequence[str]
     domains: Sequence[str]
     keys: Sequence[str]
     origin: str
+    """What messages call the source."""
     base: Path | None = None
+    """The folder that relative paths start from."""
     ignored: Mapping[str, int] = field(default_factory=dict)
+    """Kind of file -> number of files that are no samples."""
 
 
 class Fence:
@@ -40,15 +43,15 @@ class Fence:
         self._name = " or ".join(map(str, roots))
 
     def require(self, path: str, what: str) -> None:
-        """Pass if ``path``, every link followed, lies inside.
+        """Pass if ``path`` lies inside when every link is followed.
 
         Raises:
-            UserError: it does not; ``what`` begins the message.
+            UserError: it lies outside. ``what`` is the beginning of the message.
         """
         parent, name = os.path.split(path)
         if name in ("", ".", "..") or os.path.islink(path):
             real = os.path.realpath(path)
-        else:  # tables name many files of few folders
+        else:  # tables list many files in few folders, whose real paths are kept
             if parent not in self._parents:
                 self._parents[parent] = os.path.realpath(parent)
             real = os.path.join(self._parents[parent], name)
@@ -63,7 +66,7 @@ def require_domains(wanted: Iterable[str], known: Iterable[str], origin: str) ->
     """Refuse a name of ``data.domains`` that is not among ``known``.
 
     Raises:
-        UserError: names the close ones.
+        UserError: there is such a name; names the close ones.
     """
     known = sorted(known)
     for name in wanted:

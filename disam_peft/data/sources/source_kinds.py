@@ -13,7 +13,7 @@ from disam_peft.config.data import DataConfig
 from disam_peft.data.sources.archive import read_root
 from disam_peft.data.sources.columns import Columns
 from disam_peft.data.sources.huggingface import read_hub
-from disam_peft.data.sources.json_lines import read_json_lines
+from disam_peft.data.sources.jsonl import read_json_lines
 from disam_peft.data.sources.samples import Samples
 from disam_peft.data.sources.shapes.source import read_shapes
 from disam_peft.data.sources.table import read_table

@@ -1,4 +1,4 @@
-"""Bytes of an image file to an RGB picture: one defined conversion for every kind of file, or a named error.
+"""From the bytes of an image file to an RGB picture. Every kind of file has one defined conversion or a named error.
 
 | file                       | becomes                                                                |
 |----------------------------|------------------------------------------------------------------------|
@@ -23,9 +23,9 @@ from PIL import Image
 from disam_peft.errors import UserError
 
 MAX_PIXELS: Final = 100_000_000
-# A short list, because Pillow's other readers include some that start a program (EPS runs Ghostscript).
+# A short list, because some of Pillow's other readers start a program (EPS runs Ghostscript).
 FORMATS: Final = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
-# A progressive JPEG is passed over once per scan, of a few bytes each; encoders write ten, libtiff allows as many.
+# A progressive JPEG is decoded once per scan, and a scan may have a few bytes; encoders write about ten scans.
 MAX_SCANS: Final = 100
 EXTENSIONS: Final = frozenset({".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 
@@ -44,7 +44,7 @@ _UPRIGHT: Final = {
 class BadImage(UserError):
     """An image that cannot be used. ``source`` says which file or row it is, ``reason`` why."""
 
-    # One argument only: exceptions that cross a process border are rebuilt from their arguments.
+    # One argument only, because an exception that is sent to another process is built again from its arguments.
     source: str = ""
     reason: str = ""
 

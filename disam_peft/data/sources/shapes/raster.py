@@ -1,4 +1,4 @@
-"""Drawing in whole numbers: what these functions return is the same on every machine, to the last bit.
+"""Drawing with whole numbers, so that the results are the same on every machine, to the last bit.
 
 Coordinates count in 1/256 of a pixel, opacities and colours from 0 to 256 (colours reach 255 on output). Letters:
 H, W rows and columns of the picture (both SIZE), N points.
@@ -26,9 +26,9 @@ _COSINES: Final = tuple(round(_ONE * math.cos(math.radians(degree))) for degree 
 
 
 class Draws:
-    """Random whole numbers that belong to a key: (seed, split, ...) gives the same ones everywhere.
+    """Random whole numbers from a key: the same (seed, split, ...) gives the same numbers everywhere.
 
-    Only the raw output of the Philox counter is used, which numpy keeps from version to version; its
+    Only the raw output of the Philox generator is used, which NumPy does not change from version to version. Its
     distributions may change.
     """
 

@@ -1,4 +1,4 @@
-"""One image of DomainShapes: what is in it is drawn first, then it is painted."""
+"""One image of DomainShapes. First its content is drawn at random, then the content is painted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SMALLEST, _LARGEST = 15 * UNIT, 27 * UNIT
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in an image; its texture and clutter come from ``key``."""
+    """The content of an image. Its texture and clutter are drawn from ``key``."""
 
     class_name: str
     hue: int
@@ -120,7 +120,7 @@ def _ground(look: Look, draws: Draws) -> np.ndarray:
 
 
 def _clutter(picture: np.ndarray, look: Look, count: int, draws: Draws) -> np.ndarray:
-    """Stray lines and pieces: as likely in the object's way as elsewhere."""
+    """Stray lines and pieces at random places, on the object as well as elsewhere."""
     for _ in range(count):
         is_line = draws.below(256) < look.clutter_thin
         centre = (draws.below(SIZE * UNIT), draws.below(SIZE * UNIT))

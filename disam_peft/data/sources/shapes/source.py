@@ -1,4 +1,4 @@
-"""DomainShapes as a source of samples like any other, and as a tree of files."""
+"""DomainShapes as a source of samples, and as a tree of image files."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _MILLION = 1_000_000
 
 @dataclass(frozen=True)
 class ShapeSample:
-    """One image to be painted, and what it is said to be."""
+    """One image that is to be painted, with its labels."""
 
     domain: str
     class_name: str
     index: int
     domain_label: str
-    """The domain that it is said to be of; its own, but for ``wrong_domains``."""
+    """The domain that it is labelled with: its own, except for the share ``wrong_domains``."""
     label: str
-    """The class that it is said to be of; its own, but for ``wrong_labels``."""
+    """The class that it is labelled with: its own, except for the share ``wrong_labels``."""
 
     @property
     def key(self) -> str:
-        """What the image truly is, so that a split does not depend on the faults."""
+        """Its true domain and class and its number, so that a split does not depend on wrong labels."""
         return f"{self.domain}/{self.class_name}/{self.index:05d}"
 
 
@@ -120,7 +120,7 @@ def _labelled(config: ShapesConfig, domain: str, class_name: str, index: int) ->
     domain_label, label = domain, class_name
     if domain != config.target:
         draws = Draws("faults", config.seed, config.split, domain, class_name, index)
-        # Drawn in any case, and compared: more noise then changes the same samples and some more.
+        # Drawn in any case and then compared, so that a larger share changes the same samples and some more.
         domain_chance, label_chance = draws.below(_MILLION), draws.below(_MILLION)
         other_domain = _other(DOMAINS, (domain, config.target), draws)
         other_label = _other(CLASSES, (class_name,), draws)
@@ -145,7 +145,7 @@ def _style(config: ShapesConfig, domain: str) -> Style:
 
 
 def object_hue(config: ShapesConfig, domain: str, class_name: str, index: int) -> int | None:
-    """The object's colour where colours are spurious; None leaves it to chance."""
+    """The object's colour where colours are spurious; None: a random colour."""
     if config.spurious_color == 0:
         return None
     draws = Draws("colour", config.seed, config.split, domain, class_name, index)

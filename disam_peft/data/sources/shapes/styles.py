@@ -1,4 +1,4 @@
-"""How the six domains look: a range for every knob of the one renderer, so that domains share their structure."""
+"""How the six domains look. One renderer paints them all; a style gives a range for each of its settings."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ STYLES: Final[dict[str, Style]] = {
 
 
 def blended(own: Style, other: Style, share: float) -> Style:
-    """Every range moved towards ``other``'s, all the way at share 1; at 0.5 two styles become one.
+    """``own`` with every range moved towards that of ``other``: fully at share 1. At 0.5, two styles become one.
 
     The share counts in steps of 1/256.
     """
@@ -130,5 +130,5 @@ def blended(own: Style, other: Style, share: float) -> Style:
 
 
 def draw_look(style: Style, draws: Draws) -> Look:
-    """A value for every knob, each anywhere in its range."""
+    """A random value from the range of every setting."""
     return Knobs(**{name: draws.between(*getattr(style, name)) for name in NAMES})

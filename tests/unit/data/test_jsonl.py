@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from disam_peft.config.data import SOURCE_SETTINGS, DataConfig
 from disam_peft.data.load import load
-from disam_peft.data.sources import json_lines
+from disam_peft.data.sources import jsonl
 from disam_peft.data.sources.source_kinds import SOURCES
 from disam_peft.errors import UserError
 
@@ -121,7 +121,7 @@ def test_a_bad_line_is_named_with_its_number(tree, line, message):
 
 
 def test_a_line_without_end_is_not_read_into_memory(tree, monkeypatch):
-    monkeypatch.setattr(json_lines, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 100)
     with pytest.raises(UserError, match=r"line 2 of .* is longer than 100 bytes"):
         load(DataConfig(json_lines=write(tree, [ALL[0], described(note="x" * 100)])))
 
