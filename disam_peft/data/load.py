@@ -20,7 +20,7 @@ from disam_peft.errors import UserError
 
 
 def load(config: DataConfig) -> DomainDataset:
-    """The dataset of ``config``: classes and domains are sorted, samples are in a fixed order, and checked if ``verify``.
+    """The dataset of ``config``: classes and domains sorted, samples in a fixed order, and checked if ``verify`` is on.
 
     To look at data as they are, as ``check-data`` does, load with ``verify`` off and ``classes`` "union".
 
