@@ -64,11 +64,13 @@ def sweep(
 ) -> None:
     """Try every combination for a linear probe in one run, judged on the source domains alone."""
     from disam_peft.config.recipe import load_recipe
+    from disam_peft.config.sweep import check_sweep
 
     checked = load_recipe(recipe, overrides or [])
     learning_rates = numbers("--learning-rate", learning_rate)
     rhos = numbers("--rho", rho)
     variance_weights = numbers("--variance-weight", variance_weight)
+    check_sweep(checked, learning_rates, rhos, variance_weights)
     from disam_peft.cli.output import print_sweep
     from disam_peft.experiments import sweep as sweeps
 

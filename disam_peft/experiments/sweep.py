@@ -20,6 +20,7 @@ from disam_peft.classification.frozen_features import evaluation_store, training
 from disam_peft.common.records import write_json
 from disam_peft.config.data import FeatureConfig
 from disam_peft.config.recipe import Recipe
+from disam_peft.config.sweep import check_sweep
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.load import load
 from disam_peft.data.loading.sampler import DomainBatches
@@ -73,16 +74,7 @@ def sweep(
     Raises:
         UserError: another adapter than a linear probe; values out of range; augmentation without ``features.views``.
     """
-    if recipe.adapter.kind != "linear_probe":
-        raise UserError(
-            f"a sweep trains linear probes side by side, and adapter.kind is {recipe.adapter.kind!r}; use "
-            "adapter.kind=linear_probe, or disam-peft compare for other adapters"
-        )
-    if not recipe.objective.is_plain_mean:
-        raise UserError(
-            "a sweep trains with the mean cross entropy over samples, and this recipe has another objective; remove "
-            "objective, or use disam-peft compare"
-        )
+    check_sweep(recipe, learning_rates, rhos, variance_weights)
     settings = _settings(recipe, learning_rates, rhos, variance_weights)
     accelerator = start_accelerator(recipe.train.mixed_precision)
     if accelerator.num_processes > 1:
@@ -103,15 +95,6 @@ def _settings(
     recipe: Recipe, learning_rates: Sequence[float], rhos: Sequence[float], variance_weights: Sequence[float]
 ) -> list[ProbeSetting]:
     method = recipe.method
-    for name, values, least in (
-        ("learning rates", learning_rates, "above 0"),
-        ("rhos", rhos, "0 or more"),
-        ("variance weights", variance_weights, "0 or more"),
-    ):
-        for value in values:
-            # not `value < 0`: a NaN is no number to train with either
-            if not (0 <= value < float("inf")) or (value == 0 and least == "above 0"):
-                raise UserError(f"{name}: {value:g} is not {least}")
     return [
         ProbeSetting(*values)
         for values in product(

@@ -68,10 +68,19 @@ def test_a_mistake_in_the_overrides_of_evaluate_is_found_as_early(tmp_path: Path
     assert done.stderr.strip().splitlines()[-1] == "heavy: []"
 
 
-def test_a_list_that_is_no_list_of_numbers_is_found_as_early() -> None:
-    done = answer("sweep", "recipes/pacs/linear_probe_disam.yaml", "--rho", "0.1;0.2")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["linear_probe_disam.yaml", "--rho", "0.1;0.2"], "--rho '0.1;0.2' is not a list of numbers"),
+        (["linear_probe_disam.yaml", "--rho", "0.1,-1"], "rhos: -1 is not 0 or more"),
+        (["lora_disam.yaml", "--rho", "0.1"], "adapter.kind is 'lora'"),
+    ],
+)
+def test_what_cannot_be_swept_is_found_as_early(words: list[str], message: str) -> None:
+    recipe, *options = words
+    done = answer("sweep", f"recipes/pacs/{recipe}", *options)
     assert done.returncode == 2, done.stderr
-    assert "--rho '0.1;0.2' is not a list of numbers" in done.stderr
+    assert message in done.stderr
     assert done.stderr.strip().splitlines()[-1] == "heavy: []"
 
 

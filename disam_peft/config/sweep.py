@@ -1,0 +1,37 @@
+"""Which recipes and values a sweep of linear probes takes; checked before torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from disam_peft.config.recipe import Recipe
+from disam_peft.errors import UserError
+
+
+def check_sweep(
+    recipe: Recipe, learning_rates: Sequence[float], rhos: Sequence[float], variance_weights: Sequence[float]
+) -> None:
+    """Pass if the recipe's adapter can be trained with all of these values side by side.
+
+    Raises:
+        UserError: another adapter than a linear probe; another objective than the mean; values out of range.
+    """
+    if recipe.adapter.kind != "linear_probe":
+        raise UserError(
+            f"a sweep trains linear probes side by side, and adapter.kind is {recipe.adapter.kind!r}; use "
+            "adapter.kind=linear_probe, or disam-peft compare for other adapters"
+        )
+    if not recipe.objective.is_plain_mean:
+        raise UserError(
+            "a sweep trains with the mean cross entropy over samples, and this recipe has another objective; remove "
+            "objective, or use disam-peft compare"
+        )
+    for name, values, least in (
+        ("learning rates", learning_rates, "above 0"),
+        ("rhos", rhos, "0 or more"),
+        ("variance weights", variance_weights, "0 or more"),
+    ):
+        for value in values:
+            # not `value < 0`: a NaN is no number to train with either
+            if not (0 <= value < float("inf")) or (value == 0 and least == "above 0"):
+                raise UserError(f"{name}: {value:g} is not {least}")
