@@ -1,0 +1,44 @@
+"""Every objective on two ranks: the step of one process, bit-equal on both."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.helpers import objectives
+from tests.helpers.objectives import CASES, EVERYTHING, OBJECTIVES, Problem, coral_objective
+from tests.helpers.paths import environment
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo over processes is tested on POSIX systems")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, objectives.__file__, str(folder)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+@pytest.mark.parametrize("how", ["whole", "micro-batches"])
+def test_two_ranks_equal_one_process(ranks, name, method, how):
+    """Unequal shares, and a domain that rank 1 lacks; micro-batches of another number on each rank."""
+    gradients, report = Problem().step(OBJECTIVES[name](), method, EVERYTHING)
+    on_rank = [of[f"{name}/{method}/{how}"] for of in ranks]
+    assert torch.equal(on_rank[0]["gradients"], on_rank[1]["gradients"])
+    for found in on_rank:
+        assert (found["gradients"] - gradients).abs().max() <= 1e-12
+        assert found["objective"].item() == pytest.approx(report.objective.item(), abs=1e-12)
+        assert found["loss"].item() == pytest.approx(report.loss.item(), abs=1e-12)
+        assert bool(found["is_finite"])
+
+
+def test_a_rank_that_runs_no_forward_cannot_know_the_sums_of_outputs(monkeypatch):
+    """It would leave the others waiting in a collective of another size."""
+    monkeypatch.setattr("disam_peft.disam.ranks.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("disam_peft.disam.ranks.dist.get_world_size", lambda group: 2)
+    with pytest.raises(ValueError, match="also for a batch without samples"):
+        Problem().step(coral_objective(), "sam", [], num_domains=3, reduce_gradients=True)

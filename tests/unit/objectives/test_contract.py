@@ -1,0 +1,346 @@
+"""What every objective must do: values and gradients by their definitions, however the batch is divided."""
+
+import math
+from types import UnionType
+from typing import Annotated, Union, get_args, get_origin
+
+import pytest
+import torch
+from torch import nn
+
+from disam_peft.config.objective import (
+    BasePenaltyConfig,
+    CrossEntropyConfig,
+    LossConfig,
+    ObjectiveConfig,
+    PenaltyConfig,
+    VRexConfig,
+)
+from disam_peft.disam.domain_objective import Forward
+from disam_peft.errors import UserError
+from disam_peft.objectives.base import Penalty
+from disam_peft.objectives.objective import LOSSES, PENALTIES, Objective, build_objective
+from tests.helpers.objectives import (
+    CASES,
+    DOMAINS,
+    EVERYTHING,
+    METHODS,
+    OBJECTIVES,
+    Coral,
+    Problem,
+    WorstDomain,
+    coral_objective,
+)
+
+MIXED = [EVERYTHING[:2], EVERYTHING[2:7], EVERYTHING[7:]]
+OF_ONE_DOMAIN = [torch.tensor(rows) for rows in ([1, 6, 8], [0, 3], [2, 5], [4, 7, 9, 10])]
+
+
+def members(union):
+    """The config classes of a union, or the one class that stands for a union of one."""
+    union = get_args(union)[0] if get_origin(union) is Annotated else union
+    return set(get_args(union)) if get_origin(union) in (Union, UnionType) else {union}
+
+
+def test_the_unions_of_configs_are_the_tables():
+    assert members(LossConfig) == set(LOSSES) != set()
+    assert members(PenaltyConfig) == set(PENALTIES) != set()
+    for config, penalty in PENALTIES.items():
+        assert issubclass(config, BasePenaltyConfig)
+        assert isinstance(penalty(config()), Penalty)
+
+
+def test_every_penalty_of_the_table_is_driven_by_these_tests():
+    driven = {type(penalty) for build in OBJECTIVES.values() for penalty in build().penalties}
+    assert set(PENALTIES.values()) <= driven
+
+
+def definition(problem, name, q_K=None, *, climbed):
+    """The objective of a case on the whole batch, with a graph, from its definition: (objective, losses (B,))."""
+    features = problem.body(problem.x)
+    logits = problem.head(features)
+    smoothing = 0.2 if name in ("label smoothing", "vrex over samples") else 0.0
+    loss_B = nn.functional.cross_entropy(logits, problem.y, reduction="none", label_smoothing=smoothing)
+    mean_K = torch.stack([loss_B[d == DOMAINS].mean() for d in range(3)])
+    over_domains = name == "mean over domains" or (name.startswith(("vrex", "coral")) and "samples" not in name)
+    value = mean_K.mean() if over_domains else loss_B.mean()
+    if climbed and "not climbed" in name:
+        return value, loss_B
+    if name.startswith("vrex"):
+        value = value + 3.0 * mean_K.var(correction=0)
+    if name.startswith("coral"):
+        groups = [features[d == DOMAINS] for d in range(3)]
+        pairs = [(0, 1), (0, 2), (1, 2)]
+        means = [(groups[a].mean(0) - groups[b].mean(0)).square().mean() for a, b in pairs]
+        covariances = [(groups[a].T.cov() - groups[b].T.cov()).square().mean() for a, b in pairs]
+        value = value + 0.7 * (sum(means) + sum(covariances)) / 3
+    if name == "worst domain":
+        value = value + 2.0 * (q_K * mean_K).sum()
+    return value, loss_B
+
+
+def expected_step(name, method):
+    """(gradients, objective at w, plain cross entropy at w) of one step by autograd through the definitions."""
+    problem, (rho, variance_weight) = Problem(), METHODS[method]
+    params = problem.params
+    with torch.no_grad():
+        _, loss_B = definition(problem, "mean over samples", climbed=False)
+        mean_K = torch.stack([loss_B[d == DOMAINS].mean() for d in range(3)])
+    q_K = (0.5 * mean_K).exp() / (0.5 * mean_K).exp().sum()
+    objective = definition(problem, name, q_K, climbed=False)[0].item()
+    if rho > 0:
+        value, loss_B = definition(problem, name, q_K, climbed=True)
+        per_domain_K = torch.stack([loss_B[d == DOMAINS].mean() for d in range(3)])
+        value = value - variance_weight * per_domain_K.var(correction=0)
+        ascent = torch.autograd.grad(value, params)
+        norm = torch.cat([g.reshape(-1) for g in ascent]).norm()
+        with torch.no_grad():
+            for p, g in zip(params, ascent, strict=True):
+                p.add_(rho * g / norm)
+    gradients = torch.autograd.grad(definition(problem, name, q_K, climbed=False)[0], params)
+    return torch.cat([g.reshape(-1) for g in gradients]), objective, mean_K[DOMAINS].mean().item()
+
+
+@pytest.fixture(scope="module")
+def expected():
+    found = {}
+
+    def of(name, method):
+        if (name, method) not in found:
+            found[name, method] = expected_step(name, method)
+        return found[name, method]
+
+    return of
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_a_step_is_the_one_of_the_definition(expected, name, method):
+    gradients, objective, loss = expected(name, method)
+    found, report = Problem().step(OBJECTIVES[name](), method, EVERYTHING)
+    assert (found - gradients).abs().max() <= 1e-12
+    assert report.objective.item() == pytest.approx(objective, abs=1e-12)
+    assert report.loss.item() == pytest.approx(loss, abs=1e-12), "records compare methods by the plain cross entropy"
+    assert bool(report.is_finite)
+    if name != "mean over samples":
+        assert (gradients - expected("mean over samples", method)[0]).abs().max() > 1e-3, "the objective matters"
+
+
+def test_what_is_not_climbed_is_descended_all_the_same(expected):
+    for name in ("vrex", "coral"):
+        assert torch.equal(expected(name, "erm")[0], expected(f"{name} not climbed", "erm")[0])
+        difference = expected(name, "sam")[0] - expected(f"{name} not climbed", "sam")[0]
+        assert difference.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+@pytest.mark.parametrize("mode", ["auto", "two_phase", "per_domain"])
+@pytest.mark.parametrize("micro_batches", [MIXED, OF_ONE_DOMAIN, [EVERYTHING]], ids=["mixed", "of one domain", "one"])
+def test_micro_batches_give_the_same_step(expected, name, method, mode, micro_batches):
+    objective = OBJECTIVES[name]()
+    if mode == "per_domain" and (micro_batches is not OF_ONE_DOMAIN or objective.has_statistics):
+        with pytest.raises(ValueError, match="mode='per_domain' is not possible"):
+            Problem().step(objective, method, micro_batches, mode)
+        return
+    found, report = Problem().step(objective, method, micro_batches, mode)
+    gradients, value, loss = expected(name, method)
+    assert (found - gradients).abs().max() <= 1e-12
+    assert report.objective.item() == pytest.approx(value, abs=1e-12)
+    assert report.loss.item() == pytest.approx(loss, abs=1e-12)
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+@pytest.mark.parametrize("mode", ["auto", "two_phase"])
+def test_masked_samples_count_nowhere(expected, name, method, mode):
+    """Padding of a domain that nobody else has, in a micro-batch and as one of its own; and another absent domain."""
+    problem = Problem()
+    problem.x = torch.cat([problem.x, torch.full((1, 6), 1e3, dtype=torch.float64)])
+    problem.y = torch.cat([problem.y, problem.y[:1]])
+    padding, objective = torch.tensor([11]), OBJECTIVES[name]()
+    rows = [torch.cat([MIXED[0], padding]), *MIXED[1:], padding]
+    masks = [torch.tensor([True, True, False]), None, None, torch.tensor([False])]
+    problem.disam(method, num_domains=5).backward_accumulated(
+        [problem.forward(objective, of) for of in rows],
+        [torch.cat([DOMAINS, torch.tensor([3])])[of] for of in rows],
+        masks,
+        mode=mode,
+        objective=objective,
+    )
+    assert (problem.gradients() - expected(name, method)[0]).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "forwards"),
+    [
+        ("mean over domains", "sam", {1: 2, 3: 3 + 3}),  # a mean, whose weights follow from the counts
+        ("vrex", "erm", {1: 1, 3: 3 + 2}),
+        ("vrex", "disam", {1: 2, 3: 2 * (3 + 2)}),
+        ("vrex not climbed", "sam", {1: 2, 3: 3 + (3 + 2)}),
+        ("coral", "disam", {1: 2, 3: 2 * (3 + 2)}),
+    ],
+)
+def test_the_number_of_forward_passes(name, method, forwards):
+    for count, expected_calls in forwards.items():
+        problem, calls = Problem(), []
+        problem.body.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        problem.step(OBJECTIVES[name](), method, MIXED if count == 3 else [EVERYTHING])
+        assert len(calls) == expected_calls, (count, name, method)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_the_default_is_the_plain_mean_bit_for_bit(dtype, method):
+    problem = Problem(dtype)
+    plain = problem.disam(method).backward(problem.losses, DOMAINS)
+    wanted = problem.gradients()
+    found, report = problem.step(Objective(), method, EVERYTHING)
+    assert torch.equal(found, wanted)
+    for name, value in vars(plain).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(getattr(report, name), value), name
+    assert torch.equal(report.objective, report.loss)
+
+
+def test_a_loop_of_ones_own_needs_losses_alone(expected):
+    """V-REx on ``lambda: losses``: an objective of the losses asks for nothing else."""
+    problem = Problem()
+    problem.disam("sam").backward(problem.losses, DOMAINS, objective=OBJECTIVES["vrex"]())
+    assert (problem.gradients() - expected("vrex", "sam")[0]).abs().max() <= 1e-12
+    with pytest.raises(ValueError, match="needs outputs of the model beside the losses"):
+        problem.disam("sam").backward(problem.losses, DOMAINS, objective=coral_objective())
+
+
+# -- state -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["auto", "two_phase", "per_domain"])
+def test_state_moves_once_a_step_and_goes_on_where_it_was(mode):
+    def penalty_after(steps, objective):
+        problem = Problem()
+        for _ in range(steps):
+            gradients, _ = problem.step(objective, "disam", OF_ONE_DOMAIN, mode)
+        return gradients, objective.penalties[0].q_D
+
+    build = OBJECTIVES["worst domain"]
+    gradients, q_D = penalty_after(3, build())
+    assert q_D.sum().item() == pytest.approx(1.0)
+    once = penalty_after(1, build())[1]
+    assert (q_D - once).abs().max() > 1e-3, "it does move"
+    problem = Problem()
+    with torch.no_grad():
+        loss_B = problem.losses()
+    grown = torch.stack([(0.5 * loss_B[d == DOMAINS].mean()).exp() for d in range(3)])
+    assert (once - grown / grown.sum()).abs().max() <= 1e-12, "by the losses of pass 1, once"
+    before = build()
+    penalty_after(2, before)
+    resumed = build()
+    resumed.load_state_dict(before.state_dict())
+    found = penalty_after(1, resumed)
+    assert torch.equal(found[0], gradients)
+    assert torch.equal(found[1], q_D)
+
+
+def test_state_is_not_spoiled_by_losses_that_are_not_finite():
+    objective = OBJECTIVES["worst domain"]()
+    problem = Problem()
+    problem.step(objective, "sam", EVERYTHING)
+    q_D = objective.penalties[0].q_D.clone()
+    problem.x[0] = torch.inf
+    _, report = problem.step(objective, "sam", EVERYTHING)
+    assert not bool(report.is_finite)
+    assert torch.equal(objective.penalties[0].q_D, q_D)
+
+
+def test_the_state_of_other_penalties_is_refused():
+    with pytest.raises(UserError, match=r"its penalties differ \(here \['WorstDomain'\]; saved \['VRex'\]\)"):
+        OBJECTIVES["worst domain"]().load_state_dict(OBJECTIVES["vrex"]().state_dict())
+
+
+def test_a_penalty_that_is_not_finite_is_reported():
+    """Finite losses, and features that are not: the step must not be taken."""
+    problem, objective = Problem(), coral_objective()
+
+    def call():
+        features = problem.body(problem.x)
+        return objective.forward(problem.head(features), problem.y, features * torch.inf)
+
+    for method in METHODS:
+        report = problem.disam(method).backward(call, DOMAINS, objective=objective)
+        assert bool(torch.isfinite(report.loss))
+        assert not bool(report.is_finite), method
+
+
+def test_penalties_that_do_not_keep_their_word():
+    class OneTooFew(Coral):
+        num_statistics = 3
+
+    class NotPerSample(Coral):
+        def statistics(self, outputs, domains):
+            return domains.sums(outputs.features_BE.mean(dim=0)), domains.outer_sums(outputs.features_BE)
+
+    for penalty, message in (
+        (OneTooFew, "gave 2 tensors, but num_statistics is 3"),
+        (NotPerSample, "its first dimens"),
+    ):
+        objective = Objective(penalties=[penalty(BasePenaltyConfig())])
+        with pytest.raises(ValueError, match=message):
+            Problem().step(objective, "sam", EVERYTHING)
+
+
+def test_a_constant_penalty_changes_nothing_but_the_value(expected):
+    class Constant(Penalty):
+        def value(self, sums):
+            return sums.count_D.sum() * 0 + 2.0
+
+    found, report = Problem().step(Objective(penalties=[Constant(BasePenaltyConfig(weight=3.0))]), "sam", EVERYTHING)
+    gradients, value, _ = expected("mean over samples", "sam")
+    assert (found - gradients).abs().max() <= 1e-12
+    assert report.objective.item() == pytest.approx(value + 6.0, abs=1e-12)
+
+
+def test_two_penalties_see_their_own_sums(expected):
+    coral, worst = Coral(BasePenaltyConfig(weight=0.7)), WorstDomain(BasePenaltyConfig(weight=0.0))
+    both = Objective(ObjectiveConfig(mean_over="domains"), penalties=[coral, worst, coral])
+    _, twice = Problem().step(both, "erm", MIXED)
+    once = expected("coral", "erm")[1]
+    plain = expected("mean over domains", "erm")[1]
+    assert twice.objective.item() == pytest.approx(plain + 2 * (once - plain), abs=1e-12)
+
+
+# -- what a recipe says ----------------------------------------------------------------------------------------
+
+
+def test_settings_without_effect_are_named():
+    vrex = ObjectiveConfig(penalties=[VRexConfig()])
+    with pytest.warns(UserWarning, match=r"there is one source domain \('photo'\)") as found:
+        build_objective(vrex, ["photo"], 1000)
+    assert len(found) == 1
+    with pytest.warns(UserWarning, match=r"weight 1 in the last of train.steps=500 steps, and never weight=10"):
+        build_objective(vrex, ["art", "photo"], 500)
+
+
+@pytest.mark.filterwarnings("error")
+def test_settings_with_an_effect_are_not():
+    build_objective(ObjectiveConfig(penalties=[VRexConfig()]), ["art", "photo"], 501)
+    build_objective(ObjectiveConfig(loss=CrossEntropyConfig(label_smoothing=0.1)), ["photo"], 1)
+
+
+def test_one_domain_in_a_batch_is_a_mean(expected):
+    """The variance over one domain is 0, and so is its gradient."""
+    rows = OF_ONE_DOMAIN[0]
+    plain, _ = Problem().step(Objective(), "disam", rows)
+    found, report = Problem().step(OBJECTIVES["vrex"](), "disam", rows)
+    assert (plain - found).abs().max() <= 1e-15
+    assert report.objective.item() == pytest.approx(report.loss.item(), abs=1e-15)
+    assert not math.isnan(report.ascent_norm.item())
+
+
+def test_a_forward_reports_other_losses_than_it_descends():
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    from disam_peft import DISAM
+
+    report = DISAM([w], 0.0).backward(lambda: Forward(w * 3.0, reported_B=w.detach()), torch.tensor([0, 4]))
+    assert w.grad.tolist() == [1.5, 1.5]
+    assert (report.loss.item(), report.objective.item()) == (1.5, 4.5)
+    assert report.domain_losses.tolist() == [1.0, 2.0]
+    with pytest.raises(ValueError, match=r"shape \(B,\), not \(\)"):
+        DISAM([w], 0.0).backward(lambda: Forward(w * 3.0, reported_B=w.sum()), torch.tensor([0, 4]))
