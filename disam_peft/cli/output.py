@@ -15,8 +15,8 @@ from disam_peft.common.records import ResultRow
 
 if TYPE_CHECKING:
     from disam_peft.data.check import DataReport
+    from disam_peft.doctor.check_result import CheckResult
     from disam_peft.doctor.examine import Examination
-    from disam_peft.doctor.finding import Finding
     from disam_peft.report.comparison import Comparison, TextTable
 
 SPLITS = {"source_validation": "source val.", "held_out": "held out", "given": "given"}
@@ -239,7 +239,7 @@ def print_examination(examination: Examination, console: Console | None = None) 
     console.print(f"{summed}; {examination.seconds:.0f} s", highlight=False)
 
 
-def _finding_cells(finding: Finding) -> tuple[str, str, str, str]:
+def _finding_cells(finding: CheckResult) -> tuple[str, str, str, str]:
     colour = VERDICT_COLOURS[finding.verdict]
     return (
         f"{escape(finding.check)}\n[dim]  {escape(finding.what)}[/dim]",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.doctor.finding import Finding, judged, unavailable
-from disam_peft.doctor.subject import Subject, largest_relative
+from disam_peft.doctor.check_result import CheckResult, largest_relative, measured, unavailable
+from disam_peft.doctor.subject import Subject
 from disam_peft.errors import UserError
 from disam_peft.export.merged import TOLERANCE
 
@@ -20,7 +20,7 @@ FLOAT32_STEPS = (3e-3, 3e-4, 1e-4)
 """By how much of itself a central difference moves the loss to each side."""
 
 
-def derivatives(subject: Subject) -> Finding:
+def derivatives(subject: Subject) -> CheckResult:
     """Autograd against central differences: along a direction through all tensors, and through single ones.
 
     A direction is the gradient's own plus half a random one, so that nothing of what is compared is near zero. In
@@ -53,7 +53,7 @@ def derivatives(subject: Subject) -> Finding:
         ]
         errors.append(min(abs(found - analytic) / max(abs(found), 1e-4 * float(whole)) for found in differences))
     what = f"relative error along 1 + {len(chosen)} directions, {subject.precision}"
-    return judged(DERIVATIVES, what, max(errors), 1e-5 if exact else 3e-2)
+    return measured(DERIVATIVES, what, max(errors), 1e-5 if exact else 3e-2)
 
 
 def _chosen_tensors(gradients: list[Tensor], count: int, *, largest: bool) -> list[int]:
@@ -88,7 +88,7 @@ def _difference(loss: Callable[[], Tensor], moved: list[Tensor], direction: list
 
 
 @torch.no_grad()
-def merging(subject: Subject) -> Finding:
+def merging(subject: Subject) -> CheckResult:
     """Logits of a merged copy against those of the live model; the limit in float32 is that of the export."""
     subject.use(subject.exact_dtype)
     classifier = subject.classifier
@@ -103,4 +103,4 @@ def merging(subject: Subject) -> Finding:
     merged_logits_BC = ClipClassifier(plain, None, classifier.prompts)(subject.pixels())
     difference = largest_relative(merged_logits_BC, classifier.logits(subject.frozen()))
     limit = 1e-10 if subject.exact_dtype == torch.float64 else TOLERANCE
-    return judged(MERGED, f"difference of logits, relative to the largest, {subject.precision}", difference, limit)
+    return measured(MERGED, f"difference of logits, relative to the largest, {subject.precision}", difference, limit)

@@ -10,8 +10,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from disam_peft.doctor.finding import Finding, judged
-from disam_peft.doctor.subject import Subject, differing, largest_relative
+from disam_peft.doctor.check_result import CheckResult, differing, failed, largest_relative, measured
+from disam_peft.doctor.subject import Subject
 
 RESTORED = "a step gives the weights back"
 INTERRUPTED = "so does one that breaks off"
@@ -28,7 +28,7 @@ class _Interruption(Exception):
     """What the examined step is broken off with."""
 
 
-def restoring(subject: Subject) -> Finding:
+def restoring(subject: Subject) -> CheckResult:
     """The weights after a step and an update of learning rate 0; pass 2 must have seen others."""
     subject.use(torch.float32)
     before_P, loss, moved = subject.weights(), subject.losses(), []
@@ -43,7 +43,7 @@ def restoring(subject: Subject) -> Finding:
     return _bits(RESTORED, subject, before_P, perturbed=len(moved) == 2 and moved[1] > 0)
 
 
-def restoring_after_an_exception(subject: Subject) -> Finding:
+def restoring_after_an_exception(subject: Subject) -> CheckResult:
     """The same where pass 2 raises in its middle."""
     subject.use(torch.float32)
     before_P, loss, moved = subject.weights(), subject.losses(), []
@@ -60,22 +60,22 @@ def restoring_after_an_exception(subject: Subject) -> Finding:
     return _bits(INTERRUPTED, subject, before_P, perturbed=len(moved) == 2 and moved[1] > 0)
 
 
-def _bits(check: str, subject: Subject, before_P: Tensor, *, perturbed: bool) -> Finding:
+def _bits(check: str, subject: Subject, before_P: Tensor, *, perturbed: bool) -> CheckResult:
     if not perturbed:
-        return Finding(check, "pass 2 saw the weights of pass 1: nothing was perturbed", None, None, "failed")
-    return judged(check, NUMBERS.format(len(before_P)), differing(subject.weights(), before_P), 0)
+        return failed(check, "pass 2 saw the weights of pass 1: nothing was perturbed")
+    return measured(check, NUMBERS.format(len(before_P)), differing(subject.weights(), before_P), 0)
 
 
-def erm(subject: Subject) -> Finding:
+def erm(subject: Subject) -> CheckResult:
     """The gradient at rho 0 against that of the mean loss, bit for bit."""
     subject.use(torch.float32)
     subject.disam(rho=0.0).backward(subject.losses(), subject.domains_B)
     found_P = subject.gradient()
     subject.losses()().mean().backward()
-    return judged(ERM, NUMBERS.format(len(found_P)), differing(found_P, subject.gradient()), 0)
+    return measured(ERM, NUMBERS.format(len(found_P)), differing(found_P, subject.gradient()), 0)
 
 
-def sam(subject: Subject) -> Finding:
+def sam(subject: Subject) -> CheckResult:
     """The gradient at lambda 0 against one made here from the formula (arXiv 2010.01412), bit for bit."""
     subject.use(torch.float32)
     disam = subject.disam(variance_weight=0.0, adaptive=False)
@@ -88,10 +88,10 @@ def sam(subject: Subject) -> Finding:
     _set(subject, before_P + gradient_P * (disam.rho / gradient_P.norm()))
     loss().mean().backward()
     _set(subject, before_P)
-    return judged(SAM, NUMBERS.format(len(found_P)), differing(found_P, subject.gradient()), 0)
+    return measured(SAM, NUMBERS.format(len(found_P)), differing(found_P, subject.gradient()), 0)
 
 
-def accumulating(subject: Subject) -> Finding:
+def accumulating(subject: Subject) -> CheckResult:
     """The gradient from micro-batches, in both modes, against that from the whole batch."""
     subject.use(subject.exact_dtype)
     disam, domains_B = subject.disam(), subject.domains_B
@@ -104,7 +104,7 @@ def accumulating(subject: Subject) -> Finding:
         disam.backward_accumulated(losses, [domains_B[of] for of in micro_batches], mode=mode)  # type: ignore[arg-type]
         errors.append(largest_relative(subject.gradient(), wanted_P))
     what = f"difference of gradients in both modes, relative, {subject.precision}"
-    return judged(ACCUMULATED, what, max(errors), ROUNDING[subject.exact_dtype])
+    return measured(ACCUMULATED, what, max(errors), ROUNDING[subject.exact_dtype])
 
 
 @torch.no_grad()

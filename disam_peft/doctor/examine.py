@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import metadata
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from disam_peft import __version__
 from disam_peft.common.progress import track
 from disam_peft.config.adapters import LoraAdapterConfig
 from disam_peft.config.backbone import BackboneConfig
@@ -22,8 +26,7 @@ from disam_peft.config.protocol import ProtocolConfig
 from disam_peft.config.recipe import Recipe
 from disam_peft.config.shapes import ShapesConfig
 from disam_peft.doctor import derivatives, equalities, precision
-from disam_peft.doctor.environment import environment, this_device
-from disam_peft.doctor.finding import Finding, raised, unavailable
+from disam_peft.doctor.check_result import CheckResult, failed, unavailable
 from disam_peft.doctor.subject import Subject, build_subject
 from disam_peft.doctor.two_processes import PROCESSES, TwoProcesses
 
@@ -34,6 +37,9 @@ BOOT = 15.0
 HALF = 6.0
 """How much longer half precision takes on CPUs without instructions for it."""
 
+PACKAGES = ("torch", "open_clip_torch", "transformers", "peft", "accelerate")
+"""Packages whose versions are reported."""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -41,7 +47,7 @@ class Check:
 
     name: str
     gradients: float
-    run: Callable[[Subject], Finding]
+    run: Callable[[Subject], CheckResult]
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Examination:
 
     environment: dict[str, str]
     subject: str
-    findings: tuple[Finding, ...]
+    findings: tuple[CheckResult, ...]
     seconds: float
 
     @property
@@ -100,7 +106,7 @@ def examine(recipe: Recipe, *, seconds: float = SECONDS, device: torch.device | 
     """
     start = time.monotonic()
     device = device or this_device()
-    findings: list[Finding] = []
+    findings: list[CheckResult] = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*RANDOM weights.*")  # good enough here
         subject = build_subject(recipe, device)
@@ -130,6 +136,32 @@ def examine(recipe: Recipe, *, seconds: float = SECONDS, device: torch.device | 
     return Examination(environment(device), label, tuple(findings), time.monotonic() - start)
 
 
+def this_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else found
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Names and versions, as text."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    found = {"disam_peft": __version__, "python": platform.python_version()}
+    found |= {package: _version(package) for package in PACKAGES}
+    return found | {
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": f"{device.type} ({name})",
+        "cores": f"{cores}, torch uses {torch.get_num_threads()}",
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def demo_recipe() -> Recipe:
     """LoRA on the small CLIP that comes with the package."""
     return Recipe(
@@ -141,12 +173,12 @@ def demo_recipe() -> Recipe:
     )
 
 
-def _run(check: Check, subject: Subject) -> Finding:
+def _run(check: Check, subject: Subject) -> CheckResult:
     try:
         with _weights_kept(subject):
             return check.run(subject)
     except Exception as error:  # the others can still be examined
-        return raised(check.name, error)
+        return failed(check.name, f"{type(error).__name__}: {error}")
 
 
 @contextmanager
@@ -163,7 +195,7 @@ def _weights_kept(subject: Subject) -> Iterator[None]:
                 p.copy_(before)
 
 
-def _too_long(check: str, seconds: float) -> Finding:
+def _too_long(check: str, seconds: float) -> CheckResult:
     return unavailable(check, f"would take about {seconds:.0f} s more here; --seconds gives more time")
 
 

@@ -7,8 +7,8 @@ from typing import Literal
 
 import torch
 
-from disam_peft.doctor.finding import Finding, judged, unavailable
-from disam_peft.doctor.subject import Subject, differing
+from disam_peft.doctor.check_result import CheckResult, differing, measured, unavailable
+from disam_peft.doctor.subject import Subject
 from disam_peft.errors import UserError
 from disam_peft.training.accelerator import check_precision
 
@@ -34,7 +34,7 @@ def lacking(precision: Precision, device: torch.device) -> str | None:
     return None
 
 
-def stepping(subject: Subject, precision: Precision) -> Finding:
+def stepping(subject: Subject, precision: Precision) -> CheckResult:
     """The gradient of a step in this precision: finite, and near the one in float32 (fp32: near that in float64)."""
     check = name_of(precision)
     reason = lacking(precision, subject.device)
@@ -42,13 +42,13 @@ def stepping(subject: Subject, precision: Precision) -> Finding:
         return unavailable(check, reason)
     if precision == "no" and subject.exact_dtype == torch.float32:
         finite = torch.isfinite(_step(subject.use(torch.float32), "no"))
-        return judged(check, "numbers of the gradient that are not finite", int((~finite).sum()), 0)
+        return measured(check, "numbers of the gradient that are not finite", int((~finite).sum()), 0)
     wanted_P = _step(subject.use(torch.float64 if precision == "no" else torch.float32), "no")
     found_P = _step(subject.use(torch.float32), precision)
     distance = float((found_P - wanted_P).norm() / wanted_P.norm())
     against = "float64" if precision == "no" else "float32"
     limit = 1e-3 if precision == "no" else LIMITS[precision]
-    return judged(check, f"distance of the gradient from that in {against}, relative", distance, limit)
+    return measured(check, f"distance of the gradient from that in {against}, relative", distance, limit)
 
 
 def _step(subject: Subject, precision: Precision) -> torch.Tensor:
@@ -66,7 +66,7 @@ def _step(subject: Subject, precision: Precision) -> torch.Tensor:
     return gradient_P * math.nan
 
 
-def recasting(subject: Subject) -> Finding:
+def recasting(subject: Subject) -> CheckResult:
     """One autocast around both passes, as a user's loop may have it, against the same without a cache, bit for bit.
 
     Autocast keeps its casts of the weights until its block ends. Served to pass 2 they would be those of the
@@ -80,4 +80,4 @@ def recasting(subject: Subject) -> Finding:
         with torch.autocast(subject.device.type, dtype=dtype, cache_enabled=cached):
             disam.backward(subject.losses(few, autocast=dtype, outside=True), subject.domains_B[few])
         found.append(subject.gradient())
-    return judged(RECAST, f"numbers that differ, of {len(found[0])}, {precision}", differing(*found), 0)
+    return measured(RECAST, f"numbers that differ, of {len(found[0])}, {precision}", differing(*found), 0)

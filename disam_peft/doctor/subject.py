@@ -167,13 +167,3 @@ def build_subject(recipe: Recipe, device: torch.device) -> Subject:
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as if nothing had been built
         classifier = replace(pretrained, prompts=prompts).with_new_adapter()
     return Subject(classifier, recipe.method, device)
-
-
-def largest_relative(found: Tensor, wanted: Tensor) -> float:
-    """Largest difference, in units of the largest number that was wanted."""
-    return float((found - wanted).abs().max() / wanted.abs().max())
-
-
-def differing(some: Tensor, others: Tensor) -> int:
-    """Numbers that do not have the same bits (NaN differs from all)."""
-    return int((some != others).sum())

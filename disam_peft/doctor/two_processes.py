@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 
 from disam_peft.config.recipe import Recipe, load_recipe, save_recipe
+from disam_peft.doctor.check_result import CheckResult, differing, failed, largest_relative, measured, unavailable
 from disam_peft.doctor.equalities import ROUNDING
-from disam_peft.doctor.finding import Finding, judged, unavailable
-from disam_peft.doctor.subject import build_subject, differing, largest_relative
+from disam_peft.doctor.subject import build_subject
 
 PROCESSES = "two processes equal one"
 COMMAND = (sys.executable, "-m", "disam_peft.doctor.two_processes")
@@ -55,7 +55,7 @@ class TwoProcesses:
         ]
         return cls(folder, ranks, dtype)
 
-    def finding(self, seconds: float) -> Finding:
+    def finding(self, seconds: float) -> CheckResult:
         """Their finding, or what became of them after this many more seconds."""
         deadline = time.monotonic() + seconds
         try:
@@ -63,7 +63,7 @@ class TwoProcesses:
                 errors = rank.communicate(timeout=max(1.0, deadline - time.monotonic()))[1]
                 if rank.returncode != 0:
                     last = (errors.strip().splitlines() or ["no message"])[-1]
-                    return Finding(PROCESSES, f"a process ended with {rank.returncode}: {last}", None, None, "failed")
+                    return failed(PROCESSES, f"a process ended with {rank.returncode}: {last}")
             return compared(Path(self.folder.name), self.dtype)
         except subprocess.TimeoutExpired:
             return unavailable(PROCESSES, f"did not end within {seconds:.0f} s; --seconds gives more time")
@@ -81,14 +81,14 @@ class TwoProcesses:
         self.folder.cleanup()
 
 
-def compared(folder: Path, dtype: torch.dtype) -> Finding:
+def compared(folder: Path, dtype: torch.dtype) -> CheckResult:
     """What rank 0 wrote down: first whether the replicas agree to the bit, then how far they are from one process."""
     found = json.loads((folder / "found.json").read_text())
     if found["differing"]:
         what = f"numbers in which the two differ from one another, of {found['numbers']}"
-        return judged(PROCESSES, what, found["differing"], 0)
+        return measured(PROCESSES, what, found["differing"], 0)
     what = f"difference of gradients, relative, {str(dtype).removeprefix('torch.')}, gloo on the CPU"
-    return judged(PROCESSES, what, found["difference"], ROUNDING[dtype])
+    return measured(PROCESSES, what, found["difference"], ROUNDING[dtype])
 
 
 def work(folder: Path, rank: int, dtype: torch.dtype) -> None:

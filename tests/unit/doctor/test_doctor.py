@@ -29,11 +29,10 @@ from disam_peft.disam import passes
 from disam_peft.disam.disam import DISAM
 from disam_peft.disam.perturbation import AscentDirection, restored
 from disam_peft.disam.ranks import Ranks
-from disam_peft.doctor import derivatives, equalities, precision
+from disam_peft.doctor import check_result, derivatives, equalities, precision
 from disam_peft.doctor import two_processes as ranks
 from disam_peft.doctor.examine import Examination, checks, demo_recipe
 from disam_peft.doctor.examine import examine as examine_all
-from disam_peft.doctor.finding import Finding, judged
 from disam_peft.doctor.subject import build_subject
 from disam_peft.doctor.two_processes import PROCESSES, TwoProcesses
 from tests.helpers.ranks import fork_ranks
@@ -316,7 +315,7 @@ def test_checks_that_would_take_too_long_are_left_out_and_say_so(recipe):
 
 
 def test_the_table_fits_80_columns_and_nan_fails():
-    findings = (judged("a [claim]", "numbers, " * 12, math.nan, 0), Finding("b", "why", None, None, "not available"))
+    findings = (check_result.measured("a [claim]", "numbers, " * 12, math.nan, 0), check_result.unavailable("b", "why"))
     console = Console(width=80, record=True, file=io.StringIO())
     print_examination(Examination({"torch": "1"}, "demo, lora, disam", findings, 1.5), console)
     assert Examination({}, "", findings, 0.0).as_dict()["findings"][0]["measured"] is None, "JSON has no NaN"
