@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from disam_peft.common.records import ResultRow
+from disam_peft.common.records import RAW, ResultRow
 
 if TYPE_CHECKING:
     from disam_peft.data.check import DataReport
@@ -25,19 +25,26 @@ VERDICT_COLOURS = {"ok": "green", "failed": "bold red", "not available": "yellow
 
 
 def print_held_out(rows: Iterable[ResultRow], console: Console | None = None) -> None:
-    """One line per held-out domain, zero-shot beside the adapter; and their mean, if there are several."""
+    """One line per held-out domain, zero-shot beside the adapter; and their mean, if there are several.
+
+    Weights are named where averages of them were kept. The columns after the accuracies are of the last ones, which
+    are those that selection chose.
+    """
     console = console or Console()
-    values = {
-        (row.held_out, row.method, row.metric): row.value
-        for row in rows
-        if row.split == "held_out" and row.domain == row.held_out
-    }
+    shown = [row for row in rows if row.split == "held_out" and row.domain == row.held_out]
+    averaged = any(row.weights != RAW for row in shown)
+
+    def column(row: ResultRow) -> str:
+        name = row.method.replace("_", "-")
+        return f"{name}, {row.weights}" if averaged and row.method != "zero_shot" else name
+
+    values = {(row.held_out, column(row), row.metric): row.value for row in shown}
     domains = list(dict.fromkeys(held_out for held_out, _, _ in values))
     methods = list(dict.fromkeys(method for _, method, _ in values))
     table = Table(title="Accuracy on the held-out domain (top-1, %)", box=box.SIMPLE, title_justify="left")
     table.add_column("held out")
     for method in methods:
-        table.add_column(method.replace("_", "-"), justify="right")
+        table.add_column(method, justify="right")
     table.add_column("macro", justify="right")
     table.add_column("NLL", justify="right")
     table.add_column("ECE", justify="right")

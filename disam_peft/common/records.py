@@ -20,6 +20,8 @@ SHARPNESS = "sharpness.json"
 LOSS_SLICE = "loss_slice.json"
 CONFUSION = "confusion.json"
 ERRORS = "errors.json"
+RAW = "raw"
+"""The weights themselves, in place of an average of them."""
 POOLED = "pooled"
 """In place of a domain: all samples of the split together."""
 
@@ -47,7 +49,7 @@ class ResultRow:
     """None where it is not defined."""
     n: int
     """Number of samples; for ``mean`` and ``worst`` the number of domains."""
-    weights: str = "raw"
+    weights: str = RAW
     """``raw``: the trained weights themselves, in their best state; else the name of an average of them."""
 
 

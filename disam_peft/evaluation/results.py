@@ -9,7 +9,16 @@ from pathlib import Path
 
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.frozen_features import evaluation_store
-from disam_peft.common.records import CONFUSION, ERRORS, LOSS_SLICE, SHARPNESS, ResultRow, write_list, write_results
+from disam_peft.common.records import (
+    CONFUSION,
+    ERRORS,
+    LOSS_SLICE,
+    RAW,
+    SHARPNESS,
+    ResultRow,
+    write_list,
+    write_results,
+)
 from disam_peft.config.evaluation import EvaluationConfig, SharpnessConfig
 from disam_peft.config.recipe import Recipe
 from disam_peft.data.dataset import DomainDataset
@@ -30,7 +39,7 @@ class Identity:
     method: str
     held_out: str
     seed: int
-    weights: str = "raw"
+    weights: str = RAW
 
     @classmethod
     def of_zero_shot(cls, recipe: Recipe) -> Identity:
@@ -38,7 +47,7 @@ class Identity:
         return cls(_backbone_label(recipe), "none", "zero_shot", recipe.protocol.held_out, recipe.seed)
 
     @classmethod
-    def of_trained(cls, recipe: Recipe, weights: str = "raw") -> Identity:
+    def of_trained(cls, recipe: Recipe, weights: str = RAW) -> Identity:
         """The recipe's model with its trained adapter; ``weights`` as in ``ResultRow``."""
         method = recipe.method.name
         return cls(_backbone_label(recipe), recipe.adapter.kind, method, recipe.protocol.held_out, recipe.seed, weights)

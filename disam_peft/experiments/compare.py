@@ -17,7 +17,7 @@ from disam_peft.config.recipe import Recipe
 from disam_peft.errors import Notice, UserError
 from disam_peft.experiments import run, run_folder
 from disam_peft.experiments.run_cache import RunCache
-from disam_peft.experiments.study import Cell, Plan, load_plan
+from disam_peft.experiments.study import Cell, StudyPlan, load_plan
 from disam_peft.report.comparison import COMPARISON, ZERO_SHOT, Comparison, Failure, MeasureRow, RunPlace, judge
 from disam_peft.report.comparison_page import write_comparison
 from disam_peft.report.run_measures import run_measures, zero_shot_measures
@@ -52,7 +52,7 @@ def compare(
     return run_plan(plan, output, jobs=jobs, overwrite=overwrite)
 
 
-def run_plan(plan: Plan, output: Path, *, jobs: int | None = None, overwrite: bool = False) -> Comparison:
+def run_plan(plan: StudyPlan, output: Path, *, jobs: int | None = None, overwrite: bool = False) -> Comparison:
     """Run the cells of a plan that have not been run yet, and write ``comparison.json``, ``.md``, ``.tex`` and
     ``.html`` to ``output``. A cell that fails is recorded, and the others go on.
 
@@ -149,7 +149,7 @@ class CellRunner:
         return run_cell(cell, self._cache, self._overwrite)
 
 
-def _collected(plan: Plan, output: Path, errors: dict[tuple[str, str, str, int], str]) -> Comparison:
+def _collected(plan: StudyPlan, output: Path, errors: dict[tuple[str, str, str, int], str]) -> Comparison:
     """The records of every cell, read back from its folder."""
     rows: dict[tuple[str, str, str, int, str], MeasureRow] = {}
     runs: list[RunPlace] = []

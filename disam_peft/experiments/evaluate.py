@@ -11,7 +11,7 @@ import numpy as np
 from disam_peft.adapters.manifest import read_manifest
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.saved_classifier import load_adapter
-from disam_peft.common.records import RESULTS, ResultRow, read_results, write_results
+from disam_peft.common.records import RAW, RESULTS, ResultRow, read_results, write_results
 from disam_peft.config.recipe import Recipe, load_recipe
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.load import load
@@ -54,7 +54,7 @@ def evaluate(folder: Path, overrides: Sequence[str] = (), *, sharpness: bool = F
             )
         evaluator = Evaluator(recipe, accelerator.autocast)
         predictions = evaluator.predict_splits(classifier, splits, label=recipe.method.name)
-        weights = str(read_manifest(run / ADAPTER).trained_with.get("weights", "raw"))
+        weights = str(read_manifest(run / ADAPTER).trained_with.get("weights", RAW))
         rows = result_rows(Identity.of_trained(recipe, weights), predictions)
         is_main = accelerator.is_main_process
         if sharpness:

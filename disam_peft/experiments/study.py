@@ -52,7 +52,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """A study with everything resolved."""
 
     title: str
@@ -75,7 +75,7 @@ def load_plan(
     seeds: int | None = None,
     held_out: Sequence[str] = (),
     adapters: Sequence[str] = (),
-) -> Plan:
+) -> StudyPlan:
     """Read a study file, or a plain recipe, which is compared over the default arms.
 
     Args:
@@ -123,7 +123,7 @@ class _Planner:
         self.conditions = self._with_adapters(adapters)
         self._domains: dict[str, tuple[str, ...]] = {}
 
-    def plan(self) -> Plan:
+    def plan(self) -> StudyPlan:
         study = self.study
         pairs, metrics = self._pairs(), [study.metric] if isinstance(study.metric, str) else study.metric
         self.mistakes += [
@@ -149,7 +149,7 @@ class _Planner:
         grouped = {cell.shared: [c for c in cells if c.shared == cell.shared] for cell in cells}
         cells = [cell for group in grouped.values() for cell in group]
         fresh = study.data_seed == "seed" and all(cell.recipe.data.shapes is not None for cell in cells)
-        return Plan(self.title, study.question, arms, self.conditions, pairs, metrics, fresh, cells)
+        return StudyPlan(self.title, study.question, arms, self.conditions, pairs, metrics, fresh, cells)
 
     def _cell(self, condition: str, arm: str, held_out: str, seed: int) -> Cell | None:
         values = self._varied(condition)

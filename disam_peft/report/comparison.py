@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from disam_peft.errors import UserError
-from disam_peft.report.result_tables import METHOD_TITLES, Cell, latex_text, markdown_text
-from disam_peft.report.run_measures import DIAGNOSTICS, MEASURES, Measure
+from disam_peft.report.result_tables import METHOD_TITLES, SeedMean, latex_text, markdown_text
+from disam_peft.report.run_measures import DIAGNOSTICS, MEAN, MEASURES, Measure
 from disam_peft.report.statistics import PairedComparison, judged, paired, seed_differences
 
 COMPARISON = "comparison.json"
 ZERO_SHOT = "zero_shot"
-MEAN = "mean"
 
 
 @dataclass(frozen=True)
@@ -278,7 +277,7 @@ def _text(values: dict[tuple[str, int], float], held_out: Sequence[str], measure
     if not numbers:
         return "n/a"
     deviation = statistics.stdev(numbers) if len(numbers) > 1 else None
-    return Cell(statistics.fmean(numbers), deviation, len(numbers)).text(measure.scale, measure.digits)
+    return SeedMean(statistics.fmean(numbers), deviation, len(numbers)).text(measure.scale, measure.digits)
 
 
 def _signed(value: float | None, measure: Measure) -> str:

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from disam_peft.common.records import RAW
 from disam_peft.report.drawing import COLOURS, METHOD_COLOURS, edges, grid
 from disam_peft.report.result_tables import METHOD_TITLES, ComparisonTable
 from disam_peft.report.runs import RunRecord
@@ -18,16 +19,25 @@ _SMOOTH_FROM = 15  # recorded steps; fewer are shown as they are
 
 
 def accuracy_bars(table: ComparisonTable, width: float) -> Figure:
-    """A group of bars per held-out domain, a bar per method; the deviation over seeds as a whisker."""
+    """A group of bars per held-out domain, a bar per column; the deviation over seeds as a whisker."""
     figure, [axes] = grid(1, width, width, 2.8)
     bar = 0.8 / len(table.columns)
-    for number, method in enumerate(table.columns):
+    for number, title in enumerate(table.columns):
+        method, _, weights = title.partition(", ")
         cells = [cells[number] for _, cells in table.lines]
         places = [i + (number + 0.5) * bar - 0.4 for i in range(len(cells))]
         heights = [table.scale * cell.mean if cell is not None else 0.0 for cell in cells]
         spread = [table.scale * cell.deviation if cell is not None and cell.deviation else 0.0 for cell in cells]
         bars = axes.bar(
-            places, heights, bar, color=METHOD_COLOURS[method], label=method, yerr=spread if any(spread) else None
+            places,
+            heights,
+            bar,
+            color=METHOD_COLOURS[method],
+            hatch="//" if weights not in ("", RAW) else None,  # an average has the colour of its method
+            edgecolor="white",
+            linewidth=0,
+            label=title,
+            yerr=spread if any(spread) else None,
         )
         if len(table.lines) * len(table.columns) <= 2 * width and not any(spread):
             axes.bar_label(bars, [f"{height:.{table.digits}f}" for height in heights], padding=2)

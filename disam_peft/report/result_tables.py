@@ -8,14 +8,30 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from disam_peft.common.records import ResultRow
+from disam_peft.common.records import RAW, ResultRow
 
 METHOD_TITLES = {"zero_shot": "zero-shot", "erm": "ERM", "sam": "SAM", "disam": "DISAM"}
+Column = tuple[str, str]
+"""A method and whose weights its numbers are of, as in ``ResultRow``: ``("disam", "ema")``."""
+
+
+def column_titles(columns: Iterable[Column]) -> dict[Column, str]:
+    """The titles of the columns of one table, in the order in which they stand there.
+
+    Weights are named only where some column is of an average: then ``DISAM, raw`` stands beside ``DISAM, ema``.
+    """
+    order = list(METHOD_TITLES)
+    known = sorted(set(columns), key=lambda column: (order.index(column[0]), column[1] != RAW, column[1]))
+    named = any(weights != RAW for _, weights in known)
+    return {
+        (method, weights): METHOD_TITLES[method] + (f", {weights}" if named and method != "zero_shot" else "")
+        for method, weights in known
+    }
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A number over seeds."""
+class SeedMean:
+    """The mean of a number over seeds."""
 
     mean: float
     deviation: float | None
@@ -32,11 +48,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class ComparisonTable:
-    """Held-out domains in rows (and their mean, if there are several), methods in columns; None where not run."""
+    """Held-out domains in lines (and their mean, if there are several), methods in columns. Where averages of the
+    weights were kept, each has a column of its own. None stands where a method was not run."""
 
     title: str
     columns: tuple[str, ...]
-    lines: tuple[tuple[str, tuple[Cell | None, ...]], ...]
+    lines: tuple[tuple[str, tuple[SeedMean | None, ...]], ...]
     scale: float
     digits: int | None
     corner: str = "held out"
@@ -71,46 +88,49 @@ def compare_held_out(rows: Iterable[ResultRow], metric: str = "top1") -> list[Co
 
     Zero-shot numbers do not depend on the seed of a run: they are counted once.
     """
-    by_place: dict[tuple[str, str], dict[tuple[str, str], dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    zero_shot: dict[str, dict[tuple[str, str], dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    by_place: dict[tuple[str, str], dict[tuple[str, Column], dict[int, float]]]
+    by_place = defaultdict(lambda: defaultdict(dict))
+    zero_shot: dict[str, dict[tuple[str, Column], dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         if row.split != "held_out" or row.domain != row.held_out or row.metric != metric or row.value is None:
             continue
+        place = (row.held_out, (row.method, row.weights))
         if row.method == "zero_shot":
-            zero_shot[row.backbone][row.held_out, row.method][0] = row.value
+            zero_shot[row.backbone][place][0] = row.value
         else:
-            by_place[row.backbone, row.adapter][row.held_out, row.method][row.seed] = row.value
+            by_place[row.backbone, row.adapter][place][row.seed] = row.value
     percent = metric in ("top1", "macro_accuracy")
     tables = []
     for (backbone, adapter), values in by_place.items():
         held_out = sorted({domain for domain, _ in values})
         known = {place: seeds for place, seeds in zero_shot[backbone].items() if place[0] in held_out}
         values = {**values, **known}
-        methods = [m for m in METHOD_TITLES if any(method == m for _, method in values)]
-        lines = [(d, tuple(cell_over_seeds(values.get((d, m))) for m in methods)) for d in held_out]
+        columns = column_titles(column for _, column in values)
+        lines = [(d, tuple(mean_over_seeds(values.get((d, column))) for column in columns)) for d in held_out]
         if len(held_out) > 1:
-            lines.append(("mean", tuple(_mean_cell([values.get((d, m)) for d in held_out]) for m in methods)))
+            means = [_mean_over_domains([values.get((d, column)) for d in held_out]) for column in columns]
+            lines.append(("mean", tuple(means)))
         title = f"{adapter} on {backbone}: {'accuracy (%)' if percent else metric} on the held-out domain"
-        columns = tuple(METHOD_TITLES[m] for m in methods)
-        tables.append(ComparisonTable(title, columns, tuple(lines), 100 if percent else 1, 1 if percent else 3))
+        shown = tuple(columns.values())
+        tables.append(ComparisonTable(title, shown, tuple(lines), 100 if percent else 1, 1 if percent else 3))
     return tables
 
 
-def cell_over_seeds(by_seed: dict[int, float] | None) -> Cell | None:
+def mean_over_seeds(by_seed: dict[int, float] | None) -> SeedMean | None:
     """Mean and deviation of one value per seed; None if there is none."""
     if not by_seed:
         return None
     values = list(by_seed.values())
-    return Cell(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+    return SeedMean(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
-def _mean_cell(domains: list[dict[int, float] | None]) -> Cell | None:
+def _mean_over_domains(domains: list[dict[int, float] | None]) -> SeedMean | None:
     """Mean over domains, seed by seed, over the seeds that every domain has; zero-shot has one."""
     if any(not by_seed for by_seed in domains):
         return None
     complete = [by_seed for by_seed in domains if by_seed]
     seeds = set.intersection(*(set(by_seed) for by_seed in complete))
-    return cell_over_seeds({seed: statistics.fmean(by_seed[seed] for by_seed in complete) for seed in seeds})
+    return mean_over_seeds({seed: statistics.fmean(by_seed[seed] for by_seed in complete) for seed in seeds})
 
 
 def markdown_text(text: str) -> str:

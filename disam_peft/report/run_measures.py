@@ -47,8 +47,8 @@ DIAGNOSTICS = {
 
 
 def run_measures(run: RunRecord) -> dict[str, float | None]:
-    """Every measure of a run's trained adapter; None where it is not defined."""
-    trained = [row for row in run.rows if row.method != "zero_shot"]
+    """Every measure of a run's trained adapter, with the weights that selection chose; None where it is not defined."""
+    trained = run.chosen_rows
     held_out = _of_domain(trained, "held_out", trained[0].held_out)
     sources = _of_domain(trained, "source_validation", MEAN)
     return {

@@ -71,6 +71,13 @@ class RunRecord:
         return next(row for row in self.rows if row.method != "zero_shot")
 
     @property
+    def chosen_rows(self) -> list[ResultRow]:
+        """The rows of the trained adapter with the weights that selection chose: the weights themselves, or the average
+        of them that was best on source validation. A run writes them last."""
+        trained = [row for row in self.rows if row.method != "zero_shot"]
+        return [row for row in trained if row.weights == trained[-1].weights]
+
+    @property
     def title(self) -> str:
         row = self.trained
         return f"{row.adapter}, {row.method}, without {row.held_out}, seed {row.seed}"

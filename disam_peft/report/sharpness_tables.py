@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from disam_peft.common.records import ResultRow
-from disam_peft.report.result_tables import METHOD_TITLES, ComparisonTable, cell_over_seeds
+from disam_peft.report.result_tables import Column, ComparisonTable, column_titles, mean_over_seeds
 
 _LABELS = {
     "sample_loss": "loss at w",
@@ -19,25 +19,30 @@ _SPLITS = {"held_out": "held out", "source_validation": "source validation"}
 
 
 def compare_sharpness(rows: Iterable[ResultRow]) -> list[ComparisonTable]:
-    """One table per held-out domain, backbone and adapter: measures in lines, methods in columns, over seeds."""
-    by_place: dict[tuple[str, str, str], dict[tuple[str, str, str], dict[int, float]]]
+    """One table per held-out domain, backbone and adapter: measures in lines, methods in columns, means over seeds.
+
+    Sharpness is measured around the weights that selection chose. Where they were an average for some runs, the columns
+    say so.
+    """
+    by_place: dict[tuple[str, str, str], dict[tuple[str, str, Column], dict[int, float]]]
     by_place = defaultdict(lambda: defaultdict(dict))
     found = list(rows)
     for row in found:
         if row.value is not None and _label(row.metric) is not None:
-            by_place[row.held_out, row.backbone, row.adapter][row.metric, row.split, row.method][row.seed] = row.value
+            column = (row.method, row.weights)
+            by_place[row.held_out, row.backbone, row.adapter][row.metric, row.split, column][row.seed] = row.value
     sizes: dict[tuple[str, str, str], dict[str, int]] = defaultdict(dict)
     for row in found:
         sizes[row.held_out, row.backbone, row.adapter][row.split] = row.n
     tables = []
     for (held_out, backbone, adapter), values in by_place.items():
-        methods = [m for m in METHOD_TITLES if any(m == method for _, _, method in values)]
+        columns = column_titles(column for _, _, column in values)
         metrics = list(dict.fromkeys(metric for metric, _, _ in values))
         splits = list(dict.fromkeys(split for _, split, _ in values))
         lines = [
             (
                 f"{_label(metric)}, {_SPLITS.get(split, split)}",
-                tuple(cell_over_seeds(values.get((metric, split, m))) for m in methods),
+                tuple(mean_over_seeds(values.get((metric, split, column))) for column in columns),
             )
             for metric in metrics
             for split in splits
@@ -46,8 +51,8 @@ def compare_sharpness(rows: Iterable[ResultRow]) -> list[ComparisonTable]:
             f"{n} images of {_SPLITS.get(split, split)}" for split, n in sizes[held_out, backbone, adapter].items()
         )
         title = f"{adapter} on {backbone}, without {held_out}: sharpness on {counts}"
-        columns = tuple(METHOD_TITLES[m] for m in methods)
-        tables.append(ComparisonTable(title, columns, tuple(lines), scale=1, digits=None, corner="measure"))
+        shown = tuple(columns.values())
+        tables.append(ComparisonTable(title, shown, tuple(lines), scale=1, digits=None, corner="measure"))
     return tables
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from disam_peft.common.records import RAW
 from disam_peft.config.average import AverageConfig, EmaConfig
 from disam_peft.config.base import Config
 from disam_peft.disam.perturbation import restored
@@ -16,9 +17,6 @@ from disam_peft.errors import UserError
 from disam_peft.training.averages.base import Average
 from disam_peft.training.averages.ema import Ema
 from disam_peft.training.guarded_optimizer import StepOutcome
-
-RAW = "raw"
-"""The name of the weights themselves, beside the names of their averages."""
 
 AVERAGES: dict[type[Config], type[Average]] = {
     EmaConfig: Ema,

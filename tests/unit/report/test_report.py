@@ -4,8 +4,10 @@ import pytest
 
 from disam_peft.common.records import append_event, write_results
 from disam_peft.errors import UserError
+from disam_peft.report.figures import accuracy_bars
 from disam_peft.report.page import Picture, build_report
 from disam_peft.report.result_tables import compare_held_out
+from disam_peft.report.run_measures import run_measures, zero_shot_measures
 from disam_peft.report.runs import read_runs
 from tests.helpers.report_pages import Reader, rows
 
@@ -46,6 +48,37 @@ def test_what_was_not_run_is_not_a_number():
 def test_one_table_per_adapter_and_backbone():
     found = study() + rows("sam", "art", 0, 0.9, adapter="coop")
     assert [table.title.split(":")[0] for table in compare_held_out(found)] == ["lora on ViT-B-32", "coop on ViT-B-32"]
+
+
+def test_averages_of_the_weights_have_columns_of_their_own():
+    found = study() + [
+        row
+        for seed, value in enumerate((0.75, 0.85))
+        for row in rows("disam", "art", seed, value, weights="ema") + rows("erm", "art", seed, 0.1, weights="ema")
+    ]
+    [table] = compare_held_out(found)
+    assert table.columns == ("zero-shot", "ERM, raw", "ERM, ema", "DISAM, raw", "DISAM, ema")
+    assert dict(table.texts()) == {
+        "art": ["40.0", "60.0 ± 14.1", "10.0 ± 0.0", "70.0 ± 14.1", "80.0 ± 7.1"],
+        "sketch": ["40.0", "20.0 ± 0.0", "n/a", "40.0 ± 14.1", "n/a"],
+        "mean": ["40.0", "40.0 ± 7.1", "n/a", "55.0 ± 14.1", "n/a"],
+    }
+    [legend] = accuracy_bars(table, 7.0).legends
+    assert [text.get_text() for text in legend.get_texts()] == list(table.columns)
+
+
+def test_a_run_is_measured_with_the_weights_that_were_chosen(tmp_path):
+    append_event(tmp_path / "metrics.jsonl", "trained", best_step=1, weights="ema")
+    write_results(
+        tmp_path / "results.json",
+        rows("zero_shot", "sketch", 0, 0.25)
+        + rows("disam", "sketch", 0, 0.5)
+        + rows("disam", "sketch", 0, 0.75, weights="ema"),
+    )
+    [record] = read_runs([tmp_path])
+    assert {row.weights for row in record.chosen_rows} == {"ema"}
+    assert run_measures(record)["top1"] == 0.75
+    assert zero_shot_measures(record)["top1"] == 0.25
 
 
 def test_markdown_and_latex():
