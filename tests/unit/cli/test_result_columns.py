@@ -9,9 +9,9 @@ from tests.helpers.report_pages import rows
 
 
 def printed(found):
-    console = Console(file=io.StringIO(), width=120)
-    print_held_out(found, console)
-    lines = [line.split("  ") for line in console.file.getvalue().splitlines()]
+    text = io.StringIO()
+    print_held_out(found, Console(file=text, width=120))
+    lines = [line.split("  ") for line in text.getvalue().splitlines()]
     return [[text.strip() for text in line if text.strip()] for line in lines]
 
 
