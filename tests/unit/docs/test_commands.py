@@ -19,7 +19,7 @@ VERBS = typer.main.get_group(app).commands
 def commands(text: str) -> list[str]:
     """Lines of fenced blocks and of headers of recipes that call disam-peft, without their remarks."""
     lines = [
-        line.strip() for block in re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S) for line in block.split("\n")
+        line.strip() for block in re.findall(r"^```[^\n]*\n(.*?)^```$", text, re.M | re.S) for line in block.split("\n")
     ]
     lines += [line.strip("# ") for line in text.split("\n") if re.match(r"# {3}disam-peft ", line)]
     found = [line[match.start() :] for line in lines if (match := re.search(r"\bdisam-peft [a-z-]", line))]
