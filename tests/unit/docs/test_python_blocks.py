@@ -44,9 +44,18 @@ def test_a_block_names_only_what_is_there(block: str):
             assert not [alias.name for alias in node.names if not hasattr(module, alias.name)]
         elif isinstance(node, ast.Import):
             for alias in node.names:
-                importlib.import_module(alias.name)
+                module = importlib.import_module(alias.name)
+                used = attributes(tree, alias.asname or alias.name)
+                assert not [name for name in used if not hasattr(module, name)]
+
+
+def attributes(tree: ast.Module, name: str) -> set[str]:
+    """Attributes of a name that are read, as ``fit`` of ``dp.fit``."""
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    return {node.attr for node in found if isinstance(node.value, ast.Name) and node.value.id == name}
 
 
 def test_undefined_names_are_found():
     assert undefined(ast.parse("from a import b\nc = lambda d: b(d, e)\nprint(c)")) == {"e"}
+    assert attributes(ast.parse("import a as b\nb.c(b.d.e)"), "b") == {"c", "d"}
     assert len(BLOCKS) >= 3
