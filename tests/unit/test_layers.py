@@ -59,7 +59,7 @@ HOMES = {
 # What a folder may import besides the standard library, itself and what its floor allows.
 ALONE = {"disam": {"torch"}, "config": {"pydantic", "pydantic_core", "yaml", "disam_peft.errors"}}
 LOOSE_MODULES = 3
-REPEATED = {"base", "adapter", "__init__", "__main__"}  # adapters/<method>/adapter.py
+REPEATED = {"base", "__init__", "__main__"}
 
 
 def modules(folder: Path = PACKAGE) -> dict[str, Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from disam_peft.common.records import METRICS, read_events, read_results
 from disam_peft.config.data import DataConfig
@@ -10,7 +11,8 @@ from disam_peft.config.recipe import Recipe
 from disam_peft.data.load import load
 from disam_peft.data.splits import split_train_validation
 from disam_peft.experiments import run
-from disam_peft.experiments.build import split_data
+from disam_peft.experiments.build import load_pretrained, split_data
+from disam_peft.training.trainer import fit
 
 
 @pytest.fixture
@@ -65,3 +67,27 @@ def test_a_run_is_selected_by_the_validation_part_of_its_sources(make_recipe):
     }
     assert best["negative_nll"] == pytest.approx(-likelihood["source_validation"], abs=1e-9)
     assert best["negative_nll"] != pytest.approx(-likelihood["held_out"], abs=1e-3)
+
+
+def test_a_run_trains_on_the_training_part_alone(make_recipe, monkeypatch):
+    handed_over = []
+
+    def spy(classifier, dataset, **options):
+        handed_over.append(dataset)
+        return fit(classifier, dataset, **options)
+
+    monkeypatch.setattr(run, "fit", spy)
+    recipe = make_recipe(seed=5)
+    run.train(recipe)
+    [training] = handed_over
+    assert training.keys == split_data(recipe, load(recipe.data)).training.keys
+
+
+def test_the_seed_of_the_recipe_draws_the_first_weights_of_the_adapter(make_recipe):
+    def first_weights(seed):
+        recipe = make_recipe(seed=seed, adapter={"kind": "lora", "blocks": {"last": 1}, "rank": 2})
+        trained = load_pretrained(recipe, ("a", "b")).with_new_adapter().trainable()
+        return torch.cat([p.detach().flatten() for p in trained.values()])
+
+    assert torch.equal(first_weights(5), first_weights(5))
+    assert not torch.equal(first_weights(5), first_weights(6))
