@@ -11,6 +11,7 @@ from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.config.adapters import LoraAdapterConfig
 from disam_peft.config.data import AugmentConfig, DataConfig, FeatureConfig
 from disam_peft.config.method import MethodConfig
+from disam_peft.config.objective import CrossEntropyConfig, ObjectiveConfig, VRexConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
 from disam_peft.training.accelerator import start_accelerator
@@ -24,6 +25,11 @@ METHODS = {
     "disam": MethodConfig(rho=0.3, variance_weight=0.6),
     "adaptive": MethodConfig(rho=1.0, variance_weight=0.6, adaptive=True),
 }
+OBJECTIVES = {
+    "vrex": ObjectiveConfig(penalties=[VRexConfig(weight=3.0, anneal=1)], loss=CrossEntropyConfig(label_smoothing=0.1)),
+    "vrex not climbed": ObjectiveConfig(penalties=[VRexConfig(weight=3.0, anneal=1, in_ascent=False)]),
+    "domains": ObjectiveConfig(mean_over="domains"),
+}
 ADAPTERS = {**CELLS, "lora-dropout": LoraAdapterConfig(blocks=LAST_TWO, rank=2, dropout=0.4, seed=1)}
 
 
@@ -35,6 +41,7 @@ def run(
     cell="lora-image",
     family="open_clip",
     method="disam",
+    objective=None,
     batch=12,
     steps=3,
     source="images",
@@ -58,6 +65,7 @@ def run(
             classifier,
             dataset,
             method=METHODS[method],
+            objective=None if objective is None else OBJECTIVES[objective],
             config=TrainConfig(
                 steps=steps,
                 batch_size=batch,
@@ -82,6 +90,8 @@ ON_TWO = {
     "mean": {"pieces": 3, "batch": 7, "method": "sam"},
     "whole": {"pieces": 4, "batch": 9, "cell": "coop-shared"},
     "one piece": {"pieces": 1, "batch": 13},
+    "penalty": {"pieces": 2, "batch": 13, "objective": "vrex"},
+    "penalty, one piece": {"pieces": 1, "batch": 13, "objective": "vrex"},
 }
 
 

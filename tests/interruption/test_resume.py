@@ -17,6 +17,7 @@ from disam_peft.config.adapters import LinearProbeConfig, LoraAdapterConfig
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.data import DataConfig
 from disam_peft.config.method import MethodConfig
+from disam_peft.config.objective import ObjectiveConfig, VRexConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
 from disam_peft.disam.perturbation import AscentDirection
@@ -72,8 +73,9 @@ def test_row_33_killed_again_and_again_a_run_ends_in_the_same_bits(finished, mak
         {"data": {"pixel_store": 36}, "train": {"workers": 2}},
         {"features": {"store": True, "views": 2}},
         {"train": {"gradient_accumulation_steps": 2}},
+        {"objective": {"penalties": [{"kind": "vrex", "weight": 5.0, "anneal": 5}]}},
     ],
-    ids=["pixel store", "feature store", "accumulation"],
+    ids=["pixel store", "feature store", "accumulation", "penalty"],
 )
 def test_row_33_with_stores_and_accumulation(finished, make_recipe, start, changes):
     expected = finished(**changes)
@@ -116,7 +118,17 @@ def trained(openclip_name, domains_folder, tmp_path):
     dataset = load(DataConfig(root=domains_folder))
     prompts = ClassPrompts(dataset.prompt_names, ("a photo of a {}.",))
 
-    def run(*, adapter=None, resume=False, cut_at=None, scores=None, provenance=None, method=None, **settings):
+    def run(
+        *,
+        adapter=None,
+        resume=False,
+        cut_at=None,
+        scores=None,
+        provenance=None,
+        method=None,
+        objective=None,
+        **settings,
+    ):
         backbone = load_backbone(BackboneConfig(name=openclip_name))
         adapter = adapter or LoraAdapterConfig(seed=0, dropout=0.3, rank=2, blocks={"last": 1})
         classifier, records = ClipClassifier(backbone, build_adapter(adapter, backbone, prompts), prompts), []
@@ -134,6 +146,7 @@ def trained(openclip_name, domains_folder, tmp_path):
             classifier,
             dataset,
             method=method,
+            objective=objective,
             config=TrainConfig(**values),
             validate=None if scores is None else lambda: Score(*scores.pop(0)),
             on_event=on_event,
@@ -155,6 +168,7 @@ def trained(openclip_name, domains_folder, tmp_path):
         {"save_every": 3, "adapter": LinearProbeConfig(), "method": MethodConfig(name="erm")},
         {"save_every": 100, "validate_every": 2},
         {"validate_every": 2},
+        {"save_every": 2, "objective": ObjectiveConfig(penalties=[VRexConfig(weight=5.0, anneal=5)])},
     ],
     ids=str,
 )
@@ -213,6 +227,8 @@ def test_row_38_another_content_or_another_adapter_is_refused(trained):
     same = {"images of art/red": "8", "weights": "abc"}
     with pytest.raises(UserError, match=r"its adapter differs"):
         trained(resume=True, provenance=same, adapter=LoraAdapterConfig(seed=0, rank=4, blocks={"last": 1}))
+    with pytest.raises(UserError, match=r"its penalties differ \(here \['VRex'\]; saved \[\]\)"):
+        trained(resume=True, provenance=same, objective=ObjectiveConfig(penalties=[VRexConfig(anneal=0)]))
     with pytest.raises(UserError, match=r"its optimizer differs"):
         trained(resume=True, provenance=same, optimizer="sgd")
     with pytest.warns(Notice, match=r"going on after step 4 \(of 6 steps\)"):

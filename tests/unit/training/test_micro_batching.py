@@ -110,6 +110,36 @@ def test_proportional_batches_in_pieces_of_one_domain(run, sampling):
     assert (in_pieces - run(1, **options)[0]).abs().max() <= 1e-12
 
 
+@pytest.mark.parametrize(
+    ("objective", "method", "pieces", "mode"),
+    [
+        ("vrex", "disam", 4, "two_phase"),
+        ("vrex", "disam", 6, "per_domain"),
+        ("vrex", "sam", 4, "two_phase"),
+        ("vrex", "erm", 4, "two_phase"),
+        ("vrex", "erm", 6, "per_domain"),
+        ("vrex not climbed", "sam", 4, "two_phase"),
+        ("vrex not climbed", "erm", 4, "two_phase"),
+        ("domains", "sam", 4, "mean"),
+        ("domains", "disam", 4, "two_phase"),
+    ],
+)
+def test_every_objective_in_pieces(run, objective, method, pieces, mode):
+    batch = 13 if objective == "domains" else 12  # of unequal domains, where their mean is another one
+    options = {"method": method, "objective": objective, "batch": batch, "steps": 2}
+    whole, events = run(1, **options)
+    in_pieces, in_events = run(pieces, **options)
+    assert accumulation(in_events)["way"] == mode
+    assert (in_pieces - whole).abs().max() <= 1e-12
+    assert (run(1, **{**options, "objective": None})[0] - whole).abs().max() > 1e-6, "the objective matters"
+    steps, others = ([values for name, values in found if name == "step"] for found in (events, in_events))
+    for ours, theirs in zip(steps, others, strict=True):
+        for name in ("loss", "objective", "perturbed_loss"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-12)
+        if objective == "vrex":
+            assert abs(ours["objective"] - ours["loss"]) > 1e-3
+
+
 @pytest.mark.parametrize("pieces", [3, 4])
 def test_a_loss_scaler_changes_no_bit(run, pieces):
     assert torch.equal(run(pieces, scale=2.0**10)[0], run(pieces)[0])
@@ -270,7 +300,7 @@ def test_two_processes_in_pieces(run, twins, domains_folder, tmp_path):
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    assert len(accumulated_runs.ON_TWO) == 5
+    assert len(accumulated_runs.ON_TWO) == 7
     for name, options in accumulated_runs.ON_TWO.items():
         one = run(**{**options, "pieces": 1})[0]
         assert torch.equal(ranks[0][name], ranks[1][name]), name
