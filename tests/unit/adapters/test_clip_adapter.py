@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from disam_peft.adapters.clip_adapter import ClipAdapter
+from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
+from disam_peft.backbones.families import load_backbone
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.config.adapters import ClipAdapterConfig
+from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.data import AugmentConfig, DataConfig, FeatureConfig
+from disam_peft.config.method import MethodConfig
 from disam_peft.config.recipe import load_recipe
+from disam_peft.config.training import TrainConfig
+from disam_peft.data.load import load
 from disam_peft.errors import UserError
 from disam_peft.export.merged import export_merged
+from disam_peft.training.trainer import fit
 from tests.helpers.adapter_cells import FAMILIES, PROMPTS, pixels, tiny_backbone
 from tests.helpers.paths import RECIPES, REFERENCE
 
@@ -126,6 +135,34 @@ def test_merging_is_refused_with_the_way_out(backbone: ClipBackbone, tmp_path_fa
     ):
         export_merged(folder, build(backbone))
     assert not folder.exists()
+
+
+def test_every_method_trains_it_and_each_in_its_own_way(
+    openclip_name: str, domains_folder: Path, tmp_path: Path
+) -> None:
+    """From a feature store: the frozen part is the whole image tower."""
+    dataset = load(DataConfig(root=domains_folder, verify=False))
+    prompts = ClassPrompts(dataset.prompt_names, ("a photo of a {}.",))
+    weights = {}
+    for name in ("erm", "sam", "disam"):
+        backbone = load_backbone(BackboneConfig(name=openclip_name))
+        classifier = ClipClassifier(
+            backbone, build_adapter(ClipAdapterConfig(ratio=0.8, seed=0), backbone, prompts), prompts
+        )
+        result = fit(
+            classifier,
+            dataset,
+            method=MethodConfig(name=name, rho=0.05, variance_weight=0.5),
+            config=TrainConfig(steps=40, batch_size=48, workers=0, learning_rate=3e-2),
+            augment=AugmentConfig(kind="none"),
+            features=FeatureConfig(store=True, folder=tmp_path),
+        )
+        assert result.last_loss < 0.8 * result.first_loss and result.skipped_steps == 0
+        assert backbone.current_hash() == backbone.base_hash
+        weights[name] = classifier.trainable()["up"].detach().clone()
+    assert len(list(tmp_path.iterdir())) == 1, "all methods read one store"
+    for one, other in (("erm", "sam"), ("sam", "disam"), ("erm", "disam")):
+        assert (weights[one] - weights[other]).abs().max() > 1e-4
 
 
 def test_its_recipe_spells_out_the_defaults() -> None:

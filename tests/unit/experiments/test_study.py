@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 
+from disam_peft.config.adapters import ADAPTER_KINDS
 from disam_peft.config.shapes import DOMAINS
 from disam_peft.errors import UserError
 from disam_peft.experiments.study import load_plan
@@ -113,6 +114,15 @@ def test_row_46_all_mistakes_of_a_study_at_once(tmp_path):
         plan(tmp_path, RECIPE + "conditions: {1:10: {}}\n")
     with pytest.raises(UserError, match=r"'linear_prob' is none of lora, peft, .*; did you mean 'linear_probe'\?"):
         plan(tmp_path, adapters=["linear_prob"])
+
+
+def test_every_kind_of_adapter_can_be_compared_by_its_name_alone_but_peft_which_needs_a_method(tmp_path):
+    by_name = [kind for kind in ADAPTER_KINDS if kind != "peft"]
+    found = plan(tmp_path, adapters=by_name, seeds=1)
+    assert {cell.condition: cell.recipe.adapter.kind for cell in found.cells} == {kind: kind for kind in by_name}
+    assert {cell.recipe.adapter.rank for cell in found.cells if cell.condition == "lora"} == {4}, "the recipe's own"
+    with pytest.raises(UserError, match=r"adapter\.method: Field required"):
+        plan(tmp_path, adapters=["lora", "peft"], seeds=1)
 
 
 STUDIES = sorted((RECIPES / "studies").glob("[a-z]_*.yaml"))
