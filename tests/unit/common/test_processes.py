@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import subprocess
 import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from disam_peft.common import processes
 from disam_peft.errors import UserError
+from tests.helpers.ranks import fork_ranks, gloo_group
 
 
 def test_without_a_group_there_is_one_process(monkeypatch):
@@ -50,9 +49,8 @@ def _raised(action) -> tuple[str, str]:
     return "", ""
 
 
-def _one_rank(rank: int, file: str, results) -> None:
-    dist.init_process_group("gloo", rank=rank, world_size=2, store=dist.FileStore(file, 2))
-    found = {
+def _found(rank: int) -> dict[str, Any]:
+    return {
         "rank": (processes.rank(), processes.world_size(), processes.is_main()),
         "on_main": processes.on_main(lambda: f"by {processes.rank()}"),
         "refused": _raised(_refuse),
@@ -60,23 +58,19 @@ def _one_rank(rank: int, file: str, results) -> None:
         "largest": processes.largest(7 - rank, torch.device("cpu")),
         "from_all": processes.from_all("ab"[rank]),
     }
-    processes.wait()
-    results.put((rank, found))
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> list[dict]:
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    file = str(Path(tmp_path_factory.mktemp("group")) / "store")
-    ranks = [context.Process(target=_one_rank, args=(rank, file, results)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    found = dict(results.get(timeout=60) for _ in ranks)
-    for process in ranks:
-        process.join()
-    return [found[0], found[1]]
+def two_ranks(tmp_path_factory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+
+    def work(rank: int) -> None:
+        with gloo_group(folder, rank, 2):
+            torch.save(_found(rank), folder / f"{rank}.pt")
+            processes.wait()
+
+    fork_ranks(2, work)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 def test_each_rank_knows_its_place(two_ranks):
