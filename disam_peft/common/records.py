@@ -23,7 +23,7 @@ ERRORS = "errors.json"
 RAW = "raw"
 """The weights themselves, in place of an average of them."""
 POOLED = "pooled"
-"""In place of a domain: all samples of the split together."""
+"""Stands in place of a domain for all samples of the split together."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ResultRow:
     """``top1``, ``macro_accuracy`` (both 0 to 1), ``classes`` (how many that mean is over), ``nll`` (nats) or ``ece``
     (0 to 1); in ``sharpness.json`` see ``evaluation.sharpness_rows``."""
     value: float | None
-    """None where it is not defined."""
+    """None if it is not defined."""
     n: int
     """Number of samples; for ``mean`` and ``worst`` the number of domains."""
     weights: str = RAW
@@ -65,7 +65,7 @@ class LossSlice:
     n: int
     """Number of samples."""
     directions: list[str]
-    """What the two axes are."""
+    """What the directions of the two axes are, in words."""
     rhos: list[float]
     """Radii of the balls that were searched around the same weights."""
     coordinates: list[float]
@@ -76,12 +76,12 @@ class LossSlice:
 
 @dataclass(frozen=True)
 class Confusion:
-    """What was taken for what in one domain: ``confusion.json``."""
+    """How often each class was predicted for each true class in one domain: ``confusion.json``."""
 
     domain: str
     classes: list[str]
     counts: list[list[int]]
-    """``[true, predicted, count]`` for every pair of class numbers that occurs: of 345 classes few do."""
+    """``[true, predicted, count]`` for every pair of class numbers that occurs; of 345 classes, few pairs do."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class ExampleError:
     """A sample that the classifier got wrong: one entry of ``errors.json``."""
 
     key: str
-    """What the dataset calls the sample."""
+    """The key of the sample in its dataset."""
     true: str
     predicted: str
     confidence: float
@@ -141,7 +141,7 @@ def append_event(path: Path, event: str, **values: Any) -> None:
 
 
 def read_events(path: Path, event: str | None = None) -> list[dict[str, Any]]:
-    """The events of a ``metrics.jsonl``, or those of one kind. A last line cut short by a crash is left out."""
+    """The events of a ``metrics.jsonl``, or those of one kind. A last line that a crash has cut off is left out."""
     events = []
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):

@@ -88,6 +88,7 @@ def test_override_of_an_unknown_class_or_with_nothing():
         ("n.yaml", "a: 3\n", "'a': 3.*quotes"),
         ("n.yaml", "a: [", "n.yaml is not valid YAML"),
         ("n.json", "{", "cannot be parsed"),
+        ("n.json", '{"dog": "x", "dog": "y"}', "the key 'dog' is there twice"),
     ],
 )
 def test_override_file_is_strict(tmp_path, name, content, message):
