@@ -1,4 +1,4 @@
-"""Which CLIP to load; free of torch, so that a recipe can be read quickly."""
+"""Which CLIP to load."""
 
 from __future__ import annotations
 
@@ -26,4 +26,4 @@ class BackboneConfig(Config):
     revision: str | None = None
     """A branch, tag or commit of a hub repository (``hf-hub:...``, or a transformers hub id)."""
     seed: int = 0
-    """Seeds the random weights of ``pretrained: none``; without meaning otherwise."""
+    """Seed of the random weights of ``pretrained: none``. It has no meaning otherwise."""

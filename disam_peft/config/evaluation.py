@@ -1,4 +1,4 @@
-"""What is measured around trained weights."""
+"""How trained weights are evaluated, and how their sharpness is measured."""
 
 from __future__ import annotations
 
@@ -13,26 +13,30 @@ class SharpnessConfig(Config):
     """What is measured around the trained weights, and at what cost."""
 
     samples: int = Field(default=240, ge=2)
-    """At most so many images of each split, as many of every domain; all of the cost is proportional to it. Compare at
-    one number only: the fewer samples, the larger the largest eigenvalue and the worst loss of their mean come out."""
+    """At most this many images of each split are used, equally many of every domain. The cost is proportional to it.
+    Compare only runs with the same number: with fewer images the largest eigenvalue and the worst loss come out larger.
+    """
     seed: int = Field(default=0, ge=0)
-    """Chooses them, and random directions."""
+    """Seed of the choice of images and of the random directions."""
     rhos: tuple[float, ...] = (0.05,)
     """Radii of the balls in which the worst loss is sought."""
     ascent_steps: int = Field(default=10, ge=1)
-    """Gradients per ball."""
+    """Number of gradient steps with which the worst loss in a ball is sought."""
     hessian_iterations: int = Field(default=30, ge=3)
-    """Hessian products for the largest eigenvalue, at most."""
+    """Largest number of products with the Hessian for its largest eigenvalue."""
     hessian_tolerance: float = Field(default=0.01, gt=0)
-    """Residual, as a share of the eigenvalue, at which it stops."""
+    """The search for the eigenvalue stops at this residual, as a share of the eigenvalue."""
     gradient_group: int = Field(default=1, ge=1)
-    """Samples per gradient in the gradient variance; more is cheaper and estimates the same, with more noise."""
+    """Number of samples of each gradient whose variance is measured. A larger number is cheaper and estimates the same
+    variance with more noise."""
     slice_points: int = Field(default=11, ge=0)
-    """Of each axis of the plane through w on the held-out domain; 0: none is computed."""
+    """Number of points on each axis of the plane of losses around the trained weights w, on the held-out domain. 0: the
+    plane is not computed."""
     slice_radius: float = Field(default=0.5, gt=0)
-    """The plane reaches so far from w, in units of the norm of the trained weights, as rho."""
+    """How far the plane reaches from w, measured as ``rho`` is."""
     slice_directions: Literal["curvature", "random"] = "curvature"
-    """``curvature``: the gradient and the largest eigenvalue's vector; ``random``: two directions from the seed."""
+    """Axes of the plane. ``curvature``: the gradient and the eigenvector of the largest eigenvalue. ``random``: two
+    directions that are drawn with the seed."""
 
     @field_validator("rhos")
     @classmethod
@@ -50,13 +54,13 @@ class SharpnessConfig(Config):
 
 
 class EvaluationConfig(Config):
-    """How predictions are computed, whose numbers do not depend on it but for rounding; and what else is recorded."""
+    """How predictions are computed (their numbers depend on it by rounding alone), and what else is recorded."""
 
     batch_size: int = Field(default=64, ge=1)
-    """Per process."""
+    """Number of images that each process evaluates at a time."""
     workers: int | Literal["auto"] = "auto"
-    """Processes that decode images."""
+    """Number of processes that decode images. ``auto``: chosen from the number of cores."""
     example_errors: int = Field(default=12, ge=0)
-    """The most confident errors on the held-out domain that are kept with a thumbnail, for the report."""
+    """How many of the most confident errors on the held-out domain are kept with a thumbnail, for the report."""
     sharpness: SharpnessConfig | None = None
-    """Whether the sharpness of the trained weights is measured after training; unset: it is not."""
+    """How the sharpness of the trained weights is measured after training. Unset: it is not measured."""

@@ -9,7 +9,7 @@ from disam_peft.errors import UserError
 
 
 def apply_override(values: dict[str, Any], override: str, mistakes: list[str]) -> None:
-    """Apply ``a.b=c``, in which c is YAML, to ``values``; or append what is wrong with it to ``mistakes``."""
+    """Apply the override ``a.b=c``, where c is YAML. What is wrong with it is appended to ``mistakes``."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         mistakes.append(f"override {override!r} must look like train.steps=200")
@@ -23,7 +23,8 @@ def apply_override(values: dict[str, Any], override: str, mistakes: list[str]) -
 
 
 def set_key(values: dict[str, Any], key: str, value: Any, mistakes: list[str]) -> None:
-    """Set the dotted ``key``; or append to ``mistakes`` that the way there is blocked by a value."""
+    """Set the dotted ``key`` in ``values``. A part of the key that holds a value in place of further keys is a mistake,
+    which is appended to ``mistakes``."""
     *parents, last = key.split(".")
     place = values
     for parent in parents:

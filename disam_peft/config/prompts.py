@@ -1,4 +1,4 @@
-"""The sentences about the classes that a recipe asks for."""
+"""Which sentences about the classes the text tower reads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ IMAGENET = "imagenet"
 
 
 class PromptConfig(Config):
-    """Sentences about the classes, for zero-shot classification and for adapters that keep class features."""
+    """The sentences about the classes, for zero-shot classification and for adapters that keep class features."""
 
     templates: str | list[str] = "a photo of a {}."
-    """One sentence with ``{}`` for the class, a list of them (averaged), or ``imagenet`` for the 80 of CLIP's paper."""
+    """One sentence with ``{}`` for the class, or a list of them, whose features are averaged, or ``imagenet`` for the
+    80 sentences of CLIP's paper."""

@@ -31,11 +31,11 @@ class Recipe(Config):
     """One experiment: everything that its numbers depend on."""
 
     name: str = Field(pattern=r"^[\w.-]+$")
-    """Of the run's folder under ``output``."""
+    """Name of the run's folder under ``output``."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Of the split, the batches, the augmentation, dropout and the adapter's initial weights."""
+    """Seed of the split, the batches, the augmentation, dropout and the adapter's initial weights."""
     output: Path = Path("runs")
-    """Folder of all runs."""
+    """Folder in which all runs are kept."""
     backbone: BackboneConfig
     adapter: AdapterConfig
     method: MethodConfig = MethodConfig()

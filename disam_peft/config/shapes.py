@@ -1,4 +1,4 @@
-"""What DomainShapes is to contain, and the faults that studies give it on purpose."""
+"""Which images of DomainShapes are painted, and which faults studies give them on purpose."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class OverlapConfig(Config):
-    """Two domains whose styles run into each other."""
+    """Two domains whose styles are blended with one another."""
 
     first: str
     second: str
     share: float = Field(gt=0, le=1)
-    """How far: at 1 both draw from the same, middle style."""
+    """How far they are blended. At 1 both domains draw from the same style, halfway between their own."""
 
 
 class ShapesConfig(Config):
-    """Which images of DomainShapes, and what is wrong with them.
+    """Number and seed of the images of DomainShapes, and the faults among them.
 
-    Label noise, wrong domain labels and the spurious colour spare the ``target``: the domain that will be held out.
+    Wrong class labels, wrong domain labels and the spurious colour leave out the ``target``, the domain that will be
+    held out.
     """
 
     images_per_class: Count = 20
-    """Images of each class in each domain."""
+    """Number of images of each class in each domain."""
     per_domain: dict[str, Count] = Field(default={})
-    """Domain -> images of each of its classes, where another number than ``images_per_class``."""
+    """Domain -> number of images of each of its classes, for domains with another number than ``images_per_class``."""
     seed: int = Field(default=0, ge=0)
-    """Of the images and of the faults."""
+    """Seed of the images and of the faults."""
     split: str = Field(default="train", pattern=r"^[\w-]+$")
     """Images of different splits are different; the name may be any word."""
     target: str | None = None
@@ -48,8 +49,9 @@ class ShapesConfig(Config):
     wrong_labels: float = Field(default=0, ge=0, le=1)
     """Share of the images outside the target that carry another class than their own."""
     spurious_color: float = Field(default=0, ge=0, le=1)
-    """Share of the images outside the target whose object has the colour of its class; in the target, the colour of
-    some class, whichever. The colours then show in every domain. 0: any colour anywhere."""
+    """Share of the images outside the target whose object has the colour of its class. In the target the object has
+    the colour of some class, drawn at random, so that the same colours occur in every domain. 0: colours say nothing
+    about the class."""
     overlap: OverlapConfig | None = None
     """Two domains whose styles are blended. Unset: none."""
 
@@ -73,10 +75,10 @@ class ShapesConfig(Config):
         return self
 
     def count(self, domain: str) -> int:
-        """Images of each class in ``domain``."""
+        """Number of images of each class in ``domain``."""
         return self.per_domain.get(domain, self.images_per_class)
 
     @property
     def total(self) -> int:
-        """Number of images."""
+        """Number of all images."""
         return len(CLASSES) * sum(self.count(domain) for domain in DOMAINS)

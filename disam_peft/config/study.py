@@ -1,4 +1,4 @@
-"""A study file: one recipe, varied."""
+"""What a study file may say. A study runs one recipe in several variants and compares them."""
 
 from __future__ import annotations
 
@@ -16,27 +16,31 @@ PRESETS = ("erm", "erm_2x", "sam", "disam")
 
 
 class Study(Config):
-    """What a study file may say. Overrides are dotted keys of the recipe: ``{method.name: sam, train.steps: 300}``."""
+    """A study: arms (what is compared) x conditions x held-out domains x seeds.
+
+    Overrides are dotted keys of the recipe, such as ``{method.name: sam, train.steps: 300}``.
+    """
 
     question: str = ""
-    """One sentence."""
+    """What the study asks, in one sentence."""
     recipe: Path | dict[str, Any]
-    """The recipe that is varied, or its file, from the study's folder on. ``name`` and ``output`` may be left out."""
+    """The recipe that is varied, or the path of its file, relative to the study's folder. ``name`` and ``output`` may
+    be left out."""
     arms: list[str] | dict[str, Overrides | None] = Field(default=list(PRESETS), min_length=2)
-    """What is compared: name -> overrides. ``erm``, ``erm_2x``, ``sam`` and ``disam`` need none: ``erm_2x`` is ERM at
-    twice the steps, with warm-up and schedule stretched, so that it computes as much as SAM and DISAM."""
+    """What is compared: name -> overrides. ``erm``, ``erm_2x``, ``sam`` and ``disam`` need none. ``erm_2x`` is ERM with
+    twice the steps, warm-up and schedule stretched likewise, so that it computes as much as SAM and DISAM."""
     conditions: dict[str, Overrides] = Field(default={"": {}}, min_length=1)
-    """Under what they are compared: name -> overrides, crossed with the arms."""
+    """Under which settings the arms are compared: name -> overrides. Every arm runs under every condition."""
     held_out: str | list[str] | None = Field(default=None, min_length=1)
-    """Domains to hold out, or ``all``. Unset: what the recipe says."""
+    """The domains to hold out, one run each, or ``all``. Unset: what the recipe says."""
     seeds: Annotated[int, Field(ge=1)] | Annotated[list[Seed], Field(min_length=1)] = 5
-    """How many, from 0 on, or which."""
+    """The number of seeds, counted from 0 on, or a list of them."""
     data_seed: Literal["seed", "recipe"] = "seed"
-    """Seed of DomainShapes: ``seed`` paints other images for every seed, so that seeds are independent samples of the
-    benchmark; ``recipe`` keeps the recipe's. Of no effect on other data."""
+    """Seed of DomainShapes. ``seed``: every seed paints images of its own, so that seeds are independent samples of the
+    benchmark. ``recipe``: all runs have the images of the recipe. It has no effect on other data."""
     baseline: str | None = None
     """The arm that every other is compared with. Unset: the first."""
     comparisons: list[tuple[str, str]] | None = Field(default=None, min_length=1)
-    """Pairs of arms. Unset: every arm with the baseline, and disam with sam and erm_2x."""
+    """The pairs of arms that are compared. Unset: every arm with the baseline, and disam with sam and erm_2x."""
     metric: str | list[str] = Field(default="top1", min_length=1)
-    """What is compared, one or several; each is a family of tests of its own."""
+    """The measures that are compared, one or several. Each is a family of tests of its own."""

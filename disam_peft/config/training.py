@@ -1,4 +1,4 @@
-"""What one run of training is made of."""
+"""How a run trains: length, batches, optimizer, precision, validation, checkpoints, records."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from disam_peft.config.trackers import NoTrackerConfig, TrackerConfig
 
 
 class TrainConfig(Config):
-    """How long, how fast, on what."""
+    """The training of one run."""
 
     steps: int = Field(default=1000, ge=1)
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch_size: int = Field(default=32, ge=1)
-    """Images of a step, over all processes."""
+    """Number of images of a step, over all processes together."""
     sampling: Literal["balanced", "proportional"] = "balanced"
-    """``balanced``: as many images of every domain in each batch."""
+    """``balanced``: each batch has equally many images of every domain. ``proportional``: as many as the domain has
+    in the data, on average."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(default=1e-3, gt=0)
-    """Highest learning rate, reached after the warm-up."""
+    """The highest learning rate, which is reached after the warm-up."""
     weight_decay: float = Field(default=0.01, ge=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Of SGD; AdamW keeps its usual 0.9 and 0.999."""
+    """Momentum of sgd. AdamW always has its usual coefficients, 0.9 and 0.999."""
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps of linear warm-up."""
+    """Number of steps in which the learning rate rises from 0 in a straight line."""
     clip_norm: float | None = Field(default=None, gt=0)
-    """Largest norm of the gradient; unset: not clipped."""
+    """The gradient is scaled down to this Euclidean norm where it is larger. Unset: it is not clipped."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Precision of the forward passes; what is trained stays float32."""
+    """Precision of the forward passes. The trained weights stay float32."""
     compile: bool = False
     """Run transformer blocks through torch.compile in training steps: the same up to rounding, and on a GPU about 1.5
     times faster and with less memory, after some ten seconds that compiling takes."""
@@ -41,21 +42,23 @@ class TrainConfig(Config):
     of the whole batch. (Dropout draws other masks.) Where the image tower is frozen, only the encoding of images runs
     in micro-batches."""
     validate_every: int | None = Field(default=None, ge=1)
-    """Steps between validations on the sources; unset: ten times a run. The last step is always validated."""
+    """Number of steps between validations on the source domains. Unset: a tenth of the run. The last step is always
+    validated."""
     save_every: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints, from which ``--resume`` goes on; unset: one at each validation. The last step always
-    has one. They are removed when the run is finished."""
+    """Number of steps between checkpoints, from which ``--resume`` goes on. Unset: one at each validation. The last
+    step always has one. All are removed when the run is finished."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """How many stay, the newest: a second one is there for the day on which the first is damaged."""
+    """How many of the newest checkpoints are kept. The second one is of use when the newest is damaged."""
     timeout_minutes: float = Field(default=30, gt=0)
-    """How long processes wait for one that does not answer, before they end with an error. It must be longer than
+    """How long processes wait for one that does not answer before they end with an error. It must be longer than
     anything that one process does alone, such as the first check of the data."""
     log_every: int = Field(default=10, ge=1)
-    """Steps between records; reading the numbers makes the device wait."""
+    """Number of steps between records. Each record makes the device wait."""
     log_ascent_cosine: bool = False
-    """Record the cosine between the ascent direction and plain SAM's; costs a third backward."""
+    """Whether to record the cosine between the direction of the perturbation and that of plain SAM. It costs a third
+    backward pass in the steps that are recorded."""
     workers: int | Literal["auto"] = "auto"
-    """Processes that decode and augment images."""
+    """Number of processes that decode and augment images. ``auto``: chosen from the number of cores."""
     tracker: TrackerConfig = NoTrackerConfig()
     """Where numbers go besides ``metrics.jsonl``: ``none``, ``tensorboard``, ``json_lines``, ``wandb``, or such a kind
     with its settings: ``{kind: wandb, project: pacs}``."""
