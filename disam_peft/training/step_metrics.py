@@ -63,6 +63,7 @@ class StepMetrics:
     ) -> None:
         self._dataset, self._method, self._config = dataset, method, config
         self._on_event, self._accelerator = on_event, accelerator
+        self._has_ascent = method.effective_rho > 0
         self._steps, self.skipped, self._skipped_in_a_row = 0, 0, 0
         self._counts: Tensor | None = None  # in the order of COUNTED
         self._losses: Tensor | None = None  # of the first and the last step
@@ -93,7 +94,7 @@ class StepMetrics:
 
     def _count(self, report: StepReport, skipped: bool) -> None:
         present_D = report.domain_counts > 0
-        no_ascent = (report.ascent_norm == 0) & (self._method.effective_rho > 0)
+        no_ascent = (report.ascent_norm == 0) & self._has_ascent
         seen = torch.stack(
             [
                 (present_D.sum() == 1).long(),

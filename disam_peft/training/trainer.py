@@ -248,11 +248,12 @@ def fit(
         emit("accumulation", pieces=mb.count, images_at_once=mb.size, way=mb.mode)
     # the cosine takes a second backward through each forward, which what is recorded does not have
     captured = nullcontext() if config.log_ascent_cosine else classifier.captured(accelerator.autocast)
+    interval = config.validation_interval
     with manager.watching(), captured:
         for batch in track(batches, "training", total=config.steps - resumed_after):
             trainer.train_step(batch)
             step = trainer.steps_done
-            is_validated = step % config.validation_interval == 0 or step == config.steps
+            is_validated = step % interval == 0 or step == config.steps
             if is_validated:
                 trainer.optimizer.flush()
                 for weights, validation in best.offer(step).items():
