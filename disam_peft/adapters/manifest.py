@@ -1,4 +1,7 @@
-"""``disam_peft.json``: what an adapter folder says about itself. A boundary: strict, capped, no code, no paths."""
+"""The manifest of an adapter folder, ``disam_peft.json``.
+
+It may come from anybody: it is read strictly, has a largest size, and nothing in it names code or paths.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class BackboneEntry(BackboneConfig):
-    """``ClipBackbone.describe()``: what was asked for, and the fingerprint of what came."""
+    """``ClipBackbone.describe()``: the config of the backbone, and the fingerprint of the weights that were loaded."""
 
     sha256: Sha256
     quick_gelu: bool

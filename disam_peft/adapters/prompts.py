@@ -1,4 +1,4 @@
-"""Class names in sentences, and the class features that come of them.
+"""Class names in sentences (prompts), and the class features that the text tower makes of them.
 
 Shapes in this file: C classes, T templates, N = C * T prompts, L tokens, E embedding width.
 """
@@ -30,7 +30,7 @@ class ClassPrompts:
 
 @dataclass(frozen=True)
 class FrozenText:
-    """The part of the text tower's work that training cannot change, computed once per classifier.
+    """The output of the frozen part of the text tower for the class prompts, computed once per classifier.
 
     Attributes:
         tokens_NL: token ids of every class in every template, the templates of a class side by side.
@@ -47,7 +47,7 @@ class FrozenText:
 
 
 def prompt_templates(config: PromptConfig) -> tuple[str, ...]:
-    """The sentences that a recipe's ``prompts`` stand for."""
+    """The templates that the ``prompts`` setting of a recipe means."""
     if config.templates == IMAGENET:
         return imagenet_templates()
     return (config.templates,) if isinstance(config.templates, str) else tuple(config.templates)

@@ -44,9 +44,9 @@ class Target:
 class ClipBackbone(ABC):
     """A frozen CLIP in eval mode. Adapters attach to ``model``; everything else goes through the methods.
 
-    The methods leave out what cannot change a feature: the last block's output at positions that are not pooled, and
-    in causal text towers what stands behind a prompt's end. ``model`` itself, called in its family's own way,
-    computes everything, adapters included: the reference to compare with.
+    The methods do not compute what cannot change a feature: the last block's output at positions that are not pooled,
+    and in causal text towers the positions behind the end of a prompt. ``model`` itself, called in its family's own
+    way, computes everything, adapters included; it is the reference that tests compare with.
 
     Attributes:
         model: the whole CLIP as its family builds it (open_clip: with attention split into Linear layers).
@@ -109,10 +109,10 @@ class ClipBackbone(ABC):
 
     @abstractmethod
     def image_trunk(self, pixels_BCHW: Tensor, blocks: int) -> Tensor:
-        """The stem and the first ``blocks`` blocks of the image tower, 0 <= blocks <= image_blocks.
+        """The output of the stem and the first ``blocks`` blocks of the image tower, 0 <= blocks <= image_blocks.
 
-        A tower that cannot be split (``image_blocks == 0``) returns the pixels unchanged. Behind the last block of a
-        tower that pools its class token, only that token is there: (B, 1, width).
+        A tower that cannot be split (``image_blocks == 0``) returns the pixels unchanged. With all blocks of a tower
+        that pools its class token, the output holds that token alone: (B, 1, width).
         """
 
     @abstractmethod
@@ -158,8 +158,8 @@ class ClipBackbone(ABC):
     def text_trunk(self, tokens_CL: Tensor, blocks: int) -> Tensor:
         """The stem and the first ``blocks`` blocks of the text tower, 0 <= blocks <= text_blocks.
 
-        The output is as long as ``cut_prompts(tokens_CL)``; behind the last block of a tower that pools one token,
-        only that token is there: (C, 1, W).
+        The output is as long as ``cut_prompts(tokens_CL)``. With all blocks of a tower that pools one token, it holds
+        that token alone: (C, 1, W).
         """
 
     @abstractmethod
@@ -170,14 +170,14 @@ class ClipBackbone(ABC):
         """
 
     def cut_prompts(self, tokens_CL: Tensor) -> Tensor:
-        """The prompts up to the end of the longest of them where the tower is causal, so that what stands behind
-        cannot change a feature; else as they are."""
+        """The prompts, cut after the end of the longest one in causal towers, where later positions cannot change a
+        feature. For other towers the prompts are returned as they are."""
         ends_C = self._pooled_positions(tokens_CL) if self._is_causal_text() else None
         return tokens_CL if ends_C is None else tokens_CL[:, : int(ends_C.max()) + 1]
 
     def pack_prompts(self, tokens_CL: Tensor, shared: int) -> PackedPrompts | None:
-        """The layout for ``encode_packed_prompts`` of prompts whose first ``shared`` tokens are the same embeddings;
-        None where the text tower is not causal, or not made of standard blocks."""
+        """The layout for ``encode_packed_prompts`` of prompts whose first ``shared`` tokens have the same embeddings;
+        None if the text tower is not causal or has other than standard blocks."""
         blocks = self._text_parts() if self._is_causal_text() else None
         ends_C = self._pooled_positions(tokens_CL)
         if shared < 1 or blocks is None or ends_C is None or int(ends_C.min()) < shared:
@@ -187,8 +187,8 @@ class ClipBackbone(ABC):
     def encode_packed_prompts(
         self, prefix_PW: Tensor, suffix_NW: Tensor, packed: PackedPrompts, recomputed_blocks: int = 0
     ) -> Tensor:
-        """``encode_text_embeddings`` of prompts that begin with the same embeddings, which are run once for all, and
-        without padding: token embeddings of the shared part and of all suffixes (``packed.pack``) to features (C, E).
+        """``encode_text_embeddings`` for prompts that begin with the same embeddings. The shared part runs once, and
+        nothing is padded: token embeddings of the shared part and of all suffixes (``packed.pack``) to features (C, E).
 
         Args:
             packed: from ``pack_prompts``.

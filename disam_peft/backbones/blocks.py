@@ -37,7 +37,8 @@ class BlockParts:
 def shallow_clone(module: nn.Module, **children: nn.Module) -> Any:
     """A module with the same parameters, hooks and flags, in which some children are exchanged.
 
-    It is built for one call: what an adapter or ``train()`` changes later would not reach a clone that is kept.
+    It is built for one call, because changes that an adapter or ``train()`` makes later would not reach a clone that is
+    kept.
     """
     clone = copy.copy(module)
     clone._modules = {**module._modules, **children}
@@ -69,12 +70,12 @@ def replace_quick_gelu(root: nn.Module, theirs: type[nn.Module]) -> None:
 def at_one_position(block: nn.Module, parts: BlockParts, position_B: Tensor | None, causal: bool) -> Any:
     """A clone of a tower's last block whose output (B, 1, W) holds one position of each sequence.
 
-    The query, the MLP and everything behind run for that position alone, and of the keys and values only what it
-    needs. Exact for a tower that pools a single position.
+    The query, the MLP and everything after it are computed for that position alone, and only what that position needs
+    of the keys and values. This is exact for a tower that pools a single position.
 
     Args:
-        position_B: which one; None: the first, a class token.
-        causal: a position sees those before it and itself; otherwise all.
+        position_B: the position of each sequence; None: the first one, a class token.
+        causal: a position attends to itself and to the positions before it; otherwise to all positions.
     """
     clone: Any = copy.copy(block)
 
@@ -94,15 +95,15 @@ def at_one_position(block: nn.Module, parts: BlockParts, position_B: Tensor | No
 def _one_query(attention: Any, query_BW: Tensor, normed_BLW: Tensor, unseen_BL: Tensor | None) -> Tensor:
     """Attention of one query for each sequence, all heads: (B, W).
 
-    With one query, the products are taken in another order: a head's scores ``q (x K)^T`` are ``(q K^T) x^T``, and its
-    values ``a (x V)`` are ``(a x) V``, so that no token needs a key or value of its own. A key's bias adds the same to
-    every score; the weights sum to one, so that a value's bias comes through. Where a projection is no plain Linear
-    layer, or somebody watches it, it runs over all tokens.
+    With one query, the products are computed in another order: the scores ``q (x K)^T`` of a head are ``(q K^T) x^T``,
+    and its mixture of values ``a (x V)`` is ``(a x) V``. So no token needs a key or a value of its own. The bias of the
+    keys adds the same number to every score and can be left out; the attention weights sum to one, so the bias of the
+    values is added once. A projection that is not a plain Linear layer, or that has hooks, runs over all tokens.
     """
     heads, key, value = attention.num_heads, attention.k_proj, attention.v_proj
     query_BHD = query_BW.unflatten(-1, (heads, -1)) * (query_BW.shape[-1] // heads) ** -0.5
     key_BHLD = None if _is_plain(key) else _heads(key(normed_BLW), heads)
-    # In at least float32: half precision would round the scores, which fused attention never does.
+    # In at least float32: half precision would round the scores, and fused attention does not round them either.
     wide = torch.promote_types(normed_BLW.dtype, torch.float32)
     with torch.autocast(normed_BLW.device.type, enabled=False):
         query_BHD, wide_BLW = query_BHD.to(wide), normed_BLW.to(wide)
@@ -128,8 +129,8 @@ def _one_query(attention: Any, query_BW: Tensor, normed_BLW: Tensor, unseen_BL: 
 
 
 AFFINE = "is_affine"
-"""Name of an attribute of layers in the place of a projection; True says: a row of the output is an affine function of
-that row of the input, the same for all rows of a call."""
+"""Name of an attribute that a layer in the place of a projection may have. True means that each row of its output is an
+affine function of the same row of its input, and that this function is the same for all rows of a call."""
 
 
 def _is_plain(projection: nn.Module) -> bool:
@@ -141,12 +142,12 @@ def _is_watched(projection: nn.Module) -> bool:
 
 
 def _into_heads(rows_BHD: Tensor, weight_OW: Tensor) -> Tensor:
-    """Each head's rows through its own part of a projection, backwards: (B, H, W)."""
+    """Each head's rows times its own part of a projection's weight, from head width to token width: (B, H, W)."""
     return (rows_BHD.transpose(0, 1) @ weight_OW.unflatten(0, (rows_BHD.shape[1], -1))).transpose(0, 1)
 
 
 def _out_of_heads(rows_BHW: Tensor, weight_OW: Tensor) -> Tensor:
-    """Each head's rows through its own part of a projection: (B, H, D)."""
+    """Each head's rows times its own part of a projection's weight, from token width to head width: (B, H, D)."""
     weight_HWD = weight_OW.unflatten(0, (rows_BHW.shape[1], -1)).transpose(1, 2)
     return (rows_BHW.transpose(0, 1) @ weight_HWD).transpose(0, 1)
 

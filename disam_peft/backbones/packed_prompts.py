@@ -1,8 +1,8 @@
-"""Prompts that begin with the same tokens, which run through a causal tower once for all, and without padding.
+"""Prompts that begin with the same tokens: a causal tower runs the shared tokens once, and the others without padding.
 
-Shapes in this file: C prompts, W token width, H heads, D width of a head. A prompt's *suffix* is what follows the P
-tokens that all prompts share; N is the number of all suffix tokens, R = P + N. The rows of suffixes stand in the order
-of their lengths: the G suffixes of one length S are a block of G * S rows, which needs no padding.
+Shapes in this file: C prompts, W token width, H heads, D width of a head. All prompts share their first P tokens; the
+tokens of a prompt after those are its *suffix*. N is the number of all suffix tokens, and R = P + N. Suffixes are
+sorted by length: the G suffixes of one length S are a block of G * S rows, which needs no padding.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from disam_peft.backbones.blocks import BlockParts
 
 
 class PackedPrompts(nn.Module):
-    """Where each prompt's tokens stand once the shared ones are kept once and nothing is padded.
+    """The layout of all tokens of all prompts in R rows: the shared tokens once, then every suffix, without padding.
 
-    A module, so that its indices move to the device together with whatever owns it.
+    It is a module so that its indices move to the device together with the module that owns it.
 
     Args:
-        lengths: tokens of each prompt's suffix, its end included; at least 1.
+        lengths: number of tokens of each prompt's suffix, including the end token; at least 1.
         shared: P.
     """
 
@@ -60,12 +60,13 @@ class PackedPrompts(nn.Module):
         return self.position_R
 
     def forward(self, blocks: Sequence[BlockParts], hidden_RW: Tensor, recomputed: int = 0) -> Tensor:
-        """Causal blocks over the shared rows and, behind them, those of each prompt: (R, W) to (C, W), the output
-        at each prompt's last token.
+        """Run causal blocks over the shared rows and the rows of each suffix: (R, W) to (C, W), the output at the last
+        token of each prompt.
 
         Args:
-            recomputed: of so many leading blocks only the input is kept for backward, which runs them again (all but
-                their last product). Not the last ones: backward is through with those when it comes to these.
+            recomputed: number of leading blocks of which only the input is kept for backward, which runs them again
+                (all but their last product). Leading blocks are chosen because backward has already freed the memory of
+                the later blocks when it recomputes them.
         """
         for number, parts in enumerate(blocks[:-1]):
             if number < recomputed:
@@ -76,7 +77,7 @@ class PackedPrompts(nn.Module):
         return self._last_block(blocks[-1], hidden_RW)
 
     def kept_widths(self) -> float:
-        """About what one block keeps for backward, in token widths, where its own weights are frozen."""
+        """Estimate of what one block with frozen weights keeps for backward, in units of one token's width."""
         # The inputs of both norms and of the GELU (4 widths); queries, keys and values; attention weights.
         return 9.4 * (self.shared + len(self.packed_N))
 
@@ -108,20 +109,20 @@ class PackedPrompts(nn.Module):
 
 
 def _copy(rows_HXD: Tensor) -> Tensor:
-    # Kept for backward, a view would keep the rows of all prompts with it.
+    # A copy, because a view that is kept for backward would keep the rows of all prompts in memory.
     return rows_HXD.clone(memory_format=torch.contiguous_format)
 
 
 def _mix(
     key_HPD: Tensor, value_HPD: Tensor, query_HQD: Tensor, key_HND: Tensor, value_HND: Tensor, count: int
 ) -> Tensor:
-    """Attention of the rows of some suffixes of one length, or of the last row of each, to the shared rows and to their
-    own suffix, by one softmax over both: (H, Q, D).
+    """Attention of suffixes of one length to the shared rows and to their own suffix, with one softmax over both:
+    (H, Q, D). The queries are all rows of these suffixes, or the last row of each.
 
     Args:
-        count: G suffixes; Q is G * S or G, and N is G * S here.
+        count: the number G of suffixes; Q is G * S or G, and N is G * S here.
     """
-    # In one piece each: both products keep the same one.
+    # Made contiguous once, so that both products keep the same copy for backward.
     query, key, value = (rows.contiguous().unflatten(1, (count, -1)) for rows in (query_HQD, key_HND, value_HND))
     to_own_HGQS = query @ key.transpose(2, 3)
     queries, length = to_own_HGQS.shape[2:]

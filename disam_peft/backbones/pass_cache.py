@@ -17,11 +17,11 @@ from disam_peft.backbones.blocks import shallow_clone
 
 
 class Call:
-    """What a layer was called with and what it returned, as long as nobody changes either in place.
+    """One call of a layer: its arguments and its result. It is valid as long as nobody changes them in place.
 
     Args:
-        called_with: tensors, and values that can be compared.
-        returned: a tensor, or a tuple with tensors in it.
+        called_with: the arguments; tensors, and values that can be compared.
+        returned: the result; a tensor, or a tuple that contains tensors.
     """
 
     def __init__(self, called_with: Sequence[Any], returned: Any) -> None:
@@ -30,7 +30,8 @@ class Call:
         self._versions = [tensor._version for tensor in self._tensors]
 
     def is_of(self, called_with: Sequence[Any]) -> bool:
-        """Whether the layer would return the same again: the very same tensors, as they were, the same values."""
+        """Whether the layer would return the same result again: it is called with the same tensor objects, unchanged
+        since, and with equal other values."""
         now = [*called_with, *_autocast_of(called_with)]
         return (
             len(now) == len(self.called_with)
@@ -40,16 +41,16 @@ class Call:
 
 
 PassCache = dict[str, Call]
-"""Path of a layer -> its last call. The caller keeps it for as long as no frozen weight changes: one step."""
+"""Path of a layer -> its last call. The caller keeps it while no frozen weight changes, which is for one step."""
 
 
 def with_cache(block: nn.Module, cache: PassCache) -> nn.Module:
-    """A clone of ``block``, with the same parameters, whose frozen layers look into ``cache`` first.
+    """A clone of ``block``, with the same parameters, whose frozen layers look for their result in ``cache`` first.
 
-    A layer's result is taken from there only where every tensor that it is called with is the very one of before, under
-    the same autocast, and none has a graph. So it is exact whatever an adapter does around the layer; what comes after
-    a trained weight is computed as always. A compiled block is left whole: one kernel more is cheaper than an
-    interruption.
+    A cached result is used only if the layer is called with the same tensor objects as before, unchanged, under the
+    same autocast, and none of them has a graph. So it is exact whatever an adapter does around the layer; everything
+    after a trained weight is computed in every pass. A compiled block is returned as it is, because splitting its
+    kernels would cost more than the cache saves.
     """
     return block if block._compiled_call_impl is not None else _clone(block, cache, "")
 
@@ -63,14 +64,14 @@ def _clone(module: nn.Module, cache: PassCache, path: str) -> nn.Module:
 
 
 def _cached(module: nn.Module, cache: PassCache, path: str) -> nn.Module:
-    # A clone and no wrapper: adapters ask their base layer for its class and weights.
+    # A clone and not a wrapper, because adapters ask their base layer for its class and weights.
     clone: Any = copy.copy(module)
     compute: Callable[..., Any] = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         values = [*args, *(item for pair in sorted(kwargs.items()) for item in pair)]
         tensors = [value for value in values if isinstance(value, Tensor)]
-        # What inference mode computes could not be used in training.
+        # A result that was computed in inference mode could not be used in training.
         inference = torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in tensors)
         if inference or any(tensor.requires_grad for tensor in tensors):
             return compute(*args, **kwargs)
@@ -92,11 +93,11 @@ def _is_same(a: Any, b: Any) -> bool:
 
 
 def _autocast_of(values: Sequence[Any]) -> list[Any]:
-    """The precision in which a layer computes on these."""
+    """The autocast precision in which a layer computes on these values; None without autocast."""
     devices = {value.device.type for value in values if isinstance(value, Tensor)}
     return [torch.get_autocast_dtype(one) if torch.is_autocast_enabled(one) else None for one in sorted(devices)]
 
 
 def _draws(module: nn.Module) -> bool:
-    """Random numbers are drawn in every pass, or those that come after would be others."""
+    """Whether the module draws random numbers. It must then run in every pass, or later draws would be different."""
     return any(isinstance(part, nn.modules.dropout._DropoutNd) and part.training for part in module.modules())

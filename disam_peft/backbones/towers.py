@@ -1,4 +1,4 @@
-"""Parts of a tower, run by the family's own forward, and the modules in it that adapters may attach to."""
+"""What both families need to run a part of a tower with the family's own forward, and to list its adaptable modules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from disam_peft.errors import UserError
 
 
 class Given(nn.Module):
-    """Stands in for an embedding or stem and returns what was computed before, whatever it is called with."""
+    """Takes the place of an embedding or stem and returns a value that was computed before, whatever its arguments."""
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Given(nn.Module):
 def some_blocks(
     stack: Iterable[nn.Module], which: slice, last: nn.Module | None, cache: PassCache | None
 ) -> nn.ModuleList:
-    """Some blocks of a stack, among which ``last`` (if any) stands for the last of all.
+    """The blocks ``which`` of a stack. ``last``, if given, takes the place of the last block of the whole stack.
 
     Args:
         cache: see ``ClipBackbone.image_head``; None: every block computes everything.

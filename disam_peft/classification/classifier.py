@@ -20,15 +20,15 @@ from disam_peft.backbones.pass_cache import PassCache
 class ClipClassifier(nn.Module):
     """Images to logits over named classes; zero-shot without an adapter.
 
-    ``encode_frozen`` runs what training cannot change, without a graph, once per batch; ``logits`` runs the rest
-    and is what each pass of a sharpness-aware step repeats.
+    ``encode_frozen`` runs the part that training cannot change, without a graph, once per batch. ``logits`` runs the
+    rest; each pass of a sharpness-aware step repeats it.
 
     Args:
         backbone: a frozen CLIP; an adapter may have changed modules inside ``backbone.model``.
         adapter: built on this very backbone, or None for zero-shot classification.
         prompts: class names and templates.
-        image_split: blocks of the image tower that ``encode_frozen`` runs of a zero-shot classifier, so that it can
-            share what is stored for an adapter to come; unset: all of the tower. An adapter says it itself.
+        image_split: for zero-shot classification, the number of blocks of the image tower that ``encode_frozen`` runs,
+            so that it can read what is stored for an adapter; unset: the whole tower. An adapter has its own split.
 
     Raises:
         UserError: a template or class name that cannot be used, or a prompt longer than the context (names it).
@@ -124,7 +124,7 @@ class ClipClassifier(nn.Module):
         return text.features_CE
 
     def captured(self, autocast: Autocast = nullcontext) -> AbstractContextManager[object]:
-        """See ``Adapter.captured``; to be open around the steps of a training loop, on the device where they run."""
+        """See ``Adapter.captured``. Open it around the steps of a training loop, when the model is on its device."""
         return nullcontext() if self.adapter is None else self.adapter.captured(self.backbone, autocast)
 
     def cached_logits(self, frozen: Tensor) -> Callable[[], Tensor]:
@@ -141,8 +141,8 @@ class ClipClassifier(nn.Module):
 
         Args:
             cache: see ``ClipBackbone.image_head``.
-            class_features_CE: what ``class_features`` gave, of several batches between which nothing is trained; unset:
-                they are computed.
+            class_features_CE: the result of ``class_features``, for several batches between which nothing is trained;
+                unset: it is computed.
         """
         features_BE = self.features(frozen, cache)
         class_features_CE = self.class_features() if class_features_CE is None else class_features_CE

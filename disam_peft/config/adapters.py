@@ -110,7 +110,7 @@ class ClipAdapterConfig(Config):
 
     kind: Literal["clip_adapter"] = "clip_adapter"
     reduction: int = Field(default=4, ge=1)
-    """The bottleneck has so many times fewer units than a feature."""
+    """How many times narrower the hidden layer is than the features."""
     ratio: float = Field(default=0.2, gt=0, le=1)
     """Share of the adapted feature in the blend; 1 - ratio is the share of the frozen one."""
     seed: Seed | None = None

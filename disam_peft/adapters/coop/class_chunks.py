@@ -1,4 +1,4 @@
-"""How class prompts go through the text tower within a memory budget. C classes, L tokens."""
+"""How class prompts go through the text tower within a memory budget. Shapes in this file: C classes, L tokens."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ _PLAIN_WIDTHS = 11.0  # what backward needs of a padded token in a block, in tok
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """What is kept for backward, and what backward computes again.
+    """Which activations are kept for backward, and which are recomputed there.
 
     Attributes:
-        chunks: consecutive classes that go through the tower together; of several, each is computed again as a whole.
-        recomputed_blocks: leading blocks of the tower that are computed again.
+        chunks: consecutive classes that go through the tower together. If there are several, backward computes each of
+            them again as a whole.
+        recomputed_blocks: number of leading blocks of the tower that backward computes again.
     """
 
     chunks: tuple[slice, ...]
@@ -27,8 +28,9 @@ class ChunkPlan:
 def plan_chunks(backbone: ClipBackbone, tokens_CL: Tensor, shared: int, budget_gb: float | None) -> ChunkPlan:
     """Recompute as little as lets the activations stay within the budget (10^9 bytes; None: no limit).
 
-    Blocks come first: all but their inputs, a tenth of the memory, can be computed again for a third of a forward
-    and backward pass at most. Where that is not enough, classes go in chunks, for half of one.
+    Blocks are recomputed first. Only their inputs are kept then, a tenth of the memory, and the recomputation costs at
+    most a third of a forward and backward pass. If that is not enough, the classes go in chunks, which costs half of a
+    forward and backward pass.
     """
     classes, blocks = len(tokens_CL), backbone.text_blocks
     whole = ChunkPlan((slice(0, classes),), 0)

@@ -1,9 +1,10 @@
 """CoOp: the words around the class name are learned (Zhou et al. 2022, arXiv 2109.01134).
 
-A prompt is [start] ctx_1 ... ctx_M name . [end]; only the context vectors are trained, the embeddings of name and
-markers are frozen and looked up once. What all prompts begin with, up to the shared context, runs through the text
-tower once for all classes, where the tower is causal. Shapes in this file: C classes, L tokens, M context tokens, W
-token width, E embedding width.
+A prompt is [start] ctx_1 ... ctx_M name . [end]. Only the context vectors are trained; the embeddings of the name and
+of the markers are frozen and looked up once. In a causal text tower, the tokens that all prompts share (the start
+marker and a context that is the same for all classes) are computed once for all classes.
+
+Shapes in this file: C classes, L tokens, M context tokens, W token width, E embedding width.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class CoOpAdapter(Adapter):
 
     Args:
         context: their initial values.
-        chunks: the classes in order. Of several, nothing is kept for backward, which repeats one after the other.
+        chunks: the classes in order. If there are several chunks, no activations are kept; backward computes the chunks
+            again, one after the other.
     """
 
     kind = "coop"
@@ -115,8 +117,11 @@ class CoOpAdapter(Adapter):
         return ensemble(torch.cat(features), templates=1)
 
     def captured(self, backbone: ClipBackbone, autocast: Autocast) -> AbstractContextManager[object]:
-        """On a GPU, where all classes go through the tower at once and nothing is computed again: the prompts are many
-        small kernels, of always the same shapes, that take a host longer to launch than a device to run."""
+        """Records the text side on a GPU if all classes go through the tower at once and nothing is recomputed.
+
+        The prompts need many small kernels, always of the same shapes, and the host takes longer to launch them than
+        the device takes to run them.
+        """
         first, *more = (chunk for chunk in self._chunks if isinstance(chunk, _Chunk))
         if not self.context.is_cuda or first.packed is None or more or first.recomputed_blocks:
             return nullcontext()
@@ -139,11 +144,11 @@ class CoOpAdapter(Adapter):
 
 
 class _Chunk(nn.Module):
-    """Some of the classes, as they go through the text tower together.
+    """Some of the classes, which go through the text tower together.
 
     Args:
-        before_CSW, after_CLW: embeddings of the tokens in front of the context and behind it.
-        packed: their layout where the tower can run what they share once.
+        before_CSW, after_CLW: embeddings of the tokens before the context and after it.
+        packed: the layout of these prompts if the tower can run their shared tokens once, otherwise None.
     """
 
     tokens_CL: Tensor
@@ -162,7 +167,8 @@ class _Chunk(nn.Module):
         self.classes, self.packed, self.recomputed_blocks = len(tokens_CL), packed, recomputed_blocks
         tensors = {"tokens_CL": tokens_CL, "before_CSW": before_CSW, "after_CLW": after_CLW}
         for name, tensor in tensors.items():
-            # Not persistent: they follow from the backbone and the class names. Copies, or all would be kept.
+            # Not persistent, because they follow from the backbone and the class names. Copies, because a view would
+            # keep the tensors of all classes in memory.
             self.register_buffer(name, tensor.clone(), persistent=False)
 
     def forward(self, backbone: ClipBackbone, context: Tensor) -> Tensor:
@@ -183,7 +189,7 @@ class _Chunk(nn.Module):
 
 
 class _Replaying(AbstractContextManager[None]):
-    """Inside of ``with`` the adapter replays instead of computing; again and again, as long as nothing is moved."""
+    """A context, to be opened as often as needed, in which the adapter replays its recording instead of computing."""
 
     def __init__(self, adapter: CoOpAdapter, replay: Callable[[Tensor], Tensor]) -> None:
         self._adapter, self._replay = adapter, replay
@@ -196,10 +202,10 @@ class _Replaying(AbstractContextManager[None]):
 
 
 def _recorded(function: Callable[[Tensor], Tensor], context: Tensor, autocast: Autocast) -> Callable[[Tensor], Tensor]:
-    """``function`` and its derivative as CUDA graphs, for contexts like this one.
+    """``function`` and its derivative, recorded as CUDA graphs for contexts of this shape and type.
 
-    A forward has one backward, before the next forward, as in the passes of a step: backward works in the memory that
-    the forward filled.
+    Each forward may have one backward, before the next forward, as in the passes of a step: both graphs use the same
+    memory, and the next forward would overwrite what the backward needs.
     """
     kind = context.device.type
     with autocast():
@@ -213,7 +219,7 @@ def _recorded(function: Callable[[Tensor], Tensor], context: Tensor, autocast: A
             graphed: Any = torch.cuda.make_graphed_callables(function, (sample,))
 
     def replay(context: Tensor) -> Tensor:
-        # Times one: backward then hands out a tensor of its own, and not the one that the next replay fills.
+        # Multiplied by one, so that backward returns a tensor of its own and not the one that the next replay fills.
         output = graphed(1.0 * context)
         times: list[None] = []
 

@@ -1,4 +1,4 @@
-"""Which modules of the towers an adapter attaches to: whole requests or an error, never a part of one."""
+"""The modules of the towers that an adapter attaches to. A request that cannot be met completely is an error."""
 
 from __future__ import annotations
 
