@@ -26,6 +26,9 @@ from disam_peft.config.training import TrainConfig
 from disam_peft.config.yaml import read_yaml
 from disam_peft.errors import UserError
 
+WRITTEN_BY_US = "# The resolved recipe"
+"""How the recipe in a run's folder begins, in every version."""
+
 
 class Recipe(Config):
     """One experiment: everything that its numbers depend on."""
@@ -90,7 +93,7 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 def as_yaml(recipe: Recipe) -> str:
     """The resolved recipe as the text of a file that ``load_recipe`` reads back."""
-    header = "# The resolved recipe of this run. A setting that is not listed has its default, or no value.\n"
+    header = f"{WRITTEN_BY_US} of this run. A setting that is not listed has its default, or no value.\n"
     return header + yaml.safe_dump(as_dict(recipe), sort_keys=False, allow_unicode=True)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from disam_peft.common.files import is_draft, write_atomically
 from disam_peft.common.records import RESULTS
-from disam_peft.config.recipe import Recipe, as_yaml, differences, load_recipe
+from disam_peft.config.recipe import WRITTEN_BY_US, Recipe, as_yaml, differences, load_recipe
 from disam_peft.errors import Notice, UserError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def plan(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Pl
     if overwrite and resume:
         raise UserError("--overwrite starts again and --resume goes on; choose one of them")
     folder = recipe.folder(recipe.protocol.held_out)
-    if not folder.exists() or not any(not is_draft(path) for path in folder.iterdir()):
+    if _is_free(folder):
         if resume:
             warnings.warn(f"nothing to go on with in {folder}; it is started", Notice, stacklevel=2)
         return "start"
@@ -66,6 +66,17 @@ def plan(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Pl
     if not resume:
         raise UserError(f"{folder} holds a run that did not finish; --resume continues it, --overwrite starts it again")
     return "continue"
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether the folder holds nothing of worth: it is not there, it is empty, or it holds no more than the recipe that
+    a run wrote which then stopped on a mistake before its first step."""
+    if not folder.exists():
+        return True
+    held = [path for path in folder.iterdir() if not is_draft(path)]
+    if held == [folder / RECIPE] and held[0].is_file():
+        return held[0].read_bytes().startswith(WRITTEN_BY_US.encode())
+    return not held
 
 
 def changed(recipe: Recipe) -> list[str]:

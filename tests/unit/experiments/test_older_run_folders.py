@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from disam_peft.config.recipe import Recipe, save_recipe
-from disam_peft.errors import UserError
+from disam_peft.errors import Notice, UserError
 from disam_peft.experiments import run_folder
 
 
@@ -69,3 +69,18 @@ def test_row_61_a_recipe_that_cannot_be_read_is_another_run(tmp_path: Path, text
     with pytest.raises(UserError, match="holds another run; choose another name, or --overwrite it"):
         run_folder.plan(recipe)
     assert run_folder.plan(recipe, overwrite=True) == "start"
+
+
+def test_the_recipe_of_a_run_that_never_began_is_in_nobodys_way(tmp_path: Path) -> None:
+    path = saved(make_recipe(tmp_path))
+    other = make_recipe(tmp_path, seed=3)
+    assert run_folder.plan(other) == "start"
+    with pytest.warns(Notice, match="nothing to go on with"):
+        assert run_folder.plan(other, resume=True) == "start"
+    (path.parent / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
+    with pytest.raises(UserError, match="seed: 0 -> 3"):
+        run_folder.plan(other)
+    (path.parent / "metrics.jsonl").unlink()
+    path.write_text("name: a recipe that somebody wrote\n", encoding="utf-8")
+    with pytest.raises(UserError, match="holds another run"):
+        run_folder.plan(other)

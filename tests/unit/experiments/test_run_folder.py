@@ -92,6 +92,12 @@ def test_a_resumed_run_tracks_every_step_once(make_recipe, cut):
     assert validated == [(e["step"], e["mean_top1"]) for e in events]
 
 
+def test_after_a_mistake_that_stops_a_run_before_its_first_step_the_corrected_one_starts(make_recipe):
+    with pytest.raises(UserError, match="batch_size=1 cannot hold a sample of each of the 2 domains"):
+        run.train(make_recipe(train={"batch_size": 1}))
+    assert run.train(make_recipe())[0].fit is not None
+
+
 def test_resume_where_nothing_is_starts_with_a_notice(make_recipe):
     recipe = make_recipe()
     with pytest.warns(Notice, match="nothing to go on with in .*photo; it is started"):
