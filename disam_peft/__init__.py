@@ -28,6 +28,7 @@ _HOMES = {
     "Stopped": "disam_peft.errors",
     "UserError": "disam_peft.errors",
     # settings
+    "ClipAdapterConfig": "disam_peft.config.adapters",
     "CoOpConfig": "disam_peft.config.adapters",
     "LastBlocks": "disam_peft.config.adapters",
     "LinearProbeConfig": "disam_peft.config.adapters",
@@ -106,6 +107,7 @@ if TYPE_CHECKING:  # the same names, for type checkers; a test compares them wit
     from disam_peft.classification.classifier import zero_shot as zero_shot
     from disam_peft.classification.saved_classifier import load_adapter as load_adapter
     from disam_peft.classification.saved_classifier import save_adapter as save_adapter
+    from disam_peft.config.adapters import ClipAdapterConfig as ClipAdapterConfig
     from disam_peft.config.adapters import CoOpConfig as CoOpConfig
     from disam_peft.config.adapters import LastBlocks as LastBlocks
     from disam_peft.config.adapters import LinearProbeConfig as LinearProbeConfig

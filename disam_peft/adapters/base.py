@@ -181,7 +181,7 @@ class Adapter(nn.Module, ABC):
         """At least so many numbers (elements of tensors) an adapter of this config holds for so many classes.
 
         It is asked before an adapter from a stranger is built: a config must not be able to ask for far more memory
-        than the file beside it fills. 0 says nothing, which is right where limits in the config bound the size.
+        than the file beside it fills. 0 says nothing, which is right where the config and the backbone bound the size.
         """
         return 0
 

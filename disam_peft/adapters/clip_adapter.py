@@ -63,11 +63,6 @@ class ClipAdapter(Adapter):
             weights.append(drawn.to(backbone.device, parameter_dtype(backbone)))
         return cls(config, *weights)
 
-    @classmethod
-    def expected_numbers(cls, config: Config, backbone: ClipBackbone, classes: int) -> int:
-        assert isinstance(config, ClipAdapterConfig)
-        return 2 * backbone.embed_dim * (backbone.embed_dim // config.reduction)
-
     def image_features(self, features_BE: Tensor) -> Tensor:
         """The blended features (B, E), in the precision of the weights also under autocast."""
         with torch.autocast(features_BE.device.type, enabled=False):

@@ -5,6 +5,7 @@ Shapes in this file: B images, C classes, T templates, N = C * T prompts, L toke
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -135,6 +136,15 @@ class ClipClassifier(nn.Module):
         """
         cache: PassCache = {}
         return lambda: self.logits(frozen, cache)
+
+    def repeated_logits(self, frozen: Tensor) -> Callable[[], Tensor]:
+        """The name that ``cached_logits`` had in 0.1."""
+        warnings.warn(
+            "ClipClassifier.repeated_logits is now called cached_logits; the old name goes in 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.cached_logits(frozen)
 
     def logits(self, frozen: Tensor, cache: PassCache | None = None, class_features_CE: Tensor | None = None) -> Tensor:
         """Logits (B, C) from the output of ``encode_frozen``; the part of the model that a training pass repeats.

@@ -113,6 +113,14 @@ def test_dropout_draws_in_every_pass(twins: tuple[str, str], family: str) -> Non
     assert not torch.equal(ours[0], ours[1])
 
 
+def test_the_name_of_the_version_before_still_works_and_warns(twins: tuple[str, str]) -> None:
+    classifier = make(twins, "open_clip")
+    frozen = frozen_of(classifier)
+    with pytest.warns(DeprecationWarning, match="is now called cached_logits"):
+        old = classifier.repeated_logits(frozen)
+    assert torch.equal(old(), classifier.cached_logits(frozen)())
+
+
 def block_and_input() -> tuple[nn.Sequential, Tensor, PassCache]:
     torch.manual_seed(0)
     block = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).double()
