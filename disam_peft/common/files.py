@@ -18,6 +18,9 @@ DRAFT_SUFFIX = ".tmp"
 def write_atomically(path: Path, content: bytes | str, *, durable: bool = False) -> None:
     """Replace the file ``path`` by ``content``. Whoever reads it sees the old file or the new one, never a part.
 
+    A link stays a link, and the file that it leads to is replaced. What is no file, such as a pipe or ``/dev/stdout``,
+    cannot be replaced and is written to.
+
     Args:
         content: text is written as UTF-8.
         durable: return only when the content and the name of the file are on the disk, so that a power cut cannot take
@@ -27,6 +30,10 @@ def write_atomically(path: Path, content: bytes | str, *, durable: bool = False)
         OSError: the file cannot be written. The old file is then untouched, and no draft is left behind.
     """
     data = content.encode() if isinstance(content, str) else content
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_bytes(data)
+        return
+    path = Path(os.path.realpath(path))
     # A name of its own for every attempt: other processes, on other machines too, may write the same file now. It is
     # cut, because a name of the greatest length that is allowed has no room for more.
     draft = path.with_name(f".{path.name[:60]}.{secrets.token_hex(4)}{DRAFT_SUFFIX}")

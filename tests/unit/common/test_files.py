@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,6 +28,34 @@ def test_the_longest_name_that_a_file_system_allows(tmp_path: Path):
         write_atomically(tmp_path / name, name)
         assert (tmp_path / name).read_text(encoding="utf-8") == name
     assert len(os.listdir(tmp_path)) == 3
+
+
+def test_a_link_stays_a_link_and_its_file_is_replaced(tmp_path: Path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder" / "file")
+    for content in ("first", "second"):
+        write_atomically(tmp_path / "link", content)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "folder" / "file").read_text() == content
+    assert os.listdir(tmp_path / "folder") == ["file"]
+
+
+def test_standard_output_is_written_to_and_stays(tmp_path: Path):
+    before = os.lstat("/dev/stdout")
+    code = (
+        "from pathlib import Path; from disam_peft.common.files import write_atomically;"
+        "write_atomically(Path('/dev/stdout'), 'text')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "text"
+    assert os.lstat("/dev/stdout").st_ino == before.st_ino
+
+
+def test_a_folder_is_not_replaced(tmp_path: Path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        write_atomically(tmp_path / "folder", "text")
+    assert os.listdir(tmp_path) == ["folder"]
 
 
 def test_others_may_read_it_as_any_other_file(tmp_path: Path):
