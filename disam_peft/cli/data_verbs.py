@@ -9,21 +9,23 @@ import typer
 
 
 def check_data(
-    root: Annotated[Path, typer.Argument(help="A folder or archive of <domain>/<class>/*.jpg, a CSV or Parquet file.")],
+    root: Annotated[
+        Path, typer.Argument(help="A folder or archive of <domain>/<class>/*.jpg; a CSV, Parquet or JSON Lines file.")
+    ],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the findings to this file.")] = None,
     held_out: Annotated[str | None, typer.Option(help="Also look for leaks into this domain.")] = None,
 ) -> None:
     """Census of domains and classes, bad files, duplicates. Exits with 1 if a file cannot be used."""
     from disam_peft.cli.output import print_data_report
     from disam_peft.common.records import write_json
-    from disam_peft.config.data import DataConfig
+    from disam_peft.config.data import SOURCE_OF_SUFFIX, DataConfig
     from disam_peft.data.check import inspect
     from disam_peft.data.load import load
     from disam_peft.data.splits import check_no_leak, leave_out
 
-    is_table = root.suffix.lower() in (".csv", ".tsv", ".parquet")
+    source = SOURCE_OF_SUFFIX.get(root.suffix.lower(), "root")
     # The data are shown as they are: what training would refuse is listed here, it is no error.
-    look = DataConfig(root=None if is_table else root, table=root if is_table else None, verify=False, classes="union")
+    look = DataConfig.model_validate({source: root, "verify": False, "classes": "union"})
     dataset = load(look)
     report = inspect(dataset)
     print_data_report(report)

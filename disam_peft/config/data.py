@@ -32,6 +32,9 @@ SOURCE_SETTINGS: Final = {
 """Every setting that names a source -> the settings of ``DataConfig`` that say how it is read. A setting that stands
 here for other sources only may not be given."""
 
+SOURCE_OF_SUFFIX: Final = {".csv": "table", ".tsv": "table", ".parquet": "table", ".jsonl": "json_lines"}
+"""Suffix of a file -> the setting that names it as a source. Every other path is a ``root``."""
+
 
 class DataConfig(Config):
     """One source of images, which is exactly one of the settings of ``SOURCE_SETTINGS``, and what is done to it."""
