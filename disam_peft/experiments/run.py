@@ -20,13 +20,12 @@ from disam_peft.config.average import kept_averages
 from disam_peft.config.recipe import Recipe, as_dict
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.splits import check_no_leak
-from disam_peft.evaluation.metrics import metrics_by_domain
 from disam_peft.evaluation.predict import Predictions
 from disam_peft.evaluation.protocols import held_out_domains
 from disam_peft.evaluation.results import (
-    POOLED_OVER_DOMAINS,
     Evaluator,
     Identity,
+    metrics_of_domains,
     result_rows,
     write_mistakes,
     write_sharpness,
@@ -107,6 +106,10 @@ def _train_one(
     on_main(lambda: run_folder.prepare(recipe, anew=plan == "start"))
     trained_with = {"recipe": as_dict(recipe), "held_out": recipe.protocol.held_out, "classes": list(dataset.classes)}
 
+    def validate() -> Validation:
+        predictions = evaluator.predict(classifier, data.validation, "validating")
+        return validation(recipe.selection, metrics_of_domains(predictions))
+
     def save_best(weights: str) -> None:
         save_adapter(folder / ADAPTER, classifier, trained_with={**trained_with, "weights": weights})
 
@@ -122,7 +125,7 @@ def _train_one(
             features=recipe.features,
             seed=recipe.seed,
             accelerator=accelerator,
-            validate=lambda: _validation(recipe, evaluator.predict(classifier, data.validation, "validating")),
+            validate=validate,
             on_best=save_best if is_main else None,
             on_event=lambda event, **values: append_event(folder / METRICS, event, **values),
             checkpoints=_checkpoints(folder, plan, dataset, pretrained.backbone),
@@ -178,12 +181,6 @@ def _zero_shot_rows(
             Identity.of_zero_shot(recipe), evaluator.predict_splits(classifier, data.by_split(), label="zero_shot")
         ),
     )
-
-
-def _validation(recipe: Recipe, predictions: Predictions) -> Validation:
-    """The predictions for source validation, judged by the recipe's rule of selection."""
-    by_domain = metrics_by_domain(predictions)
-    return validation(recipe.selection, {d: by_domain[d] for d in by_domain if d not in POOLED_OVER_DOMAINS})
 
 
 def _judge_all_weights(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -26,10 +26,12 @@ from disam_peft.data.load import load
 from disam_peft.data.loading.sampler import DomainBatches
 from disam_peft.errors import UserError
 from disam_peft.evaluation.predict import Predictions
-from disam_peft.evaluation.protocols import Score, held_out_domains, validation_score
+from disam_peft.evaluation.protocols import held_out_domains
+from disam_peft.evaluation.results import metrics_of_domains
 from disam_peft.experiments.build import SplitData, holding_out, load_pretrained, split_data
+from disam_peft.training import selection
 from disam_peft.training.accelerator import start_accelerator
-from disam_peft.training.stacked_probes import ProbeSetting, ProbeStack, fit_probes, probe_features
+from disam_peft.training.stacked_probes import ProbeSetting, ProbeStack, ProbeTrial, fit_probes, probe_features
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,19 @@ class SweepRow:
         ]
 
 
+class _Score(NamedTuple):
+    """A state by source validation; the better of two is greater.
+
+    Attributes:
+        decides: the score by the recipe's rule of selection.
+        mean_top1, mean_nll: what is shown of it, means over the source domains.
+    """
+
+    decides: tuple[float, ...]
+    mean_top1: float
+    mean_nll: float
+
+
 def sweep(
     recipe: Recipe,
     *,
@@ -69,7 +84,8 @@ def sweep(
 ) -> list[SweepRow]:
     """Train the recipe's linear probe with every combination, all of them side by side; the best first.
 
-    Values that are left out are the recipe's. The results go to ``sweep-<held-out domain>.json`` in the run's folder.
+    Values that are left out are the recipe's. The best is the one whose best state the recipe's rule of selection puts
+    first; averages of the weights are not kept. The results go to ``sweep-<held-out domain>.json`` in the run's folder.
 
     Raises:
         UserError: another adapter than a linear probe; values out of range; augmentation without ``features.views``.
@@ -132,11 +148,12 @@ def _sweep_sources(
     train_NE = torch.cat([train_store.rows(every, view) for view in range(views)]).to(device)
     validation_ME = validation_store.rows(np.arange(len(validation))).to(device)
 
-    def validate(logits: list[Tensor]) -> list[Score]:
-        labels, domains = torch.from_numpy(validation.labels), torch.from_numpy(validation.domain_ids)
-        return [
-            validation_score(Predictions(logits_NC.cpu(), labels, domains, validation.domains)) for logits_NC in logits
-        ]
+    labels, domains = torch.from_numpy(validation.labels), torch.from_numpy(validation.domain_ids)
+
+    def judged(logits_NC: Tensor) -> _Score:
+        predictions = Predictions(logits_NC.cpu(), labels, domains, validation.domains)
+        found = selection.validation(recipe.selection, metrics_of_domains(predictions))
+        return _Score(found.score, found.numbers["mean_top1"], -found.numbers["negative_nll"])
 
     trials = fit_probes(
         ProbeStack(head, settings, adaptive=recipe.method.adaptive),
@@ -145,10 +162,10 @@ def _sweep_sources(
         torch.from_numpy(training.domain_ids).repeat(views).to(device),
         _rows(recipe, training, views, device),
         recipe.train,
-        validate,
+        lambda logits: [judged(logits_NC) for logits_NC in logits],
         probe_features(validation_ME, head),
     )
-    rows = [
+    return [
         SweepRow(
             held_out,
             trial.setting.learning_rate,
@@ -156,11 +173,15 @@ def _sweep_sources(
             trial.setting.variance_weight,
             trial.best_step,
             None if trial.best_score is None else trial.best_score.mean_top1,
-            None if trial.best_score is None else -trial.best_score.negative_nll,
+            None if trial.best_score is None else trial.best_score.mean_nll,
         )
-        for trial in trials
+        for trial in sorted(trials, key=_rank)
     ]
-    return sorted(rows, key=lambda row: (row.source_top1 is None, -(row.source_top1 or 0), row.source_nll or 0))
+
+
+def _rank(trial: ProbeTrial) -> tuple[bool, tuple[float, ...]]:
+    """The best trial has the least rank; those that diverged come last."""
+    return trial.best_score is None, () if trial.best_score is None else tuple(-x for x in trial.best_score.decides)
 
 
 def _rows(recipe: Recipe, training: DomainDataset, views: int, device: torch.device) -> Iterator[Tensor]:

@@ -49,6 +49,19 @@ def test_the_best_setting_scores_what_training_it_records(recipe_path, tmp_path)
     assert -negative_nll == pytest.approx(best.source_nll, abs=1e-4)
 
 
+@pytest.mark.parametrize("overrides", [["selection.metric=nll"], ["selection.rule=worst_source"]])
+def test_the_recipes_rule_of_selection_ranks_the_settings(recipe_path, overrides):
+    rows = sweep(load_recipe(recipe_path, overrides), learning_rates=[1e-3, 3e-1, 1e-1], rhos=[0.1])
+    trained = []
+    for row in rows:
+        [outcome] = run.train(load_recipe(recipe_path, [*overrides, *row.overrides(), "name=alone"]), overwrite=True)
+        trained.append((outcome.fit.best_step, outcome.fit.best_score))
+    assert [row.best_step for row in rows] == [step for step, _ in trained]
+    assert [score[0] for _, score in trained] == sorted((score[0] for _, score in trained), reverse=True)
+    if overrides == ["selection.metric=nll"]:
+        assert rows != sorted(rows, key=lambda row: -row.source_top1), "by accuracy the order is another one"
+
+
 def test_the_command_prints_what_to_type_next(recipe_path):
     arguments = ["sweep", str(recipe_path), "train.steps=4", "--rho", "0.05,0.1", "--learning-rate", "0.01"]
     result = CliRunner().invoke(cli.app, arguments)
