@@ -55,9 +55,10 @@ def test_the_recipes_rule_of_selection_ranks_the_settings(recipe_path, overrides
     trained = []
     for row in rows:
         [outcome] = run.train(load_recipe(recipe_path, [*overrides, *row.overrides(), "name=alone"]), overwrite=True)
-        trained.append((outcome.fit.best_step, outcome.fit.best_score))
+        assert outcome.fit is not None and outcome.fit.best_score is not None
+        trained.append((outcome.fit.best_step, outcome.fit.best_score[0]))
     assert [row.best_step for row in rows] == [step for step, _ in trained]
-    assert [score[0] for _, score in trained] == sorted((score[0] for _, score in trained), reverse=True)
+    assert [score for _, score in trained] == sorted((score for _, score in trained), reverse=True)
     if overrides == ["selection.metric=nll"]:
         assert rows != sorted(rows, key=lambda row: -row.source_top1), "by accuracy the order is another one"
 
