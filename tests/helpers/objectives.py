@@ -8,6 +8,7 @@ from itertools import combinations
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from disam_peft.config.objective import BasePenaltyConfig, CrossEntropyConfig, ObjectiveConfig, VRexConfig
 from disam_peft.disam.disam import DISAM
@@ -94,25 +95,30 @@ OBJECTIVES = {
 }
 
 
-class Problem:
+class Problem(nn.Module):
     """A network from inputs to features and logits, and a batch."""
 
     def __init__(self, dtype=torch.float64):
+        super().__init__()
         generator = torch.Generator().manual_seed(4)
         torch.manual_seed(4)
         self.body = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).to(dtype)
         self.head = nn.Linear(5, 4, bias=False).to(dtype)
-        self.params = [*self.body.parameters(), *self.head.parameters()]
+        self.params = list(self.parameters())
         self.x = torch.randn(len(DOMAINS), 6, generator=generator, dtype=torch.float64)
         self.x = (self.x * (1.0 + DOMAINS[:, None])).to(dtype)  # or the domains would look the same
         self.y = torch.randint(0, 4, (len(DOMAINS),), generator=generator)
 
-    def forward(self, objective, rows):
+    def forward(self, x):
+        features = self.body(x)
+        return features, self.head(features)
+
+    def call(self, objective, rows):
         """For ``DISAM.backward``."""
 
         def call():
-            features = self.body(self.x[rows])
-            return objective.forward(self.head(features), self.y[rows], features)
+            features, logits = self(self.x[rows])
+            return objective.forward(logits, self.y[rows], features)
 
         return call
 
@@ -130,10 +136,10 @@ class Problem:
         """(gradients of all parameters, report) of one step over these rows: all at once, or in micro-batches."""
         disam = self.disam(method, **options)
         if isinstance(micro_batches, torch.Tensor):
-            report = disam.backward(self.forward(objective, micro_batches), DOMAINS[micro_batches], objective=objective)
+            report = disam.backward(self.call(objective, micro_batches), DOMAINS[micro_batches], objective=objective)
         else:
             report = disam.backward_accumulated(
-                [self.forward(objective, rows) for rows in micro_batches],
+                [self.call(objective, rows) for rows in micro_batches],
                 [DOMAINS[rows] for rows in micro_batches],
                 masks,
                 mode=mode,
@@ -151,6 +157,17 @@ CASES = [(name, method) for name in OBJECTIVES for method in METHODS]
 def on_rank(rank):
     """Gradients and values of every case, from this rank's share: at once, and in micro-batches of another number."""
     found = {}
+    for name in ("vrex", "coral", "coral not climbed"):
+        problem = Problem()
+        wrapped = DistributedDataParallel(problem)
+        objective, rows = OBJECTIVES[name](), SHARES[rank]
+
+        def call(wrapped=wrapped, objective=objective, rows=rows, problem=problem):
+            features, logits = wrapped(problem.x[rows])
+            return objective.forward(logits, problem.y[rows], features)
+
+        report = problem.disam("disam", num_domains=3).backward(call, DOMAINS[rows], objective=objective)
+        found[f"{name}/disam/wrapped"] = {"gradients": problem.gradients(), "objective": report.objective}
     for name, method in CASES:
         for how, rows in (("whole", SHARES[rank]), ("micro-batches", IN_MICRO_BATCHES[rank])):
             objective = OBJECTIVES[name]()

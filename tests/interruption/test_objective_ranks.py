@@ -36,6 +36,15 @@ def test_two_ranks_equal_one_process(ranks, name, method, how):
         assert bool(found["is_finite"])
 
 
+@pytest.mark.parametrize("name", ["vrex", "coral", "coral not climbed"])
+def test_a_wrapper_that_averages_gradients(ranks, name):
+    """Each rank's part of the surrogate counts twice then, the statistics' part too."""
+    gradients, report = Problem().step(OBJECTIVES[name](), "disam", EVERYTHING)
+    for found in (of[f"{name}/disam/wrapped"] for of in ranks):
+        assert (found["gradients"] - gradients).abs().max() <= 1e-12
+        assert found["objective"].item() == pytest.approx(report.objective.item(), abs=1e-12)
+
+
 def test_a_rank_that_runs_no_forward_cannot_know_the_sums_of_outputs(monkeypatch):
     """It would leave the others waiting in a collective of another size."""
     monkeypatch.setattr("disam_peft.disam.ranks.dist.is_initialized", lambda: True)

@@ -16,9 +16,9 @@ from disam_peft.config.objective import (
     PenaltyConfig,
     VRexConfig,
 )
-from disam_peft.disam.domain_objective import Forward
+from disam_peft.disam.domain_objective import DomainsOfSamples, Forward
 from disam_peft.errors import UserError
-from disam_peft.objectives.base import Penalty
+from disam_peft.objectives.base import Penalty, domain_mean_weights
 from disam_peft.objectives.objective import LOSSES, PENALTIES, Objective, build_objective
 from tests.helpers.objectives import (
     CASES,
@@ -151,16 +151,16 @@ def test_micro_batches_give_the_same_step(expected, name, method, mode, micro_ba
 @pytest.mark.parametrize(("name", "method"), CASES)
 @pytest.mark.parametrize("mode", ["auto", "two_phase"])
 def test_masked_samples_count_nowhere(expected, name, method, mode):
-    """Padding of a domain that nobody else has, in a micro-batch and as one of its own; and another absent domain."""
+    """Padding of a domain that is there and of one that nobody else has, in a micro-batch and as one of its own."""
     problem = Problem()
-    problem.x = torch.cat([problem.x, torch.full((1, 6), 1e3, dtype=torch.float64)])
-    problem.y = torch.cat([problem.y, problem.y[:1]])
-    padding, objective = torch.tensor([11]), OBJECTIVES[name]()
-    rows = [torch.cat([MIXED[0], padding]), *MIXED[1:], padding]
+    problem.x = torch.cat([problem.x, torch.full((2, 6), 1e3, dtype=torch.float64)])
+    problem.y = torch.cat([problem.y, problem.y[:2]])
+    objective, domains = OBJECTIVES[name](), torch.cat([DOMAINS, torch.tensor([1, 3])])
+    rows = [torch.cat([MIXED[0], torch.tensor([11])]), *MIXED[1:], torch.tensor([12])]
     masks = [torch.tensor([True, True, False]), None, None, torch.tensor([False])]
     problem.disam(method, num_domains=5).backward_accumulated(
-        [problem.forward(objective, of) for of in rows],
-        [torch.cat([DOMAINS, torch.tensor([3])])[of] for of in rows],
+        [problem.call(objective, of) for of in rows],
+        [domains[of] for of in rows],
         masks,
         mode=mode,
         objective=objective,
@@ -297,13 +297,78 @@ def test_a_constant_penalty_changes_nothing_but_the_value(expected):
     assert report.objective.item() == pytest.approx(value + 6.0, abs=1e-12)
 
 
-def test_two_penalties_see_their_own_sums(expected):
-    coral, worst = Coral(BasePenaltyConfig(weight=0.7)), WorstDomain(BasePenaltyConfig(weight=0.0))
-    both = Objective(ObjectiveConfig(mean_over="domains"), penalties=[coral, worst, coral])
-    _, twice = Problem().step(both, "erm", MIXED)
-    once = expected("coral", "erm")[1]
-    plain = expected("mean over domains", "erm")[1]
-    assert twice.objective.item() == pytest.approx(plain + 2 * (once - plain), abs=1e-12)
+class MeanFeature(Penalty):
+    """As the documentation of ``objectives/base.py`` writes it."""
+
+    num_statistics = 1
+
+    def statistics(self, outputs, domains):
+        return (domains.sums(outputs.features_BE),)
+
+    def value(self, sums):
+        (sum_DE,) = sums.statistics
+        mean_DE = sums.mean_of(sum_DE)
+        return sums.over_domains(mean_DE.square().sum(dim=1))
+
+
+def test_several_penalties_see_their_own_sums(expected):
+    problem = Problem()
+    features = problem.body(problem.x).detach()
+    wanted = sum(features[d == DOMAINS].mean(0).square().sum().item() for d in range(3)) / 3
+    penalties = [
+        MeanFeature(BasePenaltyConfig(weight=2.0)),
+        WorstDomain(BasePenaltyConfig(weight=0.0)),
+        Coral(BasePenaltyConfig(weight=0.7)),
+    ]
+    _, report = problem.step(Objective(ObjectiveConfig(mean_over="domains"), penalties=penalties), "erm", MIXED)
+    assert report.objective.item() == pytest.approx(expected("coral", "erm")[1] + 2.0 * wanted, abs=1e-12)
+
+
+def test_of_several_penalties_some_are_climbed(expected):
+    """The perturbation is that of the climbed one alone, and the descent is that of both."""
+    settings = ObjectiveConfig(mean_over="domains")
+
+    def norm_and_objective(*penalties):
+        report = Problem().step(Objective(settings, penalties=penalties), "sam", EVERYTHING)[1]
+        return report.ascent_norm.item(), report.objective.item()
+
+    climbed = MeanFeature(BasePenaltyConfig(weight=2.0))
+    alone = norm_and_objective(climbed)
+    both = norm_and_objective(climbed, Coral(BasePenaltyConfig(weight=0.7, in_ascent=False)))
+    assert both[0] == pytest.approx(alone[0], abs=1e-14)
+    assert both[1] > alone[1] + 1e-3
+    all_climbed = norm_and_objective(climbed, Coral(BasePenaltyConfig(weight=0.7)))
+    assert abs(all_climbed[0] - alone[0]) > 1e-3
+
+
+def test_sums_are_of_float64_and_skip_what_is_masked():
+    """Of float32 features with a large mean a float32 sum of squares would lose the variance."""
+    value_BF = 4096.0 + torch.tensor([[0.0, 1.0], [2.0, 1.0], [7.0, 7.0], [1.0, 3.0]])
+    mask_B = torch.tensor([True, True, False, True])
+    domains = DomainsOfSamples(torch.tensor([0, 0, 0, 2]), 3, mask_B)
+    sums, outer = domains.sums(value_BF), domains.outer_sums(value_BF)
+    assert sums.dtype == outer.dtype == torch.float64
+    assert (sums - 4096 * torch.tensor([[2.0], [0.0], [1.0]])).tolist() == [[2.0, 2.0], [0.0, 0.0], [1.0, 3.0]]
+    exact = value_BF[:2].double()
+    assert torch.equal(outer[0], exact.T @ exact)
+    assert outer[1].abs().max() == 0
+
+
+def test_weights_of_the_mean_over_domains():
+    found = domain_mean_weights(torch.tensor([4.0, 0.0, 1.0], dtype=torch.float64))
+    assert found.tolist() == [1 / 8, 0.0, 1 / 2]
+
+
+@pytest.mark.parametrize("micro_batches", [EVERYTHING, MIXED, OF_ONE_DOMAIN], ids=["at once", "mixed", "of one domain"])
+@pytest.mark.parametrize("in_ascent", [True, False])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_steps_are_counted_in_every_mode(method, in_ascent, micro_batches):
+    config = ObjectiveConfig(penalties=[VRexConfig(weight=5.0, anneal=2, in_ascent=in_ascent)])
+    objective = Objective(config)
+    found = [Problem().step(objective, method, micro_batches)[1].objective.item() for _ in range(4)]
+    assert found[0] == pytest.approx(found[1], abs=1e-12)
+    assert found[2] == pytest.approx(found[3], abs=1e-12)
+    assert found[2] > found[1] + 1e-3
 
 
 # -- what a recipe says ----------------------------------------------------------------------------------------
