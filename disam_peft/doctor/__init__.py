@@ -1,1 +1,4 @@
-"""Does the step do here, on this machine, backbone and adapter, what it promises? ``examine.py`` runs all checks."""
+"""Checks that the step keeps its promises on this machine, with this backbone and this adapter.
+
+Read ``examine.py`` first: it runs all checks in order. ``subject.py`` builds what they examine.
+"""

@@ -1,4 +1,4 @@
-"""Numbers from predictions. N samples, C classes."""
+"""Metrics, computed from predictions. N samples, C classes."""
 
 from __future__ import annotations
 

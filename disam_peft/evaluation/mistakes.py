@@ -1,4 +1,4 @@
-"""What a classifier takes for what, and the errors that it is surest of. N samples, C classes."""
+"""The confusion of classes with one another, and the errors with the highest confidence. N samples, C classes."""
 
 from __future__ import annotations
 

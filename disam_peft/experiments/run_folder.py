@@ -1,4 +1,4 @@
-"""What may be done with the folder of a run: whether it is free, finished, to be continued, or somebody else's."""
+"""The state of a run's folder: free, finished, to be continued, or holding another run; and what may be done then."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is shown of one held-out domain: curves, sharpness, mistakes, method by method."""
+"""The part of a page about one held-out domain: curves, sharpness and mistakes of each method."""
 
 from __future__ import annotations
 

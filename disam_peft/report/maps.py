@@ -1,4 +1,4 @@
-"""Figures that are maps: losses around the trained weights, and what was taken for what."""
+"""Figures that are maps: losses around the trained weights, and the confusion of classes."""
 
 from __future__ import annotations
 

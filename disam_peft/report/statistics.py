@@ -1,11 +1,11 @@
-"""Is one arm of a comparison better than another? Paired by seed; without torch. S seeds.
+"""Tests of whether one arm of a comparison is better than another, paired by seed. S seeds.
 
-What is independent of what decides everything here. Runs of one seed that hold out different domains train on the same
-images, but for one domain in and one out, so their differences rise and fall together: taken as separate samples they
-would make an interval look narrower than it is. Runs of different seeds share neither weights, batches, splits nor (on
-DomainShapes painted anew for every seed) images. So the seed is the unit: the difference between two arms is averaged
-over the held-out domains within each seed, and everything below sees one number per seed. With data that are the same
-for every seed, the result speaks about those data only.
+Everything here rests on which runs are independent of each other. Runs of one seed that hold out different domains
+train on the same images, but for one domain in and one out, so their differences rise and fall together: taken as
+separate samples they would make an interval look narrower than it is. Runs of different seeds share neither weights,
+batches, splits nor (on DomainShapes painted anew for every seed) images. So the seed is the unit: the difference
+between two arms is averaged over the held-out domains within each seed, and everything below sees one number per seed.
+With data that are the same for every seed, the result speaks about those data only.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where an open_clip checkpoint comes from: built-in names with pretrained tags, local folders, hub repositories.
 
-With ``openclip.py`` the only file that imports open_clip.
+``backbone.py`` and this file are the only ones that import open_clip.
 """
 
 from __future__ import annotations
