@@ -134,6 +134,7 @@ def tried(
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
                 break
+            time.sleep(0.05)
             yield None
         code = os.waitstatus_to_exitcode(status)
         outcome = OUTCOMES.get(code, f"did not run ({code})")
@@ -154,7 +155,6 @@ def try_all(mutants: list[Mutant], jobs: int, scratch: Path) -> Iterator[Result]
                 next(attempt, None)  # puts the source back
                 del running[folder]
                 yield result
-        time.sleep(0.05)
 
 
 def import_libraries() -> None:
