@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from disam_peft.common.files import is_draft, write_atomically, write_through
+from disam_peft.common.files import is_draft, published, write_atomically, write_through
+from disam_peft.errors import UserError
 
 
 def test_text_and_bytes_replace_what_was_there(tmp_path: Path):
@@ -114,3 +115,49 @@ def test_writing_through_never_overwrites(tmp_path: Path):
     with pytest.raises(FileExistsError):
         write_through(tmp_path / "a", b"second")
     assert (tmp_path / "a").read_bytes() == b"first"
+
+
+def test_a_folder_is_replaced_by_a_complete_one_alone(tmp_path: Path):
+    place = tmp_path / "model"
+    with published(place) as draft:
+        (draft / "mark").write_text("old")
+        assert not place.exists()
+    with pytest.raises(RuntimeError), published(place, replaces="mark") as draft:
+        (draft / "mark").write_text("half")
+        raise RuntimeError
+    assert (place / "mark").read_text() == "old"
+    with published(place, replaces="mark") as draft:
+        (draft / "mark").write_text("new")
+    assert (place / "mark").read_text() == "new"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_folder_of_somebody_else_is_not_replaced(tmp_path: Path):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "to_mother.txt").write_text("Dear mother")
+    for replaces in (None, "mark"):
+        with (
+            pytest.raises(UserError, match="already exists and is not empty"),
+            published(tmp_path / "letters", replaces=replaces),
+        ):
+            raise AssertionError("never gets here")
+    assert (tmp_path / "letters" / "to_mother.txt").read_text() == "Dear mother"
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_the_old_one_there(tmp_path: Path, monkeypatch):
+    """The last of two renames fails: the old folder was out of the way by then."""
+    place = tmp_path / "model"
+    with published(place) as draft:
+        (draft / "mark").write_text("old")
+    real = Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise OSError(5, "Input/output error")
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="Input/output error"), published(place, replaces="mark") as draft:
+        (draft / "mark").write_text("new")
+    assert (place / "mark").read_text() == "old"
+    assert os.listdir(tmp_path) == ["model"]

@@ -53,6 +53,23 @@ def test_overrides_are_yaml_and_reach_every_depth(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps", r"'train\.steps' must look like train\.steps=200"),
+        ("=3", "must look like"),
+        ("train.steps=[1", "is not valid YAML"),
+        ("name.first=x", r"'name\.first=x': name holds the value 'probe', not further keys"),
+    ],
+)
+def test_a_mistake_in_an_override_alone_is_an_error(tmp_path, override, message):
+    """Also where the recipe is sound without the override."""
+    path = write(tmp_path)
+    path.write_text(path.read_text().replace(f"name: {load_recipe(path).name}", "name: probe"))
+    with pytest.raises(UserError, match=message):
+        load_recipe(path, [override])
+
+
 def test_row_46_all_mistakes_at_once_each_with_the_nearest_key(tmp_path):
     overrides = ["train.stepz=3", "adapter.rnk=2", "method.rho=-1", "protocol.held_ot=x", "no-equals-sign", "nme=x"]
     with pytest.raises(UserError) as caught:
@@ -118,6 +135,8 @@ def test_differences_name_every_changed_setting():
     changed = base.model_copy(update={"seed": 3, "adapter": LoraAdapterConfig(rank=2)})
     assert differences(as_dict(base), as_dict(base)) == []
     assert differences(as_dict(base), as_dict(changed)) == ["adapter.rank: 8 -> 2", "seed: 0 -> 3"]
+    assert differences({}, {"seed": 3}) == ["seed: None -> 3"]
+    assert differences({"a": {"b": 1}}, {"a": {}}) == ["a.b: 1 -> None"]
 
 
 def test_one_average_or_several_are_written_as_they_are_read(tmp_path):
