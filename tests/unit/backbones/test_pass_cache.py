@@ -121,6 +121,18 @@ def test_the_name_of_the_version_before_still_works_and_warns(twins: tuple[str, 
     assert torch.equal(old(), classifier.cached_logits(frozen)())
 
 
+def test_a_frozen_module_with_dropout_inside_is_not_kept() -> None:
+    """In training mode alone: in eval mode dropout draws nothing."""
+    inner = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5)).requires_grad_(False)
+    cache: PassCache = {}
+    block = with_cache(nn.Sequential(inner, nn.Linear(64, 4)), cache)
+    x = torch.randn(3, 4)
+    assert not torch.equal(block(x), block(x))
+    inner.eval()
+    kept = with_cache(nn.Sequential(inner, nn.Linear(64, 4)), cache := {})
+    assert torch.equal(kept(x), kept(x)) and list(cache) == [".0"]
+
+
 def block_and_input() -> tuple[nn.Sequential, Tensor, PassCache]:
     torch.manual_seed(0)
     block = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).double()

@@ -122,8 +122,12 @@ def test_text_prepared_during_an_evaluation_can_be_trained_on(backbone: ClipBack
 def test_class_features_follow_the_backbone_to_another_precision(backbone: ClipBackbone) -> None:
     classifier = zero_shot(backbone, PROMPTS.class_names, PROMPTS.templates)
     assert classifier(pixels()).dtype == torch.float64
+    before = classifier.frozen_text()
     classifier.to(torch.bfloat16)
     frozen = classifier.frozen_text()
+    assert frozen is not before
+    wanted = zero_shot(backbone, PROMPTS.class_names, PROMPTS.templates).class_features()
+    assert torch.equal(classifier.class_features(), wanted) and wanted.dtype == torch.float32
     assert classifier(pixels(dtype=torch.bfloat16)).dtype == torch.float32
     assert classifier.frozen_text() is frozen  # computed once per precision, not once per call
 

@@ -1,5 +1,6 @@
 """The feature store: exact, resumable, never stale."""
 
+import dataclasses
 import re
 import shutil
 from pathlib import Path
@@ -159,6 +160,13 @@ def test_another_augmentation_or_seed_of_it_is_another_store(make_classifier, da
     assert build(AugmentConfig(scale=(0.1, 0.2)), 3)[1] == 3
     assert build(NO_AUGMENT, 3)[1] == 4
     assert build(NO_AUGMENT, 4)[1] == 4, "without augmentation there is nothing to seed"
+
+
+def test_data_are_told_apart_by_their_contents_alone(dataset):
+    """Names, sizes and order are the same."""
+    other = dataclasses.replace(dataset, hashes=tuple(reversed(dataset.hashes)))
+    assert other.fingerprint == dataset.fingerprint
+    assert features.data_identity(other) != features.data_identity(dataset)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "header gone", "header changed"])

@@ -141,3 +141,11 @@ def test_a_gpu_gives_nearly_the_same():
     assert on_gpu.device.type == "cuda"
     assert (on_gpu.cpu() - apply(IMAGES, INDICES, EPOCHS)).abs().max() < 3 / 255 / min(STD)
     assert (apply(IMAGES[1:2].cuda(), [3], [1]) - on_gpu[1:2]).abs().max() <= 1e-5
+
+
+def test_flips_and_greys_are_as_frequent_as_asked_for():
+    indices, epochs = list(range(2000)), [0] * 2000
+    for share in (0.0, 0.2, 1.0):
+        drawn = draw_params(AugmentConfig(flip=share, grayscale=share), 3, indices, epochs)
+        assert drawn.flip_B.mean() == pytest.approx(share, abs=0.04 if share == 0.2 else 0)
+        assert drawn.grey_B.mean() == pytest.approx(share, abs=0.04 if share == 0.2 else 0)

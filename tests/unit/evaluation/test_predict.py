@@ -11,7 +11,7 @@ from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.families import load_backbone
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.frozen_features import evaluation_store
-from disam_peft.config.adapters import LinearProbeConfig
+from disam_peft.config.adapters import LinearProbeConfig, LoraAdapterConfig
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.data import DataConfig, FeatureConfig
 from disam_peft.config.evaluation import EvaluationConfig
@@ -51,6 +51,17 @@ def test_what_is_held_on_the_device_is_bounded_and_changes_nothing(classifier, d
     monkeypatch.setattr(predict_module, "_on_the_host", lambda parts: moved.append(len(parts)) or real(parts))
     assert torch.equal(predict(classifier, dataset, settings).logits_NC, whole.logits_NC)
     assert moved == [4, 4, 4, 2]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_predictions_are_made_without_dropout_and_leave_the_mode_as_it_was(twins, dataset, training):
+    prompts = ClassPrompts(dataset.prompt_names, ("{}",))
+    config = LoraAdapterConfig(dropout=0.5, rank=2, seed=1)
+    classifier = tiny_classifier(tiny_backbone(twins, "open_clip"), config, prompts=prompts)
+    settings = EvaluationConfig(batch_size=32, workers=0)
+    wanted = predict(classifier.eval(), dataset, settings).logits_NC
+    assert torch.equal(predict(classifier.train(training), dataset, settings).logits_NC, wanted)
+    assert classifier.training is training
 
 
 def test_class_features_are_computed_once(twins, dataset, monkeypatch):

@@ -114,3 +114,13 @@ def test_a_family_of_nothing_but_chance_is_rarely_wrong():
         found = verdicts(values, [(name, "a") for name in "bcde"])
         wrong += any(result.verdict != "not distinguishable" for result in found)
     assert wrong <= 5  # at most 5 % of families are expected to be; 6 of 40 would come by chance in 1.4 % of cases
+
+
+def test_no_verdict_rests_on_ranks_alone():
+    """Eleven of twelve seeds are a little better and one is much worse: Wilcoxon's test, which sees ranks, passes, and
+    the interval of the mean has 0 in it."""
+    by_seed = [0.010 + 0.001 * seed for seed in range(11)] + [-0.2]
+    [found] = verdicts({"a": arm(by_seed), "b": arm([0.0] * 12)}, [("a", "b")])
+    assert found.test == "wilcoxon" and found.p < 0.05
+    assert found.low < 0 < found.high
+    assert found.verdict == "not distinguishable"
