@@ -17,7 +17,7 @@ RESTORED = "a step gives the weights back"
 INTERRUPTED = "so does one that breaks off"
 ERM = "rho 0 is ERM"
 SAM = "lambda 0 is SAM"
-ACCUMULATED = "pieces equal the whole batch"
+ACCUMULATED = "micro-batches equal the whole batch"
 NUMBERS = "numbers that differ, of {}, float32"
 
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -25,11 +25,12 @@ ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 class _Interruption(Exception):
-    """What the examined step is broken off with."""
+    """Raised inside a step, to interrupt it."""
 
 
 def restoring(subject: Subject) -> CheckResult:
-    """The weights after a step and an update of learning rate 0; pass 2 must have seen others."""
+    """The weights after a step and an update with learning rate 0 must be the weights before it, although pass 2 saw
+    perturbed ones."""
     subject.use(torch.float32)
     before_P, loss, moved = subject.weights(), subject.losses(), []
 
@@ -44,7 +45,7 @@ def restoring(subject: Subject) -> CheckResult:
 
 
 def restoring_after_an_exception(subject: Subject) -> CheckResult:
-    """The same where pass 2 raises in its middle."""
+    """The weights must also be restored where pass 2 raises an exception."""
     subject.use(torch.float32)
     before_P, loss, moved = subject.weights(), subject.losses(), []
 
@@ -67,7 +68,7 @@ def _bits(check: str, subject: Subject, before_P: Tensor, *, perturbed: bool) ->
 
 
 def erm(subject: Subject) -> CheckResult:
-    """The gradient at rho 0 against that of the mean loss, bit for bit."""
+    """The gradient at rho 0 must be that of the mean loss, bit for bit."""
     subject.use(torch.float32)
     subject.disam(rho=0.0).backward(subject.losses(), subject.domains_B)
     found_P = subject.gradient()
@@ -76,7 +77,8 @@ def erm(subject: Subject) -> CheckResult:
 
 
 def sam(subject: Subject) -> CheckResult:
-    """The gradient at lambda 0 against one made here from the formula (arXiv 2010.01412), bit for bit."""
+    """The gradient at lambda 0 must be the one that is computed here from SAM's formula (arXiv 2010.01412), bit for
+    bit."""
     subject.use(torch.float32)
     disam = subject.disam(variance_weight=0.0, adaptive=False)
     disam.backward(subject.losses(), subject.domains_B)

@@ -1,4 +1,4 @@
-"""All checks in order, within a time."""
+"""Runs all checks in order, as far as a limit of time allows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from disam_peft.doctor.subject import Subject, build_subject
 from disam_peft.doctor.two_processes import PROCESSES, TwoProcesses
 
 SECONDS = 40.0
-"""Beside those of Python's imports: within a minute altogether."""
+"""The default limit of time. Together with Python's imports it is within a minute."""
 BOOT = 15.0
 """Seconds that two processes take to import everything, beside their gradients."""
 HALF = 6.0
@@ -43,7 +43,7 @@ PACKAGES = ("torch", "open_clip_torch", "transformers", "peft", "accelerate")
 
 @dataclass(frozen=True)
 class Check:
-    """A claim, and how many gradients of the batch examining it takes."""
+    """A claim, the function that examines it, and how many gradients of the batch that takes."""
 
     name: str
     gradients: float
@@ -52,7 +52,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Examination:
-    """Everything that was found. ``failed`` counts."""
+    """Everything that was found. ``failed`` is the number of checks that failed."""
 
     environment: dict[str, str]
     subject: str
@@ -183,7 +183,7 @@ def _run(check: Check, subject: Subject) -> CheckResult:
 
 @contextmanager
 def _weights_kept(subject: Subject) -> Iterator[None]:
-    """Whatever a check finds, the next one starts from the same weights."""
+    """Restore the weights after a check, so that the next one starts from the same ones whatever happened."""
     subject.use(torch.float32)
     kept = [p.detach().clone() for p in subject.params]
     try:
@@ -200,5 +200,5 @@ def _too_long(check: str, seconds: float) -> CheckResult:
 
 
 def _repeatable(device: torch.device) -> AbstractContextManager[None]:
-    """The attention of GPUs that is fastest adds up in another order every time; this one does not."""
+    """The fastest attention kernels of GPUs add up in another order every time. This context uses one that does not."""
     return nullcontext() if device.type == "cpu" else sdpa_kernel(SDPBackend.MATH)

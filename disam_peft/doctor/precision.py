@@ -26,7 +26,7 @@ def name_of(precision: Precision) -> str:
 
 
 def lacking(precision: Precision, device: torch.device) -> str | None:
-    """Why the device has not this precision; None if it has."""
+    """The reason why the device does not have this precision; None where it has it."""
     try:
         check_precision(precision, device)
     except UserError as error:

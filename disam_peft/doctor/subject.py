@@ -33,7 +33,7 @@ QUICK_BELOW = 0.1
 
 
 class Subject:
-    """A classifier in eval mode (a step's two dropout masks are no matter of this machine) and one batch for it.
+    """A classifier in eval mode and one batch for it. Dropout, whose masks differ between two passes, is left out.
 
     Attributes:
         labels_B, domains_B: three domains, whose mean losses lie apart; the last samples lack the first domain.
@@ -76,11 +76,11 @@ class Subject:
 
     @property
     def precision(self) -> str:
-        """Of the present numbers, in words."""
+        """The type of the present numbers, in words."""
         return str(self.classifier.backbone.dtype).removeprefix("torch.")
 
     def use(self, dtype: torch.dtype) -> Subject:
-        """From now on in this precision; float32 to float64 and back changes no bit."""
+        """Convert the classifier to this precision. From float32 to float64 and back changes no bit."""
         if self.classifier.backbone.dtype != dtype:
             self._clear_gradients()
             self._frozen.clear()
@@ -127,7 +127,7 @@ class Subject:
         return DISAM(self.params, **(options | changes))
 
     def gradient(self) -> Tensor:
-        """What the last step left, (P,), taken away from the parameters."""
+        """The gradient (P,) that the last step left; the parameters have none afterwards."""
         gradient_P = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in self.params])
         self._clear_gradients()
         return gradient_P

@@ -30,7 +30,7 @@ COMMAND = (sys.executable, "-m", "disam_peft.doctor.two_processes")
 
 @dataclass
 class TwoProcesses:
-    """They work while the other checks do; ``finding`` waits for them."""
+    """Two processes that compute while the other checks run; ``finding`` waits for their result."""
 
     folder: tempfile.TemporaryDirectory[str]
     ranks: list[subprocess.Popen[str]]
@@ -56,7 +56,7 @@ class TwoProcesses:
         return cls(folder, ranks, dtype)
 
     def finding(self, seconds: float) -> CheckResult:
-        """Their finding, or what became of them after this many more seconds."""
+        """Their result, for which this waits at most so many seconds."""
         deadline = time.monotonic() + seconds
         try:
             for rank in self.ranks:
@@ -71,7 +71,7 @@ class TwoProcesses:
             self.stop()
 
     def stop(self) -> None:
-        """End them, whatever they are at."""
+        """End both processes, whether or not they are done."""
         for rank in self.ranks:
             if rank.poll() is None:
                 rank.kill()
@@ -82,7 +82,8 @@ class TwoProcesses:
 
 
 def compared(folder: Path, dtype: torch.dtype) -> CheckResult:
-    """What rank 0 wrote down: first whether the replicas agree to the bit, then how far they are from one process."""
+    """The result that rank 0 wrote down: whether both processes have the same bits, and if so how far their gradient is
+    from that of one process."""
     found = json.loads((folder / "found.json").read_text())
     if found["differing"]:
         what = f"numbers in which the two differ from one another, of {found['numbers']}"

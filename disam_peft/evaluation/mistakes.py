@@ -18,7 +18,7 @@ THUMBNAIL = 96
 
 
 def confusion(predictions: Predictions, domain: str, classes: tuple[str, ...]) -> Confusion:
-    """How often each class was taken for which, over the samples of ``domain``."""
+    """How often each class was predicted as each class, over the samples of ``domain``."""
     chosen_N = predictions.domains_N == predictions.domain_names.index(domain)
     predicted_N = predictions.logits_NC[chosen_N].argmax(dim=1)
     pairs_N2 = torch.stack([predictions.labels_N[chosen_N], predicted_N], dim=1)

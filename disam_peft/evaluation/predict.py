@@ -25,7 +25,7 @@ HELD_BYTES = 2**28
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a classifier says of every sample, on the CPU, in the order of the dataset.
+    """The logits of a classifier for every sample, on the CPU, in the order of the dataset.
 
     Attributes:
         logits_NC: float32 (float64 for a float64 model).

@@ -1,4 +1,4 @@
-"""Leave one domain out: which domain is kept away, and by what a checkpoint is chosen."""
+"""Leaving one domain out: which domains are held out, and the usual score of a state by source validation."""
 
 from __future__ import annotations
 

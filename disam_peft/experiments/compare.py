@@ -1,4 +1,4 @@
-"""Many runs of one recipe, side by side: every cell of a study is run once, and the records become one comparison."""
+"""A comparison: every run of a study is done once, and their records become tables, verdicts and a page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs that differ only in how they train have in common: kept for the next of them."""
+"""Keeps what several runs have in common, so that it is loaded and computed once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A study: one recipe, varied. Conditions x arms x held-out domains x seeds become cells, each a recipe of its own."""
+"""A study varies one recipe: every condition, arm, held-out domain and seed together give a cell, which is one run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Cell:
 
     @property
     def shared(self) -> str:
-        """Cells that share this see the same data from the same side: one process should run them, one by one."""
+        """Cells with the same value have data and zero-shot numbers in common, so one process runs them in turn."""
         return json.dumps([self.recipe.data.model_dump(mode="json"), self.held_out, self.seed])
 
     def __str__(self) -> str:
@@ -53,7 +53,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """A study with everything resolved."""
+    """A study whose cells are all worked out."""
 
     title: str
     question: str
@@ -110,7 +110,7 @@ def load_plan(
 
 
 class _Planner:
-    """Works out the cells; what is wrong goes to ``mistakes``."""
+    """Works out the cells of a study. What is wrong with it is appended to ``mistakes``."""
 
     def __init__(
         self, study: Study, base: dict[str, Any], title: str, output: Path, adapters: Sequence[str], mistakes: list[str]
@@ -279,7 +279,7 @@ def _shapes(values: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _slug(name: str) -> str:
-    """A name that a folder may have; ``runs`` of a study without conditions lie one level higher."""
+    """The folder name of a condition or an arm. The unnamed condition has none: its runs lie one level higher."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-.")
 
 

@@ -1,4 +1,4 @@
-"""Try many settings of a linear probe at once, judged on the sources alone: the held-out domain stays out of reach."""
+"""Trains a linear probe with many settings at once and ranks them on the source domains; the held-out one is unused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from disam_peft.training.stacked_probes import ProbeSetting, ProbeStack, ProbeTr
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One setting and what it is worth on held-back data of the source domains.
+    """One setting, and how well its probe does on the validation data of the source domains.
 
     Attributes:
         source_top1: mean over the source domains of the best state, 0 to 1; None if it diverged.
@@ -185,7 +185,7 @@ def _rank(trial: ProbeTrial) -> tuple[bool, tuple[float, ...]]:
 
 
 def _rows(recipe: Recipe, training: DomainDataset, views: int, device: torch.device) -> Iterator[Tensor]:
-    """The very batches of a run, as places among the stored features."""
+    """The batches that a run with this recipe has, as indices of stored features."""
     config = recipe.train
     batches = DomainBatches(training.domain_ids, config.batch_size, recipe.seed, config.steps, sampling=config.sampling)
     for batch in batches:

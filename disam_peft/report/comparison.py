@@ -1,4 +1,4 @@
-"""A comparison as data: what every run measured, and the tables that come of it. Rebuilt from its JSON file."""
+"""A comparison as data: the measures of every run, and the tables made from them. Its JSON file is read back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a plot to what a page and a paper need: one SVG for wide screens, one for narrow ones, and a PNG.
+"""Turns a plot into an SVG for wide screens, one for narrow screens, and a PNG for papers.
 
 Colours are those of Okabe and Ito, which colour-blind readers can tell apart; text is dark on white.
 """

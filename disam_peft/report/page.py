@@ -1,4 +1,4 @@
-"""One self-contained HTML page: no script, no request, everything inside; readable on a phone and on paper."""
+"""The report as one HTML page that contains everything: no script, no request; it fits phones and paper."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class SeedMean:
     seeds: int
 
     def text(self, scale: float, digits: int | None) -> str:
-        """``digits`` behind the point; None: three that count."""
+        """The mean and its deviation with ``digits`` decimal places; None: with three significant digits."""
         numbers = [scale * self.mean] + ([] if self.deviation is None else [scale * self.deviation])
         # "#" keeps zeros at the end, which count, and a point at the end, which does not
         texts = [f"{x:#.3g}".removesuffix(".") if digits is None else f"{x:.{digits}f}" for x in numbers]
@@ -57,7 +57,7 @@ class ComparisonTable:
     scale: float
     digits: int | None
     corner: str = "held out"
-    """What the lines are."""
+    """The title of the first column, which names the lines."""
 
     def texts(self) -> list[tuple[str, list[str]]]:
         """The lines as they are printed."""

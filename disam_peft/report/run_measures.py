@@ -1,4 +1,4 @@
-"""What a run is measured by, from its records: the numbers of the held-out domain, and how its training went."""
+"""The measures of a run, computed from its records: numbers on the held-out domain, and how training went."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from disam_peft.errors import UserError
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What one run wrote. Only results and events must be there: other records are empty where it wrote none."""
+    """The records of one run. Results and events must exist; other records are empty where the run wrote none."""
 
     folder: Path
 

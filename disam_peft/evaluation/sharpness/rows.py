@@ -1,4 +1,4 @@
-"""The sharpness of a trained classifier, as records: of which samples, and under which names."""
+"""The sharpness of a trained classifier as rows of records: on which samples it is measured, and what it is called."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sharpness_rows(
     batch_size: int = 64,
     workers: int | Literal["auto"] = 0,
 ) -> tuple[list[ResultRow], LossSlice | None]:
-    """Measure around the weights as they are, which are the same bits afterwards.
+    """Measure the sharpness at the present weights, which have the same bits afterwards.
 
     Metrics: ``sample_loss`` (mean cross entropy of the sample), ``worst_loss_rho_R`` and ``sharpness_rho_R`` (their
     difference), ``gradient_norm``, ``hessian_max`` with ``hessian_residual`` (largest algebraic eigenvalue) and
