@@ -72,6 +72,7 @@ def test_row_43_exporting_twice_gives_the_same_files(twins: tuple[str, str], fam
     export_merged(tmp_path / "first", classifier)
     export_merged(tmp_path / "second", classifier)
     assert contents(tmp_path / "first") == contents(tmp_path / "second") != {}
+    assert classifier.training and classifier.adapter is not None and classifier.adapter.training
     assert all(torch.equal(tensor, state[name]) for name, tensor in backbone.model.state_dict().items())
     assert classifier.training
     with pytest.raises(UserError, match="already exists and is not empty"):
