@@ -1,4 +1,4 @@
-"""Checks of the step in one process: what must be equal, to the bit or to rounding.
+"""Checks of the step in one process: results that must be equal, bit for bit or up to rounding.
 
 Shapes in this file: B samples, P numbers that are trained.
 """

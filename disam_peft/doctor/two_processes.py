@@ -1,4 +1,4 @@
-"""One process against two, which are started on the CPU.
+"""Checks that two processes, started on the CPU, come to the same result as one.
 
 Each runs ``python -m disam_peft.doctor.two_processes FOLDER RANK DTYPE``.
 """

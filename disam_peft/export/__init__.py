@@ -1,1 +1,1 @@
-"""Trained adapters and merged models as files that work elsewhere."""
+"""Trained adapters (``peft.py``) and merged models (``merged.py``) as files that work without this package."""

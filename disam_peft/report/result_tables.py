@@ -1,4 +1,4 @@
-"""Result tables as data, and as Markdown and LaTeX. HTML is the page's."""
+"""Result tables as data, as Markdown and as LaTeX. The templates of the page make HTML of the same data."""
 
 from __future__ import annotations
 
