@@ -134,8 +134,13 @@ class ClipClassifier(nn.Module):
         Its first call keeps the outputs of the frozen layers inside the first trained block (four activations for each
         image), and later calls use them. They are freed together with the function.
         """
+        outputs = self.cached_outputs(frozen)
+        return lambda: outputs()[0]
+
+    def cached_outputs(self, frozen: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+        """As ``cached_logits``, for ``outputs``: logits and image features."""
         cache: PassCache = {}
-        return lambda: self.logits(frozen, cache)
+        return lambda: self.outputs(frozen, cache)
 
     def repeated_logits(self, frozen: Tensor) -> Callable[[], Tensor]:
         """The name that ``cached_logits`` had in 0.1."""
@@ -154,12 +159,17 @@ class ClipClassifier(nn.Module):
             class_features_CE: the result of ``class_features``, for several batches between which nothing is trained;
                 unset: it is computed.
         """
+        return self.outputs(frozen, cache, class_features_CE)[0]
+
+    def outputs(
+        self, frozen: Tensor, cache: PassCache | None = None, class_features_CE: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (B, C), as ``logits`` has them, and the image features (B, E) that they come from, not normalised."""
         features_BE = self.features(frozen, cache)
         class_features_CE = self.class_features() if class_features_CE is None else class_features_CE
         scale, bias = self.backbone.logit_scale, self.backbone.logit_bias
-        if self.adapter is None:
-            return cosine_logits(features_BE, class_features_CE, scale, bias)
-        return self.adapter.logits(features_BE, class_features_CE, scale, bias)
+        logits = cosine_logits if self.adapter is None else self.adapter.logits
+        return logits(features_BE, class_features_CE, scale, bias), features_BE
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Images (B, 3, H, W) to logits (B, C)."""

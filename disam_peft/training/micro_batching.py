@@ -161,13 +161,13 @@ class StepGradient:
         labels_B, domains_B = to_device(batch["labels"], self._accelerator.device), batch["domains"]
         if mode == "whole":
             frozen = self._encoded(batch, slice(None)) if "frozen" in batch else self._encoded_in_micro_batches(batch)
-            logits = self._classifier.cached_logits(frozen)
-            return self._disam.backward(self._forward(logits, labels_B), domains_B, objective=self._objective)
+            outputs = self._classifier.cached_outputs(frozen)
+            return self._disam.backward(self._forward(outputs, labels_B), domains_B, objective=self._objective)
         indices = self._micro_batches.indices(domains_B)
         # Micro-batches are there to save memory: only the output of the frozen part is kept between the passes.
-        logits_of = [partial(self._classifier.logits, self._encoded(batch, rows)) for rows in indices]
+        outputs_of = [partial(self._classifier.outputs, self._encoded(batch, rows)) for rows in indices]
         labels = [_rows(labels_B, rows) for rows in indices]
-        forwards = [self._forward(*of_one) for of_one in zip(logits_of, labels, strict=True)]
+        forwards = [self._forward(*of_one) for of_one in zip(outputs_of, labels, strict=True)]
         # "auto" is one pass here; of the others it would ask the device, every step, which one is possible
         return self._disam.backward_accumulated(
             forwards,
@@ -189,11 +189,15 @@ class StepGradient:
             pixels_BCHW = to_device(_rows(batch["pixels"], rows), device).to(self._dtype)
             return self._classifier.encode_frozen(pixels_BCHW)
 
-    def _forward(self, logits: Callable[[], Tensor], labels_B: Tensor) -> Callable[[], Forward]:
+    def _forward(self, outputs: Callable[[], tuple[Tensor, Tensor]], labels_B: Tensor) -> Callable[[], Forward]:
         def forward() -> Forward:
             with self._accelerator.autocast():  # per pass: its cache of casts must not outlive the weights
-                logits_BC = logits()
-            return self._objective.forward(logits_BC, labels_B)
+                logits_BC, features_BE = outputs()
+            if not self._objective.has_statistics:
+                return self._objective.forward(logits_BC, labels_B)
+            wide = torch.promote_types(features_BE.dtype, torch.float32)
+            normalised_BE = torch.nn.functional.normalize(features_BE.to(wide), dim=-1)
+            return self._objective.forward(logits_BC, labels_B, normalised_BE)
 
         return forward
 
