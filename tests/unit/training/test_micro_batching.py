@@ -89,7 +89,7 @@ def test_every_method_in_pieces(run, method):
 @pytest.mark.parametrize("cell", sorted(accumulated_runs.CELLS))
 def test_every_adapter_in_pieces(run, cell):
     in_pieces, events = run(3, cell=cell, steps=2)
-    frozen_images = cell.startswith(("coop", "probe")) or cell == "lora-text"
+    frozen_images = cell.startswith(("coop", "probe")) or cell in ("lora-text", "clip_adapter")
     assert accumulation(events)["way"] == ("whole" if frozen_images else "per_domain")
     assert (in_pieces - run(1, cell=cell, steps=2)[0]).abs().max() <= 1e-12
 
