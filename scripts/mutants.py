@@ -95,7 +95,11 @@ def start_tests(folder: Path, tests: tuple[str, ...], log: Path, seconds: int) -
             os.dup2(sink.fileno(), 2)
         import pytest
 
-        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]))
+        # What a fault lets out of a test's folder stays in the scratch folder: other runs of the tests would find it.
+        temporary = folder / "temporary" / "of" / "the" / "tests"
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={temporary}"]
+        code = int(pytest.main([*options, *tests]))
         imported = sys.modules.get("disam_peft")
         if imported is not None and not str(imported.__file__).startswith(str(folder)):
             code = 98  # the tests ran on another package
@@ -136,6 +140,7 @@ def tried(
                 break
             time.sleep(0.05)
             yield None
+        shutil.rmtree(folder / "temporary", ignore_errors=True)
         code = os.waitstatus_to_exitcode(status)
         outcome = OUTCOMES.get(code, f"did not run ({code})")
         yield Result(mutant, outcome, time.monotonic() - begin, log.read_text(errors="replace"))
