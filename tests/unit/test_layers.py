@@ -52,7 +52,7 @@ HOMES = {
     "matplotlib": ("report",),
     "jinja2": ("report",),
     "scipy": ("report", "evaluation", "classification.domain_inference"),
-    "filelock": ("common.locks", "data.sources.archive", "data.stores.pixels"),
+    "filelock": ("common.locks",),
     "yaml": ("config", "experiments.run_folder"),
     "typer": ("cli",),
 }
