@@ -162,9 +162,9 @@ def test_the_frozen_part_runs_once_a_piece_and_no_pass_takes_more_than_a_piece(r
     from disam_peft.classification.classifier import ClipClassifier
 
     encoded, computed = [], []
-    encode, logits = ClipClassifier.encode_frozen, ClipClassifier.logits
+    encode, outputs = ClipClassifier.encode_frozen, ClipClassifier.outputs
     monkeypatch.setattr(ClipClassifier, "encode_frozen", lambda s, x: encoded.append(len(x)) or encode(s, x))
-    monkeypatch.setattr(ClipClassifier, "logits", lambda s, x, *more: computed.append(len(x)) or logits(s, x, *more))
+    monkeypatch.setattr(ClipClassifier, "outputs", lambda s, x, *more: computed.append(len(x)) or outputs(s, x, *more))
     run(4, batch=13, steps=1)
     assert encoded == [3, 3, 3, 4]
     losses, weighted, pass_2 = [3, 3, 3], [4, 3, 3, 3], [3, 3, 3, 4]  # the last piece keeps its graph
@@ -176,9 +176,9 @@ def test_a_text_side_that_is_trained_runs_once_a_pass(run, monkeypatch):
     from disam_peft.classification.classifier import ClipClassifier
 
     encoded, computed = [], []
-    encode, logits = ClipClassifier.encode_frozen, ClipClassifier.logits
+    encode, outputs = ClipClassifier.encode_frozen, ClipClassifier.outputs
     monkeypatch.setattr(ClipClassifier, "encode_frozen", lambda s, x: encoded.append(len(x)) or encode(s, x))
-    monkeypatch.setattr(ClipClassifier, "logits", lambda s, x, *more: computed.append(len(x)) or logits(s, x, *more))
+    monkeypatch.setattr(ClipClassifier, "outputs", lambda s, x, *more: computed.append(len(x)) or outputs(s, x, *more))
     run(4, steps=1, cell="coop-shared")
     assert (encoded, computed) == ([3, 3, 3, 3], [12, 12])
 
