@@ -33,8 +33,9 @@ class Adapter(nn.Module, ABC):
 
     To write one: a config class in ``config/adapters.py`` (one line in its union), a subclass in a file of its own,
     and one line in ``registry.py``. Only ``build`` and the hooks that differ from zero-shot classification need code;
-    ``clip_adapter.py`` is the smallest example. Each hook works on what it is given and returns a value, and never
-    looks at the classifier or at another adapter, so that several adapters could take part in one forward pass.
+    ``docs/extending.md`` writes a complete example, and ``clip_adapter.py`` is the smallest shipped one: it has
+    ``build`` and one hook. Each hook works on what it is given and returns a value, and never looks at the classifier
+    or at another adapter, so that several adapters could take part in one forward pass.
     """
 
     kind: ClassVar[str]
