@@ -19,10 +19,10 @@ A penalty is one file, one config class, one line in a table, and its test.
         class MeanFeature(Penalty):
             num_statistics = 1
 
-            def statistics(self, outputs, domains):
-                return (domains.sums(outputs.features_BE),)
+            def statistics(self, outputs: Outputs, domains: DomainsOfSamples) -> Sequence[Tensor]:
+                return (domains.sums(outputs.features),)
 
-            def value(self, sums):
+            def value(self, sums: DomainSums) -> Tensor:
                 (sum_DE,) = sums.statistics
                 mean_DE = sums.mean_of(sum_DE)
                 return sums.over_domains(mean_DE.square().sum(dim=1))
@@ -31,8 +31,9 @@ A penalty is one file, one config class, one line in a table, and its test.
    Absent domains must not bring in a NaN: ``sums.mean_of``, ``sums.over_domains`` and ``sums.present_D`` see to it.
 3. *The line*, in ``PENALTIES`` of ``objectives/objective.py``: ``NameConfig: Name``.
 4. *The test*, ``tests/unit/objectives/test_name.py``: values and gradients against published code.
-   ``tests/unit/objectives/test_contract.py`` drives every penalty of the table over unequal micro-batches, masks,
-   missing domains, both passes and saved state.
+   ``tests/unit/objectives/test_contract.py`` drives every member of the table, as its defaults make it, with every
+   method and over unequal micro-batches. An entry of ``OBJECTIVES`` in ``tests/helpers/objectives.py``, its formula
+   in ``definition`` there, adds masks, missing domains, ranks and saved state.
 
 A penalty with state (an average over steps, weights of groups) moves it in ``begin_step`` and gives it to
 ``state_dict``. It is then saved, resumed and equal on all processes like the rest.
@@ -60,12 +61,28 @@ class Outputs:
     Attributes:
         logits_BC: of float32 or a wider type.
         labels_B: the true classes.
-        features_BE: normalised image features; None where the caller has none to give.
+        features_BE: normalised image features, after the adapter's ``image_features``, as they meet the class features.
+            In a run of training they are there wherever a penalty has statistics. None in a loop of one's own that
+            gave none.
     """
 
     logits_BC: Tensor
     labels_B: Tensor
     features_BE: Tensor | None = None
+
+    @property
+    def features(self) -> Tensor:
+        """``features_BE``, for a penalty that cannot do without.
+
+        Raises:
+            ValueError: the caller gave none.
+        """
+        if self.features_BE is None:
+            raise ValueError(
+                "this penalty needs the image features, but there are none; hand them over as the third argument of "
+                "Objective.forward(logits, labels, features), normalised and with their graph"
+            )
+        return self.features_BE
 
 
 class Loss:

@@ -40,7 +40,7 @@ class Objective(DomainObjective):
         self._mean_over = config.effective_mean_over
         built = [PENALTIES[type(penalty)](penalty) for penalty in config.penalties]
         self.penalties = built if penalties is None else list(penalties)
-        self._steps_begun = 0
+        self._steps_begun, self._warned = 0, False
         self.has_statistics = any(penalty.num_statistics > 0 for penalty in self.penalties)
 
     def forward(self, logits_BC: Tensor, labels_B: Tensor, features_BE: Tensor | None = None) -> Forward:
@@ -80,8 +80,19 @@ class Objective(DomainObjective):
                     f"{type(penalty).__name__}.statistics gave {len(statistics)} tensors, but num_statistics is "
                     f"{penalty.num_statistics}; both must agree"
                 )
+            if torch.is_grad_enabled() and statistics and not any(tensor.requires_grad for tensor in statistics):
+                self._warn_of_no_effect(penalty)
             found += statistics
         return found
+
+    def _warn_of_no_effect(self, penalty: Penalty) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the penalty {type(penalty).__name__} depends on nothing that is trained here (with this adapter the "
+                "image features are frozen), so it has no effect; remove it, or train an adapter of the image tower",
+                stacklevel=2,
+            )
 
     def begin_step(self, sums: DomainSums) -> None:
         with torch.no_grad():

@@ -68,20 +68,23 @@ RULES: dict[str, Rule] = {
 
 
 def validation(config: SelectionConfig, metrics: MetricsByDomain) -> Validation:
-    """The metrics of a state on source validation, judged by the rule of a recipe.
+    """The metrics of a state on source validation, judged by the rule of a recipe. The number that decides is recorded
+    as ``score``; the others say how the usual rules would have judged.
 
     Args:
         metrics: source domain -> ``top1`` and ``nll`` at least, without pooled rows.
     """
     mean_top1, negative_nll = source_validation(metrics, "accuracy")
     worst_top1, worst_negative_nll = worst_source(metrics, "accuracy")
+    score = RULES[config.rule](metrics, config.metric)
     numbers = {
+        "score": score[0],
         "mean_top1": mean_top1,
         "negative_nll": negative_nll,
         "worst_top1": worst_top1,
         "worst_negative_nll": worst_negative_nll,
     }
-    return Validation(RULES[config.rule](metrics, config.metric), numbers)
+    return Validation(score, numbers)
 
 
 def _over_domains(metrics: MetricsByDomain, pool: Callable[[list[float]], float]) -> tuple[float, float]:

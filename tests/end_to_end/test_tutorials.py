@@ -17,6 +17,8 @@ NEW = [block.path for block in BLOCKS if block.language == "python"]
 # Tests of what every member of a kind promises; they find the new members by themselves.
 OF_THE_KINDS = (
     "tests/unit/adapters/test_registry.py",
+    "tests/unit/config",
+    "tests/unit/objectives/test_contract.py",
     "tests/unit/training/test_weight_averages.py",
     "tests/unit/training/test_selection.py",
     "tests/unit/training/test_trackers.py",

@@ -27,7 +27,7 @@ class Coral(Penalty):
     num_statistics = 2
 
     def statistics(self, outputs, domains):
-        return domains.sums(outputs.features_BE), domains.outer_sums(outputs.features_BE)
+        return domains.sums(outputs.features), domains.outer_sums(outputs.features)
 
     def value(self, sums):
         sum_DE, outer_DEE = sums.statistics

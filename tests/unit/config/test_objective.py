@@ -69,7 +69,7 @@ def test_the_mean_follows_the_penalty_unless_it_is_set(settings, effective):
     [
         ("objective.loss.label_smoothing=1.0", r"objective.loss.label_smoothing: .*less than 1 \(given: 1.0\)"),
         ("objective.loss.label_smoothing=-0.1", "objective.loss.label_smoothing: .*greater than or equal to 0"),
-        ("objective.loss.kind=hinge", "objective.loss.kind: .*'cross_entropy'.*'hinge'"),
+        ("objective.loss.kind=hinge", "objective.loss.kind: (?=.*'cross_entropy')(?=.*'hinge')"),
         (
             "objective.penalties=[{kind: vrex, weight: -1}]",
             "objective.penalties.0.weight: .*or equal to 0",
@@ -79,7 +79,7 @@ def test_the_mean_follows_the_penalty_unless_it_is_set(settings, effective):
             "objective.penalties=[{kind: vrex, anneal: -5}]",
             "objective.penalties.0.anneal: .*or equal to 0",
         ),
-        ("objective.penalties=[{kind: irmm}]", "objective.penalties.0.kind: .*'vrex'.*'irmm'"),
+        ("objective.penalties=[{kind: irmm}]", "objective.penalties.0.kind: (?=.*'vrex')(?=.*'irmm')"),
         ("objective.penalties=[{kind: vrex, wieght: 1}]", "wieght: unknown key; did you mean 'weight'"),
         ("objective.penalties=[{kind: vrex}, {kind: vrex}]", "objective.penalties: the penalty 'vrex' stands 2 times"),
         ("objective.penalties={kind: vrex}", "objective.penalties: .*list"),

@@ -45,3 +45,25 @@ def test_the_gradient_is_that_of_the_definition(twins, cell, micro_batches):
     assert report.objective.item() - report.loss.item() > 1e-3
     for p, expected in zip(params, wanted, strict=True):
         assert (p.grad - expected).abs().max() <= 1e-12
+
+
+def test_a_penalty_on_frozen_features_says_that_it_has_no_effect(twins):
+    classifier = tiny_classifier(tiny_backbone(twins, "open_clip"), "probe-zero_shot").double().train()
+    params = list(classifier.trainable().values())
+    objective = Objective(ObjectiveConfig(), penalties=[Coral(BasePenaltyConfig(weight=50.0))])
+    disam = DISAM(params, rho=0.05, num_domains=3)
+    gradient = StepGradient(classifier, disam, MicroBatches(1, 8, "whole"), start_accelerator("no"), objective)
+    batch = {"pixels": pixels(8), "labels": torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]), "domains": DOMAINS}
+    with pytest.warns(UserWarning, match=r"penalty Coral depends on nothing that is trained") as caught:
+        gradient(batch)
+        gradient(batch)
+    assert len(caught) == 1
+
+
+def test_a_loop_of_ones_own_that_gives_no_features_is_told_so():
+    objective = Objective(ObjectiveConfig(), penalties=[Coral(BasePenaltyConfig(weight=1.0))])
+    logits = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ValueError, match=r"needs the image features.*third argument of Objective.forward"):
+        DISAM([logits], rho=0.0).backward(
+            lambda: objective.forward(logits, torch.zeros(8, dtype=torch.long)), DOMAINS, objective=objective
+        )

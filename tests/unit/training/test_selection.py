@@ -34,9 +34,11 @@ def test_what_each_rule_prefers(rule, metric, of_a, of_b):
     assert (found[0] > found[1]) == (rule == "source_validation" and metric == "accuracy")
 
 
-def test_what_is_recorded_does_not_depend_on_the_rule():
+def test_what_is_recorded_is_the_score_and_the_usual_numbers():
     for rule in RULES:
-        assert validation(SelectionConfig(rule=rule), A).numbers == {
+        judged = validation(SelectionConfig(rule=rule, metric="nll"), A)
+        assert judged.numbers == {
+            "score": judged.score[0],
             "mean_top1": pytest.approx(2.3 / 3),
             "negative_nll": pytest.approx(-0.8),
             "worst_top1": 0.5,
