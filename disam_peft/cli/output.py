@@ -27,8 +27,8 @@ VERDICT_COLOURS = {"ok": "green", "failed": "bold red", "not available": "yellow
 def print_held_out(rows: Iterable[ResultRow], console: Console | None = None) -> None:
     """One line per held-out domain, zero-shot beside the adapter; and their mean, if there are several.
 
-    Weights are named where averages of them were kept. The columns after the accuracies are of the last ones, which
-    are those that selection chose.
+    Weights are named where averages of them were kept. The columns after the accuracies are, for each held-out domain,
+    of the last rows there, which are those of the weights that selection chose.
     """
     console = console or Console()
     shown = [row for row in rows if row.split == "held_out" and row.domain == row.held_out]
@@ -48,22 +48,22 @@ def print_held_out(rows: Iterable[ResultRow], console: Console | None = None) ->
     table.add_column("macro", justify="right")
     table.add_column("NLL", justify="right")
     table.add_column("ECE", justify="right")
-    last = methods[-1]
+    last = {row.held_out: column(row) for row in shown}  # of each domain the last row
 
     def line(name: str, of: Iterable[str]) -> None:
         chosen = list(of)
 
-        def mean(method: str, metric: str) -> float | None:
-            found = [values.get((domain, method, metric)) for domain in chosen]
+        def mean(method: str | None, metric: str) -> float | None:
+            found = [values.get((domain, method or last[domain], metric)) for domain in chosen]
             numbers = [value for value in found if value is not None]
             return sum(numbers) / len(numbers) if len(numbers) == len(chosen) else None
 
         table.add_row(
             escape(name),
             *(_percent(mean(method, "top1")) for method in methods),
-            _percent(mean(last, "macro_accuracy")),
-            _number(mean(last, "nll")),
-            _number(mean(last, "ece")),
+            _percent(mean(None, "macro_accuracy")),
+            _number(mean(None, "nll")),
+            _number(mean(None, "ece")),
         )
 
     for domain in domains:

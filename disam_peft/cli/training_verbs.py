@@ -49,6 +49,7 @@ def _print_outcomes(outcomes: list[Outcome]) -> None:
             fit = outcome.fit
             typer.echo(
                 f"{outcome.folder}: loss {fit.first_loss:.4f} -> {fit.last_loss:.4f}, best step {fit.best_step}"
+                + (f" of {fit.weights}" if len(fit.states) > 1 else "")
                 + (f", {fit.skipped_steps} steps skipped" if fit.skipped_steps else "")
             )
     first = outcomes[0].folder

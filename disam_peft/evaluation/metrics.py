@@ -55,13 +55,19 @@ def class_accuracies(logits_NC: Tensor, labels_N: Tensor) -> list[float | None]:
     return [right / count if count else None for right, count in zip(right_C, count_C, strict=True)]
 
 
-def metrics_by_domain(predictions: Predictions) -> dict[str, dict[str, float]]:
-    """``{domain: metrics}`` for every domain that occurs, then ``mean`` and ``worst`` of ``METRIC_NAMES`` over them."""
+def metrics_of_domains(predictions: Predictions) -> dict[str, dict[str, float]]:
+    """``{domain: metrics}`` for every domain that occurs and for nothing else: what a rule of selection is given."""
     by_domain = {}
     for number, name in enumerate(predictions.domain_names):
         chosen_N = predictions.domains_N == number
         if chosen_N.any():
             by_domain[name] = metrics(predictions.logits_NC[chosen_N], predictions.labels_N[chosen_N])
+    return by_domain
+
+
+def metrics_by_domain(predictions: Predictions) -> dict[str, dict[str, float]]:
+    """``metrics_of_domains``, then ``mean`` and ``worst`` of ``METRIC_NAMES`` over them."""
+    by_domain = metrics_of_domains(predictions)
     rows = list(by_domain.values())
     mean = {name: sum(row[name] for row in rows) / len(rows) for name in METRIC_NAMES}
     worst = {name: (min if HIGHER_IS_BETTER[name] else max)(row[name] for row in rows) for name in METRIC_NAMES}

@@ -92,12 +92,6 @@ class Evaluator:
         }
 
 
-def metrics_of_domains(predictions: Predictions) -> dict[str, dict[str, float]]:
-    """The metrics of each domain, without those that pool domains: what a rule of selection is given."""
-    by_domain = metrics_by_domain(predictions)
-    return {domain: values for domain, values in by_domain.items() if domain not in POOLED_OVER_DOMAINS}
-
-
 def result_rows(identity: Identity, predictions: Mapping[str, Predictions]) -> list[ResultRow]:
     """Every metric of every domain of every split, and its ``mean`` and ``worst`` over the domains of the split.
 

@@ -20,12 +20,12 @@ from disam_peft.config.average import kept_averages
 from disam_peft.config.recipe import Recipe, as_dict
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.splits import check_no_leak
+from disam_peft.evaluation.metrics import metrics_of_domains
 from disam_peft.evaluation.predict import Predictions
 from disam_peft.evaluation.protocols import held_out_domains
 from disam_peft.evaluation.results import (
     Evaluator,
     Identity,
-    metrics_of_domains,
     result_rows,
     write_mistakes,
     write_sharpness,

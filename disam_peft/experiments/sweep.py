@@ -25,9 +25,9 @@ from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.load import load
 from disam_peft.data.loading.sampler import DomainBatches
 from disam_peft.errors import UserError
+from disam_peft.evaluation.metrics import metrics_of_domains
 from disam_peft.evaluation.predict import Predictions
 from disam_peft.evaluation.protocols import held_out_domains
-from disam_peft.evaluation.results import metrics_of_domains
 from disam_peft.experiments.build import SplitData, holding_out, load_pretrained, split_data
 from disam_peft.training import selection
 from disam_peft.training.accelerator import start_accelerator

@@ -127,6 +127,8 @@ class BestStates:
         self._classifier, self._averages = classifier, averages
         self._validate, self._on_best = validate, on_best
         self._best: dict[str, KeptState] = {}
+        self.chosen = RAW
+        """The weights whose state is the best of all so far; of equals the one that was found first."""
 
     def offer(self, step: int) -> dict[str, Validation]:
         """Validate the state after ``step``, with the weights themselves and with each average in their place."""
@@ -141,20 +143,13 @@ class BestStates:
         return found
 
     def _keep_if_better(self, weights: str, step: int, score: tuple[float, ...]) -> None:
-        before, overall = self._best.get(weights), self._best.get(self.chosen) if self._best else None
+        before, overall = self._best.get(weights), self._best.get(self.chosen)
         if before is None or is_better(score, before.score):
             self._best[weights] = KeptState(step, score, _copies(self._classifier))
-            if self._on_best is not None and (overall is None or is_better(score, overall.score)):
-                self._on_best(weights)
-
-    @property
-    def chosen(self) -> str:
-        """The weights whose best state has the highest score; of equals the first, and ``raw`` is the first of all."""
-        chosen = RAW
-        for weights, state in self._best.items():
-            if chosen not in self._best or is_better(state.score, self._best[chosen].score):
-                chosen = weights
-        return chosen
+            if overall is None or is_better(score, overall.score):
+                self.chosen = weights
+                if self._on_best is not None:
+                    self._on_best(weights)
 
     @torch.no_grad()
     def finish(self, last_step: int, *, announce: bool) -> dict[str, KeptState]:
@@ -175,7 +170,7 @@ class BestStates:
 
     def state_dict(self) -> dict[str, Any]:
         # scores as tensors: JSON has no infinity
-        return {
+        states = {
             weights: {
                 "step": state.step,
                 "score": torch.tensor(state.score, dtype=torch.float64),
@@ -183,6 +178,7 @@ class BestStates:
             }
             for weights, state in self._best.items()
         }
+        return {"chosen": self.chosen, "states": states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """
@@ -190,7 +186,7 @@ class BestStates:
             UserError: the tensors are those of another adapter, or of averages that this run does not have.
         """
         here = self._classifier.adapter_tensors()
-        for weights, saved in state.items():
+        for weights, saved in state["states"].items():
             if weights not in (RAW, *self._averages.names) or not same_tensors(here, saved["tensors"]):
                 raise UserError(f"its best state of the weights {weights!r} is not one of this adapter and recipe")
         device = self._classifier.backbone.device
@@ -200,8 +196,9 @@ class BestStates:
                 tuple(saved["score"].tolist()),
                 {name: tensor.to(device) for name, tensor in saved["tensors"].items()},
             )
-            for weights, saved in state.items()
+            for weights, saved in state["states"].items()
         }
+        self.chosen = state["chosen"]
 
 
 @torch.no_grad()

@@ -143,3 +143,13 @@ def test_row_38_a_checkpoint_with_other_averages_is_refused(trained):
         trained([EmaConfig()], cut_at=5)
     with pytest.raises(UserError, match="is of another run: its averages differ"):
         trained([], resume=True)
+
+
+@pytest.mark.filterwarnings("ignore::disam_peft.errors.Notice")
+def test_what_was_saved_last_is_what_is_chosen_also_in_a_tie_and_after_a_resume(trained):
+    """raw draws level with an earlier state of the average: the first of equals stays, on the disk as in the result."""
+    scores = iter([0.5, 0.6, 0.5, 0.7, 0.7, 0.6])
+    _, result, _, saved = trained([EmaConfig(decay=0.5)], validate=lambda classifier: next(scores))
+    assert (result.weights, result.best_step, saved) == ("ema", 4, ["raw", "ema", "ema"])
+    _, resumed, _, again = trained([EmaConfig(decay=0.5)], resume=True)
+    assert (resumed.weights, resumed.best_step, again) == ("ema", 4, ["ema"])
