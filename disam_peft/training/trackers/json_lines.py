@@ -60,17 +60,21 @@ class JsonLinesTracker(GeneralTracker):
             file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
 
     def _take_out_from(self, step: int) -> None:
-        """Keep the lines of earlier steps."""
+        """Keep the lines of earlier steps.
+
+        The file is split as bytes: a kill may cut a line inside a character, and ``str.splitlines`` would also split
+        at characters such as U+2028, which may stand in the name of a domain.
+        """
         if self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_atomically(self.path, "".join(line for line in lines if _step_of(line) < step))
+            lines = self.path.read_bytes().split(b"\n")
+            write_atomically(self.path, b"".join(line + b"\n" for line in lines if _step_of(line) < step))
 
 
 def _json_value(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     """The step of a line; infinity for a line that was cut short."""
     try:
         return json.loads(line)["step"]

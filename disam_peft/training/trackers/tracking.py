@@ -38,18 +38,21 @@ def tracking(config: TrackerConfig, run: TrackedRun, accelerator: Accelerator) -
     """Inside this context ``accelerator.log`` writes to the config's tracker, and the user is told where.
 
     A tracker belongs to one run: the next run of the same process has a tracker of its own. The kind ``none`` writes
-    nothing.
+    nothing. Of several processes the main one alone opens a tracker; some of Accelerate's trackers, such as that of
+    wandb, would start a run on each of them.
 
     Raises:
-        UserError: a package that the tracker needs is not installed.
+        UserError: a package that the tracker needs is not installed. Raised on every process, so that all of them end.
     """
     if isinstance(config, NoTrackerConfig):
         yield
         return
     tracker = TRACKERS[config.kind](config)
     tracker.require_installed()
-    if accelerator.is_main_process:
-        warnings.warn(f"{config.kind} writes to {tracker.place(run)}; {tracker.hint(run)}", Notice, stacklevel=3)
+    if not accelerator.is_main_process:
+        yield
+        return
+    warnings.warn(f"{config.kind} writes to {tracker.place(run)}; {tracker.hint(run)}", Notice, stacklevel=3)
     opened = tracker.open(run)
     opened.start()
     accelerator.trackers.append(opened)

@@ -3,10 +3,13 @@
 import json
 import struct
 import time
+import warnings
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from pydantic import ValidationError
 
 from disam_peft.config.trackers import JsonLinesConfig, NoTrackerConfig, TensorBoardConfig, TrackerConfig, WandbConfig
@@ -102,6 +105,71 @@ def test_json_lines_have_every_step_once_after_a_resume(tmp_path):
         {"step": 4, "loss": 40.0},
     ]
     assert list(tmp_path.iterdir()) == [path]
+
+
+CUT_INSIDE_A_CHARACTER = '{"step": 2, "domain_loss/café'.encode()[:-1]
+NO_NEWLINE = b'{"step": 2, "loss": 2.0}'
+
+
+@pytest.mark.parametrize("end", [CUT_INSIDE_A_CHARACTER, NO_NEWLINE])
+@pytest.mark.parametrize("name", ["loss", "domain_loss/a\u2028b", "domain_loss/a\x85b"])
+def test_json_lines_keep_earlier_steps_whatever_the_names_and_the_cut(tmp_path, end, name):
+    path = tmp_path / "tracking.jsonl"
+    JsonLinesTracker(path).log({name: 1.0}, step=1)
+    path.write_bytes(path.read_bytes() + end)
+    JsonLinesTracker(path).log({name: 3.0}, step=3)
+    JsonLinesTracker(path).log({name: 4.0}, step=4)
+    whole = [{"step": 2, "loss": 2.0}] if end == NO_NEWLINE else []
+    lines = path.read_bytes().split(b"\n")
+    assert lines.pop() == b""
+    assert [json.loads(line) for line in lines] == [
+        {"step": 1, name: 1.0},
+        *whole,
+        {"step": 3, name: 3.0},
+        {"step": 4, name: 4.0},
+    ]
+
+
+class CountingTracker(GeneralTracker):
+    """A tracker that, as that of wandb, does not leave it to Accelerate on which process it starts."""
+
+    name = "counting"
+    requires_logging_directory = False
+    main_process_only = False
+    tracker = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def start(self) -> None:
+        self.calls.append("start")
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+
+
+@pytest.mark.parametrize("is_main_process", [True, False])
+@pytest.mark.parametrize("kind", sorted(TRACKERS))
+def test_the_main_process_alone_opens_a_tracker(kind, is_main_process, runs, tmp_path, monkeypatch):
+    opened = []
+
+    def open_counting(self, run):
+        opened.append(CountingTracker())
+        return opened[-1]
+
+    monkeypatch.setattr(TRACKERS[kind], "open", open_counting)
+    monkeypatch.setattr(TRACKERS[kind], "require_installed", lambda self: None)
+    accelerator = SimpleNamespace(is_main_process=is_main_process, trackers=[])
+    config = TrainConfig.model_validate({"tracker": kind}).tracker
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with tracking(config, runs[0], accelerator):
+            assert accelerator.trackers == opened
+    assert [tracker.calls for tracker in opened] == ([["start", "finish"]] if is_main_process else [])
+    assert accelerator.trackers == []
+    assert [w.category for w in told] == ([Notice] if is_main_process else [])
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_tensorboard(runs, accelerator, tmp_path):
