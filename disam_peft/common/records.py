@@ -141,13 +141,20 @@ def append_event(path: Path, event: str, **values: Any) -> None:
 
 
 def read_events(path: Path, event: str | None = None) -> list[dict[str, Any]]:
-    """The events of a ``metrics.jsonl``, or those of one kind. A last line that a crash has cut off is left out."""
+    """The events of a ``metrics.jsonl``, or those of one kind. A last line that a crash has cut off is left out.
+
+    Raises:
+        ValueError: an earlier line is damaged; names the line.
+    """
     events = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # As bytes: a crash may cut a line inside a character, and str.splitlines would also split at U+2028 in a name.
+    lines = path.read_bytes().split(b"\n")
+    if not lines[-1]:
+        lines.pop()  # What follows the end of the last line is not a line.
     for number, line in enumerate(lines, start=1):
         try:
             events.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no JSON, or no UTF-8
             if number == len(lines):
                 break
             raise ValueError(f"{path}, line {number}: {error}") from error

@@ -51,8 +51,33 @@ def test_events_append_and_a_line_cut_short_is_left_out(tmp_path):
     assert len(read_events(path, "validation")) == 1
 
 
-def test_damage_in_the_middle_is_an_error(tmp_path):
+def test_a_line_cut_inside_a_character_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"event": "st\n{"event": "step"}\n')
-    with pytest.raises(ValueError, match="line 1"):
+    append_event(path, "step", step=1, domain_loss={"café": 1.5})
+    whole = path.read_bytes()
+    first_half_of_e = whole.index("é".encode()) + 1
+    path.write_bytes(whole + whole[:first_half_of_e])
+    assert read_events(path) == [{"event": "step", "step": 1, "domain_loss": {"café": 1.5}}]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_a_line_ends_at_a_newline_alone(tmp_path, separator):
+    path = tmp_path / "metrics.jsonl"
+    name = f"a{separator}b"
+    for step in (1, 2):
+        append_event(path, "step", step=step, domain_loss={name: 1.5})
+    assert read_events(path) == [{"event": "step", "step": step, "domain_loss": {name: 1.5}} for step in (1, 2)]
+
+
+@pytest.mark.parametrize("damaged", [b'{"event": "st', b'{"event": "caf\xc3'])
+def test_damage_in_the_middle_is_an_error(tmp_path, damaged):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(damaged + b'\n{"event": "step"}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1: "):
         read_events(path)
+
+
+def test_an_empty_file_has_no_events(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.touch()
+    assert read_events(path) == []
