@@ -36,8 +36,10 @@ def read_json_lines(path: Path, columns: Columns) -> Samples:
 
     if not path.is_file():
         raise UserError(f"data.json_lines={path} is not a file; expected one JSON object per line, one for each image")
-    keys = list(columns.by_setting.values())
-    values: dict[str, list[str]] = {key: [] for key in keys}
+    # One reader for each key, since a key may serve as class and domain at once. A key with the path of the image is
+    # read as a path, whatever else it serves as.
+    readers = {columns.image: _path, columns.label: _name, columns.domain: _name} | {columns.image: _path}
+    values: dict[str, list[str]] = {key: [] for key in readers}
     for number, row in _objects(path):
         where = f"line {number} of {path}"
         for setting, key in columns.by_setting.items():
@@ -46,9 +48,8 @@ def read_json_lines(path: Path, columns: Columns) -> Samples:
                     f"{where} has no key {key!r}{did_you_mean(key, row)} (keys: {', '.join(row) or 'none'}); add it to "
                     f"the line, or set data.{setting} to the key that is meant"
                 )
-        values[columns.image].append(_path(row[columns.image], where, columns.image))
-        for key in (columns.label, columns.domain):
-            values[key].append(_name(row[key], where, key))
+        for key, read in readers.items():
+            values[key].append(read(row[key], where, key))
     if not values[columns.image]:
         raise UserError(f"data.json_lines={path} is empty; expected one JSON object per line, one for each image")
     features = datasets.Features({key: datasets.Value("string") for key in values})

@@ -60,6 +60,21 @@ def test_other_keys_are_passed_over_and_keys_may_have_other_names(tree):
     assert data.classes == ("x, y",) and data.domains == ("p", "q")
 
 
+@pytest.mark.parametrize(
+    ("columns", "classes"),
+    [({"label_column": "domain"}, ("a", "b")), ({"label_column": "image"}, tuple(sorted(row["image"] for row in ALL)))],
+)
+def test_a_key_may_serve_twice_as_a_column_of_a_table_may(tree, columns, classes):
+    path = write(tree, ALL)
+    table = path.with_suffix(".csv")
+    table.write_text("\n".join(["image,label,domain", *(",".join(row.values()) for row in ALL)]) + "\n")
+    lines = load(DataConfig(json_lines=path, classes="union", **columns))
+    same = load(DataConfig(table=table, classes="union", **columns))
+    assert lines.classes == same.classes == classes
+    assert lines.domains == same.domains == ("a", "b")
+    assert lines.keys == same.keys and lines.fingerprint == same.fingerprint
+
+
 def test_text_stays_text_and_whole_numbers_are_names(tree):
     """Arrow would make a date of the first class and an error of the second."""
     rows = [described(label="2020-01-01"), described("a/cat/1.png", label=7), described("b/cat/0.png", "7", domain=0)]
