@@ -195,13 +195,14 @@ class DISAM:
                 every micro-batch, and every rank needs the same number of them. With it, or with ``reduce_gradients``,
                 a rank may have any number, or none.
             objective: see ``backward``.
-            way: the former name of ``mode``; it goes away in the release after next.
+            way: the former name of ``mode``; it goes away in 0.3.
 
         Raises:
             ValueError: see ``backward``; a mode that is not possible.
         """
         if way is not None:
-            warnings.warn("backward_accumulated(way=...) is now called mode=...", DeprecationWarning, stacklevel=2)
+            text = "backward_accumulated(way=...) is now called mode=...; way goes away in 0.3"
+            warnings.warn(text, DeprecationWarning, stacklevel=2)
             mode = way
         if mode not in get_args(Mode):
             raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r}")

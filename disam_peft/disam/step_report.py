@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +54,8 @@ class StepReport:
 
     @property
     def way(self) -> AscentMode:
-        """The former name of ``mode``; it goes away in the release after next."""
+        """The former name of ``mode``; it goes away in 0.3."""
+        warnings.warn("StepReport.way is now called mode; it goes away in 0.3", DeprecationWarning, stacklevel=2)
         return self.mode
 
     @classmethod
