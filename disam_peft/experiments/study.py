@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from disam_peft.config.adapters import ADAPTER_KINDS
 from disam_peft.config.data import DataConfig
 from disam_peft.config.mistakes import all_mistakes, explain
+from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.overrides import apply_override, set_key
 from disam_peft.config.protocol import ALL
 from disam_peft.config.recipe import Recipe, checked
@@ -154,7 +155,7 @@ class _Planner:
     def _cell(self, condition: str, arm: str, held_out: str, seed: int) -> Cell | None:
         values = self._varied(condition)
         for key, value in self._arm(arm, values).items():
-            set_key(values, key, value, self.mistakes)
+            set_key(values, key, copy.deepcopy(value), self.mistakes)
         values["seed"], values["name"] = seed, f"seed{seed}"
         values["output"] = str(self.runs / _slug(condition) / _slug(arm))
         set_key(values, "protocol.held_out", held_out, self.mistakes)
@@ -254,7 +255,8 @@ class _Planner:
 
 
 def preset(name: str, values: Mapping[str, Any]) -> Overrides:
-    """The overrides of an arm that needs none. ``erm_2x`` stretches the whole schedule, and validates as often."""
+    """The overrides of an arm that needs none. ``erm_2x`` stretches the whole schedule, that of penalties included, and
+    validates as often."""
     if name != "erm_2x":
         return {"method.name": name}
     train = values.get("train") or {}
@@ -263,7 +265,21 @@ def preset(name: str, values: Mapping[str, Any]) -> Overrides:
         value = train.get(key, TrainConfig.model_fields[key].default)
         if isinstance(value, int):
             stretched[f"train.{key}"] = 2 * value
+    penalties = _stretched_penalties(values.get("objective"))
+    if penalties:
+        stretched["objective.penalties"] = penalties
     return stretched
+
+
+def _stretched_penalties(objective: Any) -> list[dict[str, Any]]:
+    """The penalties with twice the steps of ``anneal``; none where there are none, or where they are mistaken, which is
+    told when the recipe of a cell is checked."""
+    try:
+        penalties = ObjectiveConfig.model_validate(objective or {}).penalties
+    except ValidationError:
+        return []
+    values = [penalty.model_dump(mode="json") for penalty in penalties]
+    return [{**value, "anneal": 2 * value["anneal"]} if "anneal" in value else value for value in values]
 
 
 def _present_domains(config: DataConfig) -> tuple[str, ...]:

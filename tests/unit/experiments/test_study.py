@@ -67,6 +67,31 @@ def test_faults_spare_the_held_out_domain_of_each_cell(tmp_path):
     assert targets == {("clean", False), ("noisy", True)}
 
 
+def test_an_arm_of_overrides_is_its_own_in_every_cell(tmp_path):
+    arms = "arms: {erm: , noisy: {data.shapes: {images_per_class: 5, wrong_labels: 0.2}}}\n"
+    found = plan(tmp_path, RECIPE + arms + "held_out: [sketch, painting]\nseeds: 2\n")
+    shapes = {(c.held_out, c.seed): c.recipe.data.shapes for c in found.cells if c.arm == "noisy"}
+    assert {key: (value.target, value.seed) for key, value in shapes.items()} == {key: key for key in shapes}
+    assert len(shapes) == 4
+
+
+def test_erm_at_twice_the_steps_stretches_the_annealing_of_penalties(tmp_path):
+    conditions = (
+        "conditions: {plain: {}, default: {objective: {penalties: [{kind: vrex}]}}, mistaken: {objective: 3},\n"
+        "  set: {objective.penalties: [{kind: vrex, weight: 3, anneal: 7}], objective.mean_over: samples}}\n"
+    )
+    with pytest.raises(UserError, match="objective: Input should be keys and values"):
+        plan(tmp_path, RECIPE + conditions, seeds=1)
+    found = plan(tmp_path, RECIPE + conditions.replace(" mistaken: {objective: 3},", ""), seeds=1)
+    objectives = {(cell.condition, cell.arm): cell.recipe.objective for cell in found.cells}
+    anneals = {key: [penalty.anneal for penalty in value.penalties] for key, value in objectives.items()}
+    for condition, anneal in (("plain", []), ("default", [500]), ("set", [7])):
+        assert anneals[condition, "erm"] == anneals[condition, "disam"] == anneal
+        assert anneals[condition, "erm_2x"] == [2 * steps for steps in anneal]
+    stretched = objectives["set", "erm_2x"]
+    assert (stretched.penalties[0].weight, stretched.mean_over) == (3, "samples"), "the rest stays"
+
+
 def test_a_plain_recipe_and_the_options_of_the_command(tmp_path):
     path = tmp_path / "plain.yaml"
     path.write_text(
