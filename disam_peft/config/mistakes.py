@@ -65,7 +65,7 @@ class _Place:
     holder: type[BaseModel] | None = None
     """The config in which the last key stands; None where it stands in a list or a mapping of free names."""
     choices: tuple[Any, ...] = ()
-    """The members of the discriminated union at the end of the location."""
+    """The members of the discriminated union at the end of the location, or the config that stands there alone."""
     union: tuple[str, ...] | None = None
     """The keys of the plain union that the location passes through."""
     member: str = ""
@@ -168,8 +168,10 @@ def _follow(model: type[BaseModel], location: Sequence[str | int]) -> _Place:
         elif get_origin(annotation) in (list, tuple, dict):
             inner = get_args(annotation)[-1] if get_origin(annotation) is dict else get_args(annotation)[0]
         annotation, discriminator = _unwrapped(inner)
-    if _is_union(annotation) and discriminator is not None:
-        place.choices = get_args(annotation)
+    if _is_union(annotation):
+        place.choices = get_args(annotation) if discriminator is not None else ()
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        place.choices = (annotation,)
     return place
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
+from pydantic_core import PydanticKnownError
 
 from disam_peft.config.base import Config
 
@@ -49,6 +50,13 @@ PenaltyConfig = VRexConfig
 """All penalties; with a second one ``Annotated[A | B, Field(discriminator="kind")]``."""
 
 
+def _with_kind(penalty: Any) -> Any:
+    """A penalty says its kind, also while there is only one: a recipe of today stays valid when there are more."""
+    if isinstance(penalty, dict) and "kind" not in penalty:
+        raise PydanticKnownError("union_tag_not_found", {"discriminator": "'kind'"})
+    return penalty
+
+
 class ObjectiveConfig(Config):
     """The function that training descends: mean loss + sum of weight * penalty. The defaults are the plain mean."""
 
@@ -57,10 +65,15 @@ class ObjectiveConfig(Config):
     """``samples``: the mean of all losses of a batch. ``domains``: the mean over the domains of their mean losses. Both
     are the same where a batch holds as many samples of every domain. Unset: ``domains`` with a penalty that was
     published so (vrex), ``samples`` otherwise."""
-    penalties: list[PenaltyConfig] = Field(default=[])
+    penalties: list[Annotated[PenaltyConfig, BeforeValidator(_with_kind)]] = Field(default=[])
     """Functions of the whole batch that are added to the mean loss; at most one of a kind."""
     anchors: list[str] = Field(default=[])
     """Terms that hold the model near its zero-shot state. There are none yet."""
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _cross_entropy_where_left_out(cls, loss: Any) -> Any:
+        return {"kind": "cross_entropy", **loss} if isinstance(loss, dict) else loss
 
     @field_validator("penalties")
     @classmethod

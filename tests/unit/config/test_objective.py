@@ -44,6 +44,11 @@ def test_a_recipe_with_everything_is_read_back(recipe_of, tmp_path):
     assert "mean_over" not in as_dict(recipe_of())["objective"], "what is unset stays unset"
 
 
+def test_the_kind_of_the_loss_may_be_left_out(recipe_of):
+    assert recipe_of("objective.loss={label_smoothing: 0.2}").objective.loss == CrossEntropyConfig(label_smoothing=0.2)
+    assert recipe_of("objective.loss={}").objective == ObjectiveConfig(loss=CrossEntropyConfig())
+
+
 def test_vrex_has_the_published_defaults():
     config = VRexConfig()
     assert (config.weight, config.anneal, config.in_ascent) == (10.0, 500, True)
@@ -82,6 +87,11 @@ def test_the_mean_follows_the_penalty_unless_it_is_set(settings, effective):
         ("objective.penalties=[{kind: irmm}]", "objective.penalties.0.kind: (?=.*'vrex')(?=.*'irmm')"),
         ("objective.penalties=[{kind: vrex, wieght: 1}]", "wieght: unknown key; did you mean 'weight'"),
         ("objective.penalties=[{kind: vrex}, {kind: vrex}]", "objective.penalties: the penalty 'vrex' stands 2 times"),
+        ("objective.penalties=[{}]", r"objective.penalties.0.kind: Field required \(one of .*vrex\)$"),
+        (
+            "objective.penalties=[{kind: vrex}, {weight: 3}]",
+            r"objective.penalties.1.kind: Field required \(one of .*vrex\)$",
+        ),
         ("objective.penalties={kind: vrex}", "objective.penalties: .*list"),
         ("objective.mean_over=classes", "objective.mean_over: .*'samples' or 'domains'"),
         ("objective.anchors=[zero_shot]", "objective.anchors: there are no anchors in this version"),
