@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from disam_peft.config.adapters import AdapterConfig
-from disam_peft.config.average import Averages, NoAverageConfig
+from disam_peft.config.average import Averages, NoAverageConfig, kept_averages
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.base import Config
 from disam_peft.config.data import AugmentConfig, DataConfig, DomainsConfig, FeatureConfig
@@ -103,6 +103,18 @@ def as_dict(recipe: Recipe) -> dict[str, Any]:
     values = recipe.model_dump(mode="json", exclude_none=True)
     for key in ("data", "augment"):
         values[key] = getattr(recipe, key).model_dump(mode="json", exclude_none=True, exclude_unset=True)
+    return values
+
+
+def effective(recipe: Recipe) -> dict[str, Any]:
+    """All values of the recipe in one spelling, for ``differences``. Recipes that ask for the same run have the same
+    values, also where one of them leaves out what the other writes down."""
+    values = recipe.model_dump(mode="json")
+    averages = [average.model_dump(mode="json") for average in kept_averages(recipe.average)]
+    none = NoAverageConfig().model_dump(mode="json")
+    values["average"] = averages if len(averages) > 1 else next(iter(averages), none)
+    values["objective"]["mean_over"] = recipe.objective.effective_mean_over
+    values["train"]["validate_every"] = recipe.train.validation_interval
     return values
 
 

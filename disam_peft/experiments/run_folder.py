@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from disam_peft.common.files import is_draft, write_atomically
 from disam_peft.common.records import RESULTS
-from disam_peft.config.recipe import WRITTEN_BY_US, Recipe, as_yaml, differences, load_recipe
+from disam_peft.config.recipe import WRITTEN_BY_US, Recipe, as_yaml, differences, effective, load_recipe
 from disam_peft.errors import Notice, UserError
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ def changed(recipe: Recipe) -> list[str]:
     """``key: old -> new`` for every setting that makes ``recipe`` another run than the one in its folder.
 
     A setting that the folder's recipe lacks has its default, so that a run of an older version, which did not know
-    the setting, stays the same run. A recipe that cannot be read is a difference as well.
+    the setting, stays the same run. Values are compared as they take effect: one average is the same written alone or
+    as a list of one. A recipe that cannot be read is a difference as well.
 
     Raises:
         OSError: there is none.
@@ -95,7 +96,7 @@ def changed(recipe: Recipe) -> list[str]:
         before = load_recipe(path)
     except UserError as error:
         return [str(error).replace("\n", "\n  ")]
-    lines = differences(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
+    lines = differences(effective(before), effective(recipe))
     return [line for line in lines if not _is_harmless(line.split(":")[0])]
 
 

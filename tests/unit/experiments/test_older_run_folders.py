@@ -59,6 +59,45 @@ def test_a_default_that_is_written_out_is_no_difference(tmp_path: Path) -> None:
     assert run_folder.changed(make_recipe(tmp_path, augment={"flip": 0.25})) == ["augment.flip: 0.5 -> 0.25"]
 
 
+VREX = {"kind": "vrex", "weight": 3}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "third", "difference"),
+    [
+        ({"average": {"kind": "ema"}}, {"average": [{"kind": "ema"}]}, {}, "average"),
+        ({"average": {"kind": "none"}}, {"average": [{"kind": "none"}]}, {"average": {"kind": "ema"}}, "average"),
+        (
+            {"average": [{"kind": "ema"}, {"kind": "none"}, {"kind": "ema", "decay": 0.5}]},
+            {"average": [{"kind": "ema"}, {"kind": "ema", "decay": 0.5}]},
+            {"average": [{"kind": "ema"}]},
+            "average",
+        ),
+        ({}, {"objective": {"mean_over": "samples"}}, {"objective": {"mean_over": "domains"}}, "objective.mean_over"),
+        (
+            {"objective": {"penalties": [VREX]}},
+            {"objective": {"penalties": [VREX], "mean_over": "domains"}},
+            {"objective": {"penalties": [VREX], "mean_over": "samples"}},
+            "objective.mean_over",
+        ),
+        (
+            {"train": {"steps": 50}},
+            {"train": {"steps": 50, "validate_every": 5}},
+            {"train": {"steps": 51}},
+            "train.steps",
+        ),
+    ],
+)
+def test_the_same_settings_in_another_spelling_are_the_same_run(
+    tmp_path: Path, one: dict[str, Any], other: dict[str, Any], third: dict[str, Any], difference: str
+) -> None:
+    for folder, before, after in ((tmp_path / "a", one, other), (tmp_path / "b", other, one)):
+        saved(make_recipe(folder, **before))
+        assert run_folder.changed(make_recipe(folder, **after)) == []
+        found = run_folder.changed(make_recipe(folder, **third))
+        assert found and all(line.startswith(difference) for line in found)
+
+
 @pytest.mark.parametrize("text", ["name: [", "- a list", "name: !!python/object:os.system {}", "nme: x", "\0"])
 def test_row_61_a_recipe_that_cannot_be_read_is_another_run(tmp_path: Path, text: str) -> None:
     recipe = make_recipe(tmp_path)
