@@ -129,6 +129,7 @@ def test_random_weights_leave_the_generator_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
+@pytest.mark.slow
 def test_a_model_of_real_size_by_name() -> None:
     with pytest.warns(UserWarning, match="RANDOM weights"):
         backbone = load("ViT-B-32", pretrained="none")

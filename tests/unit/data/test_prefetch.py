@@ -82,6 +82,7 @@ def test_the_thread_ends_with_a_consumer_that_stops_early(how):
     assert not threads()
 
 
+@pytest.mark.slow
 def test_an_interpreter_that_exits_in_the_middle_does_not_hang():
     code = (
         "from disam_peft.data.loading.feature_batches import read_ahead\n"

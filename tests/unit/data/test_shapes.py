@@ -152,6 +152,7 @@ def test_outlines_have_one_area_each_and_differ_from_one_another():
             assert apart > 90, (first, second, apart)
 
 
+@pytest.mark.slow
 def test_domains_differ_more_than_their_images_do():
     """A nearest-mean rule on four plain statistics tells the domains apart; classes it cannot tell."""
     pictures = [(d, c, _statistics(d, c, i)) for d in DOMAINS for c in CLASSES for i in range(4)]

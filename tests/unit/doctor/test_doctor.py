@@ -248,6 +248,7 @@ def finding_of_forks(folder):
     return ranks.compared(folder, torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="forks are of POSIX systems")
 def test_what_each_process_does_for_itself(recipe, monkeypatch, tmp_path):
     """A mean and a variance of each rank's own, then gradients of each rank's own."""

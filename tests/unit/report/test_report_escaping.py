@@ -80,6 +80,7 @@ def pages(tmp_path_factory):
     return page_of(PLAIN, folder / "plain"), page_of(EVIL, folder / "evil")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_row_21_the_page_obeys_no_name(pages):
     plain, reader = pages
@@ -89,6 +90,7 @@ def test_row_21_the_page_obeys_no_name(pages):
     assert "1337" not in "".join(reader.text)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Glyph")
 @pytest.mark.parametrize("name", EVIL)
 def test_row_21_the_page_shows_names_letter_by_letter(name, pages):

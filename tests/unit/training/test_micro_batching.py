@@ -218,6 +218,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pieces", "a_step"), [(1, 1), (4, 1), (3, 1)])
 def test_a_step_waits_for_the_device_once(run, monkeypatch, pieces, a_step):
     """For what became of the step. (That a GPU is not even waited for then: test_without_waiting.)"""

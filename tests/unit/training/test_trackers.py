@@ -186,6 +186,7 @@ def test_tensorboard(runs, accelerator, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_wandb_offline(runs, accelerator, tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="an extra")
     monkeypatch.delenv("WANDB_MODE", raising=False)
