@@ -58,7 +58,10 @@ def test_a_command_can_be_given(page: str, line: str):
     given = context.params.get("recipe")
     recipe = None if given is None else ROOT / given
     if recipe is not None and "RECIPE" not in str(given):
-        load_recipe(recipe, context.params.get("overrides") or [])
+        shown = load_recipe(recipe, context.params.get("overrides") or [])
+        if name == "train":
+            annealed = [p for p in shown.objective.penalties if p.model_dump().get("anneal", 0) >= shown.train.steps]
+            assert not annealed, "the weight of a penalty takes effect within the run"
 
 
 @pytest.mark.parametrize("path", RECIPE_FILES, ids=lambda path: str(path.relative_to(RECIPES)))

@@ -2,9 +2,11 @@
 
 import importlib.util
 import re
+from dataclasses import fields
 
 import pytest
 
+from disam_peft.common.records import ResultRow
 from tests.helpers.paths import ROOT
 
 PAGES = sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md"))
@@ -33,6 +35,12 @@ def test_links_to_files_lead_to_files(page):
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
     assert not [target for target in targets if target and not (page.parent / target).exists()]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide/runs.md"])
+def test_the_fields_of_a_row_of_results_are_all_named(page):
+    [listed] = re.findall(r"a flat list of rows\s\{([^}]*)\}", (ROOT / page).read_text(encoding="utf-8"))
+    assert listed.split(", ") == [field.name for field in fields(ResultRow)]
 
 
 def test_the_paths_are_found():
