@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from disam_peft.config.base import Config
+from disam_peft.config.base import Config, with_kind
 
 
 class NoAverageConfig(Config):
@@ -25,9 +25,15 @@ class EmaConfig(Config):
 
 KeptAverageConfig = EmaConfig
 """All averages; with a second one ``A | B``."""
+
+
+def _with_kinds(averages: Any) -> Any:
+    return [with_kind(average) for average in averages] if isinstance(averages, list) else with_kind(averages)
+
+
 AverageConfig = Annotated[NoAverageConfig | KeptAverageConfig, Field(discriminator="kind")]
-Averages = AverageConfig | Annotated[list[AverageConfig], Field(min_length=1)]
-"""One average, or several that are judged side by side."""
+Averages = Annotated[AverageConfig | list[AverageConfig], BeforeValidator(_with_kinds)]
+"""One average, or several that are judged side by side; an empty list is none. ``ema`` is short for ``{kind: ema}``."""
 
 
 def kept_averages(averages: Averages) -> list[KeptAverageConfig]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -21,3 +21,14 @@ class Config(BaseModel):
 
     other_names: ClassVar[Mapping[str, str]] = {}
     """Kinds that people write for this one -> the settings that do what they mean; for the message about them."""
+
+
+def with_kind(value: Any) -> Any:
+    """``word`` is short for ``{kind: word}``. YAML turns ``no`` into False and nothing into None: both are ``none``."""
+    if value is None or value is False:
+        return {"kind": "none"}
+    if isinstance(value, str):
+        return {"kind": value}
+    if isinstance(value, dict) and "kind" in value and (value["kind"] is None or value["kind"] is False):
+        return {**value, "kind": "none"}
+    return value

@@ -106,7 +106,9 @@ class _Mistake:
         message = self.details["msg"].removeprefix("Value error, ")
         if kind in ("model_type", "model_attributes_type"):
             message = "Input should be keys and values"
-        return f"{where}: {message}{self._nearest()}{self._given()}"
+        one_choice = kind == "literal_error" and len(_quoted(self.details["ctx"]["expected"])) == 1
+        near = "" if one_choice else self._nearest()  # the message names the only choice already
+        return f"{where}: {message}{near}{self._given()}"
 
     def _nearest(self) -> str:
         given = self.details.get("input")

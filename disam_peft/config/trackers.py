@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from disam_peft.config.base import Config
+from disam_peft.config.base import Config, with_kind
 
 
 class NoTrackerConfig(Config):
@@ -36,13 +36,8 @@ class WandbConfig(Config):
     """The project that the runs belong to after an upload."""
 
 
-def _named(value: Any) -> Any:
-    """``tensorboard`` is short for ``{kind: tensorboard}``."""
-    return {"kind": value} if isinstance(value, str) else value
-
-
 TrackerConfig = Annotated[
     NoTrackerConfig | TensorBoardConfig | JsonLinesConfig | WandbConfig,
     Field(discriminator="kind"),
-    BeforeValidator(_named),
+    BeforeValidator(with_kind),
 ]

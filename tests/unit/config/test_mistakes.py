@@ -107,6 +107,22 @@ def test_choices_get_the_nearest_name() -> None:
     assert of_recipe(average=[{"kind": "ema"}, {"kind": "emma"}])[0].startswith("average.1.kind: 'emma' is none of")
 
 
+def test_an_only_choice_is_named_once() -> None:
+    assert of_recipe(objective={"loss": {"kind": "cross_entrop"}}) == [
+        "objective.loss.kind: Input should be 'cross_entropy' (given: 'cross_entrop')"
+    ]
+
+
+@pytest.mark.parametrize("key", ["average", "train.tracker"])
+def test_a_misspelt_word_for_a_kind_gets_the_nearest(key: str) -> None:
+    outer, _, inner = key.partition(".")
+    [mistake] = of_recipe(**{outer: {inner: "nonne"} if inner else "nonne"})
+    assert mistake.startswith(f"{key}.kind: 'nonne' is none of 'none', ")
+    assert "; did you mean 'none'" in mistake
+    [mistake] = of_recipe(**{outer: {inner: True} if inner else True})
+    assert mistake.startswith(f"{key}: Input should be keys and values")
+
+
 def test_the_name_of_a_peft_method_as_a_kind_is_told_how_to_be_written() -> None:
     assert of_recipe(adapter={"kind": "dora"})[0].endswith("; write {kind: peft, method: dora}")
     assert set(PEFT_METHODS) == set(METHODS)

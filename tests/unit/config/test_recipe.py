@@ -3,6 +3,7 @@
 import pytest
 
 from disam_peft.config.adapters import CoOpConfig, LoraAdapterConfig
+from disam_peft.config.average import kept_averages
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.data import DataConfig
 from disam_peft.config.protocol import ProtocolConfig
@@ -137,6 +138,30 @@ def test_differences_name_every_changed_setting():
     assert differences(as_dict(base), as_dict(changed)) == ["adapter.rank: 8 -> 2", "seed: 0 -> 3"]
     assert differences({}, {"seed": 3}) == ["seed: None -> 3"]
     assert differences({"a": {"b": 1}}, {"a": {}}) == ["a.b: 1 -> None"]
+
+
+@pytest.mark.parametrize("value", ["none", "no", "off", "", "~", "{kind: null}", "{kind: no}", "{kind: none}"])
+def test_no_average_and_no_tracker_in_every_spelling_of_yaml(tmp_path, value):
+    recipe = load_recipe(write(tmp_path), [f"average={value}", f"train.tracker={value}"])
+    assert (recipe.average.kind, recipe.train.tracker.kind) == ("none", "none")
+    assert recipe == load_recipe(write(tmp_path), [])
+
+
+@pytest.mark.parametrize(
+    ("value", "decays"),
+    [
+        ("ema", [0.999]),
+        ("[ema]", [0.999]),
+        ("[ema, {kind: ema, decay: 0.5}, no]", [0.999, 0.5]),
+        ("[]", []),
+        ("[none]", []),
+    ],
+)
+def test_an_average_may_be_a_word_and_an_empty_list_is_none(tmp_path, value, decays):
+    recipe = load_recipe(write(tmp_path), [f"average={value}"])
+    assert [average.decay for average in kept_averages(recipe.average)] == decays
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert load_recipe(tmp_path / "saved.yaml") == recipe
 
 
 def test_one_average_or_several_are_written_as_they_are_read(tmp_path):
