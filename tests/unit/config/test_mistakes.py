@@ -117,7 +117,7 @@ def test_an_only_choice_is_named_once() -> None:
 def test_a_misspelt_word_for_a_kind_gets_the_nearest(key: str) -> None:
     outer, _, inner = key.partition(".")
     [mistake] = of_recipe(**{outer: {inner: "nonne"} if inner else "nonne"})
-    assert mistake.startswith(f"{key}.kind: 'nonne' is none of 'none', ")
+    assert mistake.startswith(f"{key}.kind: 'nonne' is none of ")
     assert "; did you mean 'none'" in mistake
     [mistake] = of_recipe(**{outer: {inner: True} if inner else True})
     assert mistake.startswith(f"{key}: Input should be keys and values")
