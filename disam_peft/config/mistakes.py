@@ -96,7 +96,7 @@ class _Mistake:
             return f"{where}: the name {self.details['input']!r} is no text; put it in quotes"
         where = ".".join(place.keys) or "recipe"
         if kind == "extra_forbidden":
-            known = sorted(place.holder.model_fields) if place.holder is not None else []
+            known = _keys_of(place.holder) if place.holder is not None else []
             return f"{where}: unknown key{did_you_mean(place.keys[-1], known)} (known: {', '.join(known)})"
         if kind == "union_tag_invalid":
             return _unknown_kind(f"{where}.{_plain(self.details['ctx']['discriminator'])}", self.details["ctx"], place)
@@ -244,3 +244,8 @@ def _quoted(text: str) -> list[str]:
 
 def _plain(text: str) -> str:
     return text.strip("'")
+
+
+def _keys_of(config: type[BaseModel]) -> list[str]:
+    """The keys of a config as a file has them."""
+    return sorted(field.alias or name for name, field in config.model_fields.items())

@@ -14,7 +14,8 @@ def check_sweep(
     """Pass if the recipe's adapter can be trained with all of these values side by side.
 
     Raises:
-        UserError: another adapter than a linear probe; another objective than the mean; values out of range.
+        UserError: another adapter than a linear probe; another objective than the mean; a rho or lambda that
+            changes over the steps; values out of range.
     """
     if recipe.adapter.kind != "linear_probe":
         raise UserError(
@@ -25,6 +26,11 @@ def check_sweep(
         raise UserError(
             "a sweep trains with the mean cross entropy over samples, and this recipe has another objective; remove "
             "objective, or use disam-peft compare"
+        )
+    if recipe.method.changes and not (rhos and variance_weights):
+        raise UserError(
+            "a sweep trains each probe with one rho and one lambda, and this recipe changes them over the steps; give "
+            "--rho and --variance-weight, or numbers in method"
         )
     for name, values, least in (
         ("learning rates", learning_rates, "above 0"),

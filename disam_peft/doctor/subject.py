@@ -16,7 +16,7 @@ from torch import Tensor
 
 from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.method import MethodConfig
+from disam_peft.config.method import MethodConfig, largest
 from disam_peft.config.recipe import Recipe
 from disam_peft.disam.disam import DISAM
 from disam_peft.experiments.build import load_pretrained
@@ -119,8 +119,8 @@ class Subject:
     def disam(self, **changes: Any) -> DISAM:
         """The recipe's step; where it is ERM or SAM, with a perturbation and a variance all the same."""
         options: dict[str, Any] = {
-            "rho": self.method.rho or 0.05,
-            "variance_weight": self.method.variance_weight or 0.1,
+            "rho": largest(self.method.rho) or 0.05,
+            "variance_weight": largest(self.method.variance_weight) or 0.1,
             "adaptive": self.method.adaptive,
             "num_domains": len(set(DOMAINS)),
         }

@@ -123,6 +123,10 @@ class StepMetrics:
             "ascent_norm": float(report.ascent_norm),
             "gradient_norm": float(step.gradient_norm),
         }
+        if self._method.changes:
+            about = (step.number - 1, self._config.steps)
+            values["rho"] = self._method.rho_in_step(*about)
+            values["variance_weight"] = self._method.variance_weight_in_step(*about)
         if report.ascent_cosine is not None:
             values["ascent_cosine"] = float(report.ascent_cosine)
         return values
@@ -175,7 +179,7 @@ class StepMetrics:
             warnings.warn(
                 f"{totals['negative_domain_weights'] / weights:.0%} of the domain weights were negative: the ascent "
                 "walks down on those domains. A weight w_d is negative where L_d - mean(L) > n_d K / (2 lambda N); "
-                f"lower method.variance_weight={self._method.variance_weight:g}",
+                f"lower method.variance_weight={self._method.effective_variance_weight:g}",
                 stacklevel=3,
             )
         if len(self._dataset.present_domains) > 1 and totals["one_domain_steps"] > UNUSUAL * steps:

@@ -102,8 +102,8 @@ class Trainer:
         self.micro_batches = choose_micro_batches(
             classifier, dataset, config, method, accelerator.num_processes, self.objective
         )
-        disam = _disam(params, method, config, dataset, accelerator)
-        self.gradient = StepGradient(classifier, disam, self.micro_batches, accelerator, self.objective)
+        self.method, self.disam = method, _disam(params, method, config, dataset, accelerator)
+        self.gradient = StepGradient(classifier, self.disam, self.micro_batches, accelerator, self.objective)
         self.averages = WeightAverages(averages, params)
         self.metrics = StepMetrics(dataset, method, config, on_event, accelerator)
         self.compiled = CompiledBlocks.of(classifier) if config.compile else nullcontext()
@@ -123,6 +123,8 @@ class Trainer:
             UserError: ten steps in a row were skipped, or memory ran out.
         """
         step = self.steps_done + 1
+        self.disam.rho = self.method.rho_in_step(self.steps_done, self.config.steps)
+        self.disam.variance_weight = self.method.variance_weight_in_step(self.steps_done, self.config.steps)
         try:
             with self.compiled:
                 report = self.gradient(batch)  # both passes: p.grad is the gradient at w + e, the weights are w again

@@ -166,6 +166,7 @@ def trained(openclip_name, domains_folder, tmp_path):
         {"save_every": 2, "optimizer": "sgd", "momentum": 0.0},
         {"save_every": 3, "mixed_precision": "bf16", "clip_norm": 0.1},
         {"save_every": 3, "adapter": LinearProbeConfig(), "method": MethodConfig(name="erm")},
+        {"save_every": 2, "method": MethodConfig.model_validate({"rho": {"kind": "linear", "from": 0, "to": 0.5}})},
         {"save_every": 100, "validate_every": 2},
         {"validate_every": 2},
         {"save_every": 2, "objective": ObjectiveConfig(penalties=[VRexConfig(weight=5.0, anneal=5)])},

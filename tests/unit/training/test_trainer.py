@@ -290,3 +290,17 @@ def test_row_30_bf16_on_a_gpu_without_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(UserError, match="Tesla T4 has no bfloat16; use fp16"):
         check_precision("bf16", torch.device("cuda"))
+
+
+def test_a_schedule_of_rho_and_lambda_takes_its_values_step_by_step(trained):
+    linear = {"kind": "linear", "from": 0.0, "to": 0.3}
+    _, events, _ = trained(method=MethodConfig.model_validate({"rho": linear}), steps=4)
+    steps = [values for name, values in events if name == "step"]
+    assert [values["rho"] for values in steps] == pytest.approx([0.0, 0.1, 0.2, 0.3], abs=1e-15)
+    assert steps[0]["perturbed_loss"] == steps[0]["loss"], "rho 0: the plain gradient"
+    assert all(values["perturbed_loss"] > values["loss"] for values in steps[1:])
+    constant = trained(method=MethodConfig(rho=0.2, variance_weight=0.6))[0]
+    same = {"rho": {**linear, "from": 0.2, "to": 0.2}, "variance_weight": {**linear, "from": 0.6, "to": 0.6}}
+    assert torch.equal(trained(method=MethodConfig.model_validate(same))[0], constant)
+    falling = {"rho": 0.2, "variance_weight": {**linear, "from": 0.6, "to": 0.0}}
+    assert not torch.equal(trained(method=MethodConfig.model_validate(falling))[0], constant)
