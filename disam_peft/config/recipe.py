@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from disam_peft.config.adapters import AdapterConfig
 from disam_peft.config.average import Averages, NoAverageConfig, kept_averages
@@ -17,6 +18,7 @@ from disam_peft.config.data import AugmentConfig, DataConfig, DomainsConfig, Fea
 from disam_peft.config.evaluation import EvaluationConfig
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.mistakes import all_mistakes, explain
+from disam_peft.config.names import folder_name, require_folder_name
 from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.overrides import apply_override
 from disam_peft.config.prompts import PromptConfig
@@ -33,8 +35,9 @@ WRITTEN_BY_US = "# The resolved recipe"
 class Recipe(Config):
     """One experiment: everything that its numbers depend on."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
-    """Name of the run's folder under ``output``."""
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$"), AfterValidator(partial(require_folder_name, what="name"))]
+    """Name of the run's folder under ``output``: letters, digits, ``_``, ``-`` and ``.``, and no name that a run's own
+    files or the devices of Windows have."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the split, the batches, the augmentation, dropout and the adapter's initial weights."""
     output: Path = Path("runs")
@@ -56,8 +59,12 @@ class Recipe(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def folder(self, held_out: str) -> Path:
-        """Where the run that leaves ``held_out`` out keeps its files."""
-        return self.output / self.name / held_out
+        """Where the run that leaves ``held_out`` out keeps its files.
+
+        Raises:
+            UserError: a domain whose name is too long for a folder.
+        """
+        return self.output / self.name / folder_name(held_out)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

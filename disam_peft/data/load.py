@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import unicodedata
 import warnings
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from disam_peft.config.data import ClassPolicy, DataConfig
+from disam_peft.config.names import same_but_for_case
 from disam_peft.data.check import verified
 from disam_peft.data.class_names import prompt_names, read_overrides
 from disam_peft.data.dataset import DomainDataset, PixelPlan
@@ -45,6 +45,7 @@ def assemble(samples: Samples, config: DataConfig) -> DomainDataset:
     labels = [unicodedata.normalize("NFC", name) for name in samples.labels]
     domain_names = [unicodedata.normalize("NFC", name) for name in samples.domains]
     domains = _chosen_domains(domain_names, config.domains, samples.origin)
+    _refuse_domain_twins(domains, samples.origin)
     present: dict[str, set[str]] = {name: set() for name in domains}
     for label, domain in zip(labels, domain_names, strict=True):
         if domain in present:
@@ -123,15 +124,19 @@ def agree(present: Mapping[str, set[str]], policy: ClassPolicy) -> tuple[str, ..
 
 
 def _refuse_case_twins(names: Iterable[str], present: Mapping[str, set[str]]) -> None:
-    twins: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        twins[name.casefold()].append(name)
-    for group in twins.values():
-        if len(group) > 1:
-            where = "; ".join(
-                f"{name!r} in {', '.join(d for d, classes in present.items() if name in classes)}" for name in group
-            )
-            raise UserError(f"classes that differ only in case, likely the same class: {where}; rename one")
+    for group in same_but_for_case(names):
+        where = "; ".join(
+            f"{name!r} in {', '.join(d for d, classes in present.items() if name in classes)}" for name in group
+        )
+        raise UserError(f"classes that differ only in case or spaces, likely the same class: {where}; rename one")
+
+
+def _refuse_domain_twins(domains: Iterable[str], origin: str) -> None:
+    for group in same_but_for_case(domains):
+        raise UserError(
+            f"domains of {origin} that differ only in case or spaces, likely the same domain: "
+            f"{', '.join(map(repr, group))}; rename one, or choose among them with data.domains"
+        )
 
 
 def _some(names: list[str], limit: int = 10) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from disam_peft.adapters.manifest import read_manifest
 from disam_peft.classification.saved_classifier import load_adapter
+from disam_peft.config.names import name_of_folder
 from disam_peft.errors import UserError, did_you_mean
 from disam_peft.experiments.run_folder import ADAPTER, find_runs
 from disam_peft.export.merged import export_merged
@@ -26,9 +27,9 @@ def export_run(folder: Path, to: str, output: Path, *, held_out: str | None = No
             be merged.
     """
     runs = find_runs(folder)
-    names = [run.name for run in runs]
+    names = [name_of_folder(run.name) for run in runs]
     if held_out is not None:
-        runs = [run for run in runs if run.name == held_out]
+        runs = [run for run, name in zip(runs, names, strict=True) if held_out in (name, run.name)]
         if not runs:
             raise UserError(f"no run with held-out domain {held_out!r} in {folder}{did_you_mean(held_out, names)}")
     if len(runs) > 1:

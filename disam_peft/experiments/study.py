@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from disam_peft.config.adapters import ADAPTER_KINDS
 from disam_peft.config.data import DataConfig
 from disam_peft.config.mistakes import all_mistakes, explain
+from disam_peft.config.names import folder_name
 from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.overrides import apply_override, set_key
 from disam_peft.config.protocol import ALL
@@ -133,9 +134,7 @@ class _Planner:
             if m not in MEASURES
         ]
         for kind, names in (("arms", self.arms), ("conditions", self.conditions)):
-            slugs = [_slug(name) for name in names]
-            if len(set(slugs)) < len(slugs):
-                self.mistakes.append(f"{kind}: two of the names {', '.join(names)} give the same folder; rename one")
+            self.mistakes += _folder_mistakes(kind, names)
         seeds = list(range(study.seeds)) if isinstance(study.seeds, int) else study.seeds
         cells = [
             cell
@@ -157,7 +156,10 @@ class _Planner:
         for key, value in self._arm(arm, values).items():
             set_key(values, key, copy.deepcopy(value), self.mistakes)
         values["seed"], values["name"] = seed, f"seed{seed}"
-        values["output"] = str(self.runs / _slug(condition) / _slug(arm))
+        try:
+            values["output"] = str(self.runs / _slug(condition) / _slug(arm))
+        except UserError:
+            return None  # told once for each name, not for each cell
         set_key(values, "protocol.held_out", held_out, self.mistakes)
         shapes = _shapes(values)
         if shapes is not None:
@@ -295,8 +297,29 @@ def _shapes(values: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _slug(name: str) -> str:
-    """The folder name of a condition or an arm. The unnamed condition has none: its runs lie one level higher."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.")
+    """The folder name of a condition or an arm. The unnamed condition has none: its runs lie one level higher.
+
+    Raises:
+        UserError: the name is too long for a folder.
+    """
+    plain = re.sub(r"[^\w.-]+", "-", name).strip("-.")
+    return folder_name(plain or name) if name else ""
+
+
+def _folder_mistakes(kind: str, names: Iterable[str]) -> list[str]:
+    """What is wrong with the names of arms or of conditions: each needs a folder, which no other one has."""
+    owners: dict[str, str] = {}
+    mistakes = []
+    for name in names:
+        try:
+            slug = _slug(name).casefold()  # some file systems do not tell Photo and photo apart
+        except UserError as error:
+            mistakes.append(f"{kind}: {error}")
+            continue
+        if slug in owners:
+            mistakes.append(f"{kind}: two of the names {owners[slug]}, {name} give the same folder; rename one")
+        owners.setdefault(slug, name)
+    return mistakes
 
 
 def _flat(pairs: Iterable[tuple[str, str]]) -> list[str]:

@@ -19,6 +19,7 @@ from disam_peft.classification.domain_inference import infer_domains
 from disam_peft.classification.frozen_features import evaluation_store, training_store
 from disam_peft.common.records import write_json
 from disam_peft.config.data import FeatureConfig
+from disam_peft.config.names import folder_name
 from disam_peft.config.recipe import Recipe
 from disam_peft.config.sweep import check_sweep
 from disam_peft.data.dataset import DomainDataset
@@ -102,7 +103,7 @@ def sweep(
         found = _sweep_sources(recipe, data, held_out, settings, accelerator.device, accelerator.autocast)
         folder = recipe.output / recipe.name
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / f"sweep-{held_out}.json", [vars(row) for row in found])
+        write_json(folder / f"sweep-{folder_name(held_out)}.json", [vars(row) for row in found])
         rows += found
     return rows
 

@@ -139,6 +139,22 @@ def test_row_09_names_that_differ_only_in_case(policy):
         agree({"art": {"Dog"}, "photo": {"dog"}, "sketch": {"dog"}}, policy)
 
 
+@pytest.mark.parametrize("twin", ["Photo", "photo ", "PHOTO"])
+def test_row_48_domains_that_differ_only_in_case_or_spaces(tree, twin):
+    root = tree({"photo": {"dog": 2}, twin: {"dog": 2}, "sketch": {"dog": 2}})
+    if len(list(root.iterdir())) < 3:
+        pytest.skip("this file system does not tell them apart")
+    with pytest.raises(UserError, match="likely the same domain: ") as caught:
+        load(DataConfig(root=root, verify=False))
+    assert f"{twin!r}" in str(caught.value) and "'photo'" in str(caught.value)
+    assert load(DataConfig(root=root, verify=False, domains=["photo", "sketch"])).domains == ("photo", "sketch")
+
+
+def test_row_48_classes_that_differ_only_in_spaces(tree):
+    with pytest.raises(UserError, match="likely the same class: 'big  dog' in sketch; 'big dog' in photo"):
+        agree({"photo": {"big dog"}, "sketch": {"big  dog"}}, "union")
+
+
 def test_row_21_two_unicode_spellings_are_one_class(tree):
     composed = unicodedata.normalize("NFC", "café")
     decomposed = unicodedata.normalize("NFD", "café")

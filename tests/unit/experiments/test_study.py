@@ -161,3 +161,25 @@ def test_every_shipped_study_loads(tmp_path):
         assert len({cell.seed for cell in found.cells}) >= 5
         header = path.read_text().split("question:")[0]
         assert f"disam-peft compare recipes/studies/{path.name}" in header
+
+
+def test_row_47_arms_and_conditions_have_folders_of_their_own_inside_the_study(tmp_path):
+    text = RECIPE + (
+        'arms: {"..": {method.name: sam}, "++": {method.name: erm}, con: {method.name: disam}, disam: }\n'
+        'conditions: {"": {}, "../../up": {train.steps: 40}}\nseeds: 1\nheld_out: sketch\n'
+    )
+    found = plan(tmp_path, text)
+    runs = tmp_path / "out/runs"
+    assert [cell.folder.relative_to(runs).as_posix() for cell in found.cells] == [
+        *("%2E%2E/seed0/sketch", "++/seed0/sketch", "%63on/seed0/sketch", "disam/seed0/sketch"),
+        *("up/%2E%2E/seed0/sketch", "up/++/seed0/sketch", "up/%63on/seed0/sketch", "up/disam/seed0/sketch"),
+    ]
+
+
+def test_row_47_names_of_arms_that_cannot_be_folders_are_mistakes(tmp_path):
+    text = RECIPE + f"arms: {{{'x' * 300}: {{method.name: sam}}, Sam: {{method.name: sam}}, sam: }}\nseeds: 1\n"
+    with pytest.raises(UserError) as caught:
+        plan(tmp_path, text)
+    assert "2 mistakes" in str(caught.value)
+    assert "arms: the name 'xxx" in str(caught.value) and "at most 200 are possible" in str(caught.value)
+    assert "arms: two of the names Sam, sam give the same folder" in str(caught.value)
