@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from disam_peft.common.records import RAW, ResultRow
+from disam_peft.common.records import RAW, Pool, ResultRow, pool_title
 
 if TYPE_CHECKING:
     from disam_peft.data.check import DataReport
@@ -31,7 +31,7 @@ def print_held_out(rows: Iterable[ResultRow], console: Console | None = None) ->
     of the last rows there, which are those of the weights that selection chose.
     """
     console = console or Console()
-    shown = [row for row in rows if row.split == "held_out" and row.domain == row.held_out]
+    shown = [row for row in rows if row.split == "held_out" and row.is_of(row.held_out)]
     averaged = any(row.weights != RAW for row in shown)
 
     def column(row: ResultRow) -> str:
@@ -39,7 +39,7 @@ def print_held_out(rows: Iterable[ResultRow], console: Console | None = None) ->
         return f"{name}, {row.weights}" if averaged and row.method != "zero_shot" else name
 
     values = {(row.held_out, column(row), row.metric): row.value for row in shown}
-    domains = list(dict.fromkeys(held_out for held_out, _, _ in values))
+    domains = list(dict.fromkeys(row.held_out for row in shown if row.held_out is not None))
     methods = list(dict.fromkeys(method for _, method, _ in values))
     table = Table(title="Accuracy on the held-out domain (top-1, %)", box=box.SIMPLE, title_justify="left")
     table.add_column("held out")
@@ -48,7 +48,7 @@ def print_held_out(rows: Iterable[ResultRow], console: Console | None = None) ->
     table.add_column("macro", justify="right")
     table.add_column("NLL", justify="right")
     table.add_column("ECE", justify="right")
-    last = {row.held_out: column(row) for row in shown}  # of each domain the last row
+    last = {row.held_out: column(row) for row in shown if row.chosen is not False}  # of each domain the last row
 
     def line(name: str, of: Iterable[str]) -> None:
         chosen = list(of)
@@ -70,7 +70,7 @@ def print_held_out(rows: Iterable[ResultRow], console: Console | None = None) ->
         line(domain, [domain])
     if len(domains) > 1:
         table.add_section()
-        line("mean", domains)
+        line(pool_title("mean", domains), domains)
     console.print(table)
 
 
@@ -123,28 +123,28 @@ def print_evaluation(
 ) -> None:
     """Every split and domain, with the top-1 that training recorded for the same, where it did."""
     console = console or Console()
-    before = {(r.method, r.split, r.domain, r.metric): r.value for r in recorded}
+    before = {(r.method, r.split, r.domain, r.pooled, r.metric): r.value for r in recorded if r.chosen is not False}
     table = Table(title=f"{escape(title)} (accuracies in %)", box=box.SIMPLE, title_justify="left", pad_edge=False)
     for name in ("split", "domain"):
         table.add_column(name, no_wrap=True)
     for name in ("n", "top-1", "macro", "NLL", "ECE", "recorded"):
         table.add_column(name, justify="right", no_wrap=True)
-    lines: dict[tuple[str, str], dict[str, ResultRow]] = {}
+    lines: dict[tuple[str, str, Pool | None], dict[str, ResultRow]] = {}
     for row in rows:
-        lines.setdefault((row.split, row.domain), {})[row.metric] = row
-    for (split, domain), of in lines.items():
+        lines.setdefault((row.split, row.domain, row.pooled), {})[row.metric] = row
+    for (split, domain, pooled), of in lines.items():
         top1 = of["top1"]
-        if domain in ("mean", "worst") and top1.n == 1:
+        if pooled in ("mean", "worst") and top1.n == 1:
             continue  # over one domain: the line above again
         table.add_row(
-            SPLITS[split],
-            escape(domain),
+            SPLITS.get(split, split),
+            escape(domain if pooled is None else pool_title(pooled, [name for _, name, of in lines if of is None])),
             str(top1.n),
             _percent(top1.value),
             _percent(of["macro_accuracy"].value),
             _number(of["nll"].value),
             _number(of["ece"].value),
-            _percent(before.get((top1.method, split, domain, "top1"))),
+            _percent(before.get((top1.method, split, domain, pooled, "top1"))),
         )
     console.print(table)
 
@@ -173,7 +173,7 @@ def print_sharpness(rows: Iterable[ResultRow], console: Console | None = None) -
     table = Table(title="Sharpness", box=box.SIMPLE, title_justify="left", pad_edge=False)
     table.add_column("measure", no_wrap=True)
     for split, domain, n in places:
-        table.add_column(f"{SPLITS[split]}\n{escape(domain)}, n={n}", justify="right")
+        table.add_column(f"{SPLITS.get(split, split)}\n{escape(domain)}, n={n}", justify="right")
     values = {(row.metric, row.split): row.value for row in found}
     for metric in dict.fromkeys(row.metric for row in found):
         numbers = [values.get((metric, split)) for split, _, _ in places]

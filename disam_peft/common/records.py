@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from disam_peft.common.files import write_atomically
 
@@ -22,8 +22,17 @@ CONFUSION = "confusion.json"
 ERRORS = "errors.json"
 RAW = "raw"
 """The weights themselves, in place of an average of them."""
-POOLED = "pooled"
-"""Stands in place of a domain for all samples of the split together."""
+Pool = Literal["mean", "worst", "all"]
+POOL_NAMES: dict[Pool, str] = {"mean": "mean", "worst": "worst", "all": "pooled"}
+"""What stands in place of a domain in a pooled row. A domain of the data may have the same name: ``ResultRow.pooled``
+tells them apart, not this word."""
+_POOLED_METRICS = ("top1", "macro_accuracy", "nll", "ece")
+
+
+def pool_title(pool: Pool, domains: Container[str | None]) -> str:
+    """How a pooled line is called in a table that has these domains: ``mean``, unless one of them has that name."""
+    word = POOL_NAMES[pool]
+    return f"{word} over domains" if word in domains else word
 
 
 @dataclass(frozen=True)
@@ -35,22 +44,32 @@ class ResultRow:
     """Kind of the adapter; ``none`` for zero-shot."""
     method: str
     """``zero_shot``, ``erm``, ``sam`` or ``disam``."""
-    held_out: str
-    """The domain that training did not see."""
+    held_out: str | None
+    """The domain that training did not see; None where nothing was held out."""
     seed: int
     split: str
-    """``held_out`` or ``source_validation``; ``given`` for data that the run was not trained for."""
+    """Of the run's own data: ``held_out`` and its part ``held_out_test``, ``source_validation``, ``test``. Of others:
+    ``seen_training``, ``seen_validation``, ``unseen``, ``unknown``; in files of 0.1 ``given``."""
     domain: str
-    """A domain, or ``mean`` or ``worst`` over the domains of the split, or ``pooled``."""
+    """A domain. In a pooled row the word that ``POOL_NAMES`` has for it, see ``pooled``."""
     metric: str
     """``top1``, ``macro_accuracy`` (both 0 to 1), ``classes`` (how many that mean is over), ``nll`` (nats) or ``ece``
     (0 to 1); in ``sharpness.json`` see ``evaluation.sharpness_rows``."""
     value: float | None
     """None if it is not defined."""
     n: int
-    """Number of samples; for ``mean`` and ``worst`` the number of domains."""
+    """Number of samples; where ``pooled`` is ``mean`` or ``worst`` the number of domains."""
     weights: str = RAW
     """``raw``: the trained weights themselves, in their best state; else the name of an average of them."""
+    pooled: Pool | None = None
+    """None: a row of one domain. ``mean`` or ``worst``: over the domains of the split. ``all``: over all samples of the
+    split together."""
+    chosen: bool | None = None
+    """Whether these are the weights that selection chose. None in rows of zero-shot, and in files of 0.1."""
+
+    def is_of(self, domain: str | None) -> bool:
+        """Whether this is a row of the one domain of this name, and not a pooled row."""
+        return self.pooled is None and self.domain == domain
 
 
 Record = TypeVar("Record", bound="ResultRow | LossSlice | Confusion | ExampleError")
@@ -112,6 +131,14 @@ def read_results(path: Path) -> list[ResultRow]:
     return read_list(path, ResultRow)
 
 
+def _as_written_now(values: dict[str, Any]) -> dict[str, Any]:
+    """A row of 0.1, where a word in place of the domain was all that marked a pooled row. ``mean`` and ``worst`` stood
+    in ``results.json``, ``pooled`` in ``sharpness.json``, whose metrics have other names."""
+    words = ("mean", "worst") if values["metric"] in _POOLED_METRICS else ("pooled",)
+    pool = next((pool for pool, word in POOL_NAMES.items() if word in words and word == values["domain"]), None)
+    return {**values, "pooled": pool}
+
+
 def read_list(path: Path, kind: type[Record]) -> list[Record]:
     """The records of a file that holds a list of them.
 
@@ -125,6 +152,8 @@ def read_list(path: Path, kind: type[Record]) -> list[Record]:
     rows = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(rows, list) or any(not isinstance(row, dict) or not needed <= set(row) <= known for row in rows):
         raise ValueError(f"{path} is not a list of rows with the keys {', '.join(sorted(known))}")
+    if kind is ResultRow:
+        rows = [row if "pooled" in row else _as_written_now(row) for row in rows]
     return [kind(**row) for row in rows]
 
 

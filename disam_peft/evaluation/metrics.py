@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
+from disam_peft.errors import Notice
 from disam_peft.evaluation.predict import Predictions
 
 METRIC_NAMES = ("top1", "macro_accuracy", "nll", "ece")
 HIGHER_IS_BETTER = {"top1": True, "macro_accuracy": True, "nll": False, "ece": False}
 ECE_BINS = 15
+OverDomains = Literal["mean", "worst"]
 
 
 def metrics(logits_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
@@ -65,10 +72,36 @@ def metrics_of_domains(predictions: Predictions) -> dict[str, dict[str, float]]:
     return by_domain
 
 
+def pooled_metrics(by_domain: Mapping[str, Mapping[str, float]]) -> dict[OverDomains, dict[str, float]]:
+    """``mean`` and ``worst`` of ``METRIC_NAMES`` over domains, each of which counts alike. The worst is by each metric
+    of its own: the lowest accuracy, the highest ``nll`` and ``ece``. NaN where one of the domains has NaN.
+
+    Args:
+        by_domain: what ``metrics_of_domains`` gives.
+    """
+    found: dict[OverDomains, dict[str, float]] = {"mean": {}, "worst": {}}
+    for name in METRIC_NAMES:
+        values = [row[name] for row in by_domain.values()]
+        undefined = any(math.isnan(value) for value in values)
+        found["mean"][name] = sum(values) / len(values)
+        found["worst"][name] = math.nan if undefined else (min if HIGHER_IS_BETTER[name] else max)(values)
+    return found
+
+
 def metrics_by_domain(predictions: Predictions) -> dict[str, dict[str, float]]:
-    """``metrics_of_domains``, then ``mean`` and ``worst`` of ``METRIC_NAMES`` over them."""
+    """``metrics_of_domains``, then ``mean`` and ``worst`` as ``pooled_metrics`` has them.
+
+    A domain that is itself called ``mean`` or ``worst`` keeps its place, and a warning says so: take ``pooled_metrics``
+    where names of domains are not known.
+    """
     by_domain = metrics_of_domains(predictions)
-    rows = list(by_domain.values())
-    mean = {name: sum(row[name] for row in rows) / len(rows) for name in METRIC_NAMES}
-    worst = {name: (min if HIGHER_IS_BETTER[name] else max)(row[name] for row in rows) for name in METRIC_NAMES}
-    return {**by_domain, "mean": mean, "worst": worst}
+    pooled = {str(pool): values for pool, values in pooled_metrics(by_domain).items()}
+    hidden = sorted(by_domain.keys() & pooled.keys())
+    if hidden:
+        warnings.warn(
+            f"a domain of the data is called {' and another '.join(map(repr, hidden))}: metrics_by_domain has its "
+            "numbers under that name; pooled_metrics(metrics_of_domains(predictions)) has those over all domains",
+            Notice,
+            stacklevel=2,
+        )
+    return {**by_domain, **{name: values for name, values in pooled.items() if name not in by_domain}}

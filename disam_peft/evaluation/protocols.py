@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from disam_peft.config.protocol import ALL
 from disam_peft.errors import UserError, did_you_mean
-from disam_peft.evaluation.metrics import metrics_by_domain
+from disam_peft.evaluation.metrics import metrics_of_domains, pooled_metrics
 from disam_peft.evaluation.predict import Predictions
 
 
@@ -19,7 +19,7 @@ class Score(NamedTuple):
 
 def validation_score(predictions: Predictions) -> Score:
     """Mean over the source domains, so that a large domain does not outvote a small one."""
-    mean = metrics_by_domain(predictions)["mean"]
+    mean = pooled_metrics(metrics_of_domains(predictions))["mean"]
     return Score(mean["top1"], -mean["nll"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from disam_peft.classification.classifier import ClipClassifier
@@ -13,6 +13,7 @@ from disam_peft.common.records import (
     CONFUSION,
     ERRORS,
     LOSS_SLICE,
+    POOL_NAMES,
     RAW,
     SHARPNESS,
     ResultRow,
@@ -22,12 +23,10 @@ from disam_peft.common.records import (
 from disam_peft.config.evaluation import EvaluationConfig, SharpnessConfig
 from disam_peft.config.recipe import Recipe
 from disam_peft.data.dataset import DomainDataset
-from disam_peft.evaluation.metrics import metrics_by_domain
+from disam_peft.evaluation.metrics import metrics_of_domains, pooled_metrics
 from disam_peft.evaluation.mistakes import confident_errors, confusion
 from disam_peft.evaluation.predict import Predictions, predict
 from disam_peft.evaluation.sharpness.rows import sharpness_rows
-
-POOLED_OVER_DOMAINS = ("mean", "worst")
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,10 @@ class Identity:
     backbone: str
     adapter: str
     method: str
-    held_out: str
+    held_out: str | None
     seed: int
     weights: str = RAW
+    chosen: bool | None = None
 
     @classmethod
     def of_zero_shot(cls, recipe: Recipe) -> Identity:
@@ -47,10 +47,10 @@ class Identity:
         return cls(_backbone_label(recipe), "none", "zero_shot", recipe.protocol.held_out, recipe.seed)
 
     @classmethod
-    def of_trained(cls, recipe: Recipe, weights: str = RAW) -> Identity:
-        """The recipe's model with its trained adapter; ``weights`` as in ``ResultRow``."""
-        method = recipe.method.name
-        return cls(_backbone_label(recipe), recipe.adapter.kind, method, recipe.protocol.held_out, recipe.seed, weights)
+    def of_trained(cls, recipe: Recipe, weights: str = RAW, *, chosen: bool) -> Identity:
+        """The recipe's model with its trained adapter; ``weights`` and ``chosen`` as in ``ResultRow``."""
+        model = (_backbone_label(recipe), recipe.adapter.kind, recipe.method.name)
+        return cls(*model, recipe.protocol.held_out, recipe.seed, weights, chosen)
 
 
 def _backbone_label(recipe: Recipe) -> str:
@@ -100,17 +100,14 @@ def result_rows(identity: Identity, predictions: Mapping[str, Predictions]) -> l
     """
     rows = []
     for split, found in predictions.items():
-        by_domain = metrics_by_domain(found)
-        num_domains = len(by_domain.keys() - set(POOLED_OVER_DOMAINS))
+        by_domain = metrics_of_domains(found)
         for domain, values in by_domain.items():
-            if domain in POOLED_OVER_DOMAINS:
-                n = num_domains
-            else:
-                n = int((found.domains_N == found.domain_names.index(domain)).sum())
-            rows += [
-                ResultRow(**asdict(identity), split=split, domain=domain, metric=metric, value=value, n=n)
-                for metric, value in values.items()
-            ]
+            n = int((found.domains_N == found.domain_names.index(domain)).sum())
+            like = ResultRow(**asdict(identity), split=split, domain=domain, metric="", value=None, n=n)
+            rows += [replace(like, metric=metric, value=value) for metric, value in values.items()]
+        for pool, values in pooled_metrics(by_domain).items():
+            of_pool = replace(like, domain=POOL_NAMES[pool], pooled=pool, n=len(by_domain))
+            rows += [replace(of_pool, metric=metric, value=value) for metric, value in values.items()]
     return rows
 
 

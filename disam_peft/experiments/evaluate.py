@@ -55,7 +55,7 @@ def evaluate(folder: Path, overrides: Sequence[str] = (), *, sharpness: bool = F
         evaluator = Evaluator(recipe, accelerator.autocast)
         predictions = evaluator.predict_splits(classifier, splits, label=recipe.method.name)
         weights = str(read_manifest(run / ADAPTER).trained_with.get("weights", RAW))
-        rows = result_rows(Identity.of_trained(recipe, weights), predictions)
+        rows = result_rows(Identity.of_trained(recipe, weights, chosen=True), predictions)
         is_main = accelerator.is_main_process
         if sharpness:
             write_sharpness(run, classifier, splits, recipe.evaluation, like=rows[-1], is_main=is_main)

@@ -194,7 +194,8 @@ def _judge_all_weights(
         put_into(classifier, fitted.states[weights])
         label = evaluator.recipe.method.name + ("" if len(fitted.states) == 1 else f" ({weights})")
         predictions = evaluator.predict_splits(classifier, data.by_split(), label=label)
-        rows += result_rows(Identity.of_trained(evaluator.recipe, weights), predictions)
+        identity = Identity.of_trained(evaluator.recipe, weights, chosen=weights == fitted.weights)
+        rows += result_rows(identity, predictions)
     return rows, predictions
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from disam_peft.common.records import pool_title
 from disam_peft.errors import UserError
 from disam_peft.report.result_tables import METHOD_TITLES, SeedMean, latex_text, markdown_text
-from disam_peft.report.run_measures import DIAGNOSTICS, MEAN, MEASURES, Measure
+from disam_peft.report.run_measures import DIAGNOSTICS, MEASURES, Measure
 from disam_peft.report.statistics import PairedComparison, judged, paired, seed_differences
 
 COMPARISON = "comparison.json"
@@ -106,6 +107,8 @@ class TextTable:
     title: str
     columns: tuple[str, ...]
     lines: tuple[tuple[str, ...], ...]
+    pooled: int = 0
+    """How many of the last lines are over those above."""
 
     def transposed(self) -> TextTable:
         """Lines as columns."""
@@ -175,9 +178,9 @@ def value_tables(comparison: Comparison, metric: str) -> list[TextTable]:
         mean = tuple(_text(values.get(arm, {}), domains, measure) for arm in arms)
         over_all.append((condition, *mean))
         if len(domains) > 1:
-            lines.append((MEAN, *mean))
+            lines.append((pool_title("mean", domains), *mean))
         title = f"{measure.title}{f', {condition}' if condition else ''}"
-        by_condition.append(TextTable(title, ("held out", *titles), tuple(lines)))
+        by_condition.append(TextTable(title, ("held out", *titles), tuple(lines), pooled=int(len(domains) > 1)))
     if len(comparison.conditions) == 1:
         return by_condition
     title = f"{measure.title}, mean over held-out domains"

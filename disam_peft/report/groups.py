@@ -11,7 +11,7 @@ from disam_peft.common.records import ExampleError
 from disam_peft.report.drawing import Drawing, draw
 from disam_peft.report.figures import cosine_curves, domain_curves, titles
 from disam_peft.report.maps import LARGEST_MATRIX, confusion_maps, loss_planes
-from disam_peft.report.result_tables import METHOD_TITLES, ComparisonTable
+from disam_peft.report.result_tables import METHOD_TITLES, ComparisonTable, training_domains
 from disam_peft.report.runs import RunRecord
 from disam_peft.report.sharpness_tables import compare_sharpness
 
@@ -20,7 +20,7 @@ from disam_peft.report.sharpness_tables import compare_sharpness
 class Group:
     """The runs of one held-out domain, backbone and adapter. Tables are over all seeds, figures of the first."""
 
-    held_out: str
+    held_out: str | None
     about: str
     losses: Drawing | None
     weights: Drawing | None
@@ -29,6 +29,11 @@ class Group:
     planes: Drawing | None
     confusion: Drawing | None
     errors: list[tuple[str, list[ExampleError]]]
+
+    @property
+    def training(self) -> str:
+        """On which domains, in words."""
+        return training_domains(self.held_out)
 
     @property
     def drawings(self) -> list[Drawing]:
@@ -40,7 +45,7 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
     """The groups by held-out domain, backbone and adapter."""
 
     def place(run: RunRecord) -> tuple[str, str, str]:
-        return run.trained.held_out, run.trained.backbone, run.trained.adapter
+        return run.trained.held_out or "", run.trained.backbone, run.trained.adapter
 
     members = groupby(sorted(runs, key=place), key=place)
     return [_group(number, list(found)) for number, (_, found) in enumerate(members, start=1)]
@@ -54,7 +59,7 @@ def _group(number: int, runs: list[RunRecord]) -> Group:
     names = titles(shown)
     seed = f"seed {seeds[0]}" if len(seeds) == 1 else f"figures of seed {seeds[0]}, the first of {len(seeds)}"
     tables = compare_sharpness(row for run in runs for row in run.sharpness)
-    prefix = f"{number:02d}_{row.held_out}"
+    prefix = f"{number:02d}_{'all_domains' if row.held_out is None else row.held_out}"
     curves = [run for run in shown if run.steps]
     cosines = [run for run in curves if any(step.get("ascent_cosine") is not None for step in run.steps)]
     planes = [(name, plane) for name, run in zip(names, shown, strict=True) for plane in run.loss_slices]

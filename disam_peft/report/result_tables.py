@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from disam_peft.common.records import RAW, ResultRow
+from disam_peft.common.records import RAW, ResultRow, pool_title
 
 METHOD_TITLES = {"zero_shot": "zero-shot", "erm": "ERM", "sam": "SAM", "disam": "DISAM"}
 Column = tuple[str, str]
@@ -27,6 +27,11 @@ def column_titles(columns: Iterable[Column]) -> dict[Column, str]:
         (method, weights): METHOD_TITLES[method] + (f", {weights}" if named and method != "zero_shot" else "")
         for method, weights in known
     }
+
+
+def training_domains(held_out: str | None) -> str:
+    """What a run was trained on, in words."""
+    return "on all domains" if held_out is None else f"without {held_out}"
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ class ComparisonTable:
     digits: int | None
     corner: str = "held out"
     """The title of the first column, which names the lines."""
+    pooled: int = 0
+    """How many of the last lines are over the domains above."""
 
     def texts(self) -> list[tuple[str, list[str]]]:
         """The lines as they are printed."""
@@ -92,8 +99,9 @@ def compare_held_out(rows: Iterable[ResultRow], metric: str = "top1") -> list[Co
     by_place = defaultdict(lambda: defaultdict(dict))
     zero_shot: dict[str, dict[tuple[str, Column], dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        if row.split != "held_out" or row.domain != row.held_out or row.metric != metric or row.value is None:
+        if row.split != "held_out" or not row.is_of(row.held_out) or row.metric != metric or row.value is None:
             continue
+        assert row.held_out is not None, "no row is of a domain without a name"
         place = (row.held_out, (row.method, row.weights))
         if row.method == "zero_shot":
             zero_shot[row.backbone][place][0] = row.value
@@ -109,10 +117,10 @@ def compare_held_out(rows: Iterable[ResultRow], metric: str = "top1") -> list[Co
         lines = [(d, tuple(mean_over_seeds(values.get((d, column))) for column in columns)) for d in held_out]
         if len(held_out) > 1:
             means = [_mean_over_domains([values.get((d, column)) for d in held_out]) for column in columns]
-            lines.append(("mean", tuple(means)))
+            lines.append((pool_title("mean", held_out), tuple(means)))
         title = f"{adapter} on {backbone}: {'accuracy (%)' if percent else metric} on the held-out domain"
-        shown = tuple(columns.values())
-        tables.append(ComparisonTable(title, shown, tuple(lines), 100 if percent else 1, 1 if percent else 3))
+        shown, scale, digits = tuple(columns.values()), 100 if percent else 1, 1 if percent else 3
+        tables.append(ComparisonTable(title, shown, tuple(lines), scale, digits, pooled=int(len(held_out) > 1)))
     return tables
 
 

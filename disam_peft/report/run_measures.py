@@ -10,8 +10,6 @@ from typing import Any
 from disam_peft.common.records import ResultRow
 from disam_peft.report.runs import RunRecord
 
-MEAN = "mean"
-
 
 @dataclass(frozen=True)
 class Measure:
@@ -50,7 +48,7 @@ def run_measures(run: RunRecord) -> dict[str, float | None]:
     """Every measure of a run's trained adapter, with the weights that selection chose; None where it is not defined."""
     trained = run.chosen_rows
     held_out = _of_domain(trained, "held_out", trained[0].held_out)
-    sources = _of_domain(trained, "source_validation", MEAN)
+    sources = _mean(trained, "source_validation")
     return {
         **{name: held_out.get(name) for name in ("top1", "macro_accuracy", "nll", "ece")},
         "source_top1": sources.get("top1"),
@@ -65,7 +63,7 @@ def zero_shot_measures(run: RunRecord) -> dict[str, float | None]:
     if not rows:
         return {}
     held_out = _of_domain(rows, "held_out", rows[0].held_out)
-    return {**held_out, "source_top1": _of_domain(rows, "source_validation", MEAN).get("top1")}
+    return {**held_out, "source_top1": _mean(rows, "source_validation").get("top1")}
 
 
 def training_measures(steps: Sequence[dict[str, Any]]) -> dict[str, float | None]:
@@ -98,5 +96,9 @@ def training_measures(steps: Sequence[dict[str, Any]]) -> dict[str, float | None
     }
 
 
-def _of_domain(rows: Sequence[ResultRow], split: str, domain: str) -> dict[str, float | None]:
-    return {row.metric: row.value for row in rows if row.split == split and row.domain == domain}
+def _of_domain(rows: Sequence[ResultRow], split: str, domain: str | None) -> dict[str, float | None]:
+    return {row.metric: row.value for row in rows if row.split == split and row.is_of(domain)}
+
+
+def _mean(rows: Sequence[ResultRow], split: str) -> dict[str, float | None]:
+    return {row.metric: row.value for row in rows if row.split == split and row.pooled == "mean"}

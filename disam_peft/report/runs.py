@@ -24,6 +24,7 @@ from disam_peft.common.records import (
     read_results,
 )
 from disam_peft.errors import UserError
+from disam_peft.report.result_tables import training_domains
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,15 @@ class RunRecord:
     @property
     def chosen_rows(self) -> list[ResultRow]:
         """The rows of the trained adapter with the weights that selection chose: the weights themselves, or the average
-        of them that was best on source validation. A run writes them last."""
+        of them that was best on source validation. Runs of 0.1 did not mark them, and wrote them last."""
         trained = [row for row in self.rows if row.method != "zero_shot"]
-        return [row for row in trained if row.weights == trained[-1].weights]
+        marked = [row for row in trained if row.chosen]
+        return marked or [row for row in trained if row.weights == trained[-1].weights]
 
     @property
     def title(self) -> str:
         row = self.trained
-        return f"{row.adapter}, {row.method}, without {row.held_out}, seed {row.seed}"
+        return f"{row.adapter}, {row.method}, {training_domains(row.held_out)}, seed {row.seed}"
 
 
 def read_runs(folders: Iterable[Path]) -> list[RunRecord]:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from disam_peft.common.records import ResultRow
-from disam_peft.report.result_tables import Column, ComparisonTable, column_titles, mean_over_seeds
+from disam_peft.report.result_tables import Column, ComparisonTable, column_titles, mean_over_seeds, training_domains
 
 _LABELS = {
     "sample_loss": "loss at w",
@@ -24,14 +24,14 @@ def compare_sharpness(rows: Iterable[ResultRow]) -> list[ComparisonTable]:
     Sharpness is measured around the weights that selection chose. Where they were an average for some runs, the columns
     say so.
     """
-    by_place: dict[tuple[str, str, str], dict[tuple[str, str, Column], dict[int, float]]]
+    by_place: dict[tuple[str | None, str, str], dict[tuple[str, str, Column], dict[int, float]]]
     by_place = defaultdict(lambda: defaultdict(dict))
     found = list(rows)
     for row in found:
         if row.value is not None and _label(row.metric) is not None:
             column = (row.method, row.weights)
             by_place[row.held_out, row.backbone, row.adapter][row.metric, row.split, column][row.seed] = row.value
-    sizes: dict[tuple[str, str, str], dict[str, int]] = defaultdict(dict)
+    sizes: dict[tuple[str | None, str, str], dict[str, int]] = defaultdict(dict)
     for row in found:
         sizes[row.held_out, row.backbone, row.adapter][row.split] = row.n
     tables = []
@@ -50,7 +50,7 @@ def compare_sharpness(rows: Iterable[ResultRow]) -> list[ComparisonTable]:
         counts = ", ".join(
             f"{n} images of {_SPLITS.get(split, split)}" for split, n in sizes[held_out, backbone, adapter].items()
         )
-        title = f"{adapter} on {backbone}, without {held_out}: sharpness on {counts}"
+        title = f"{adapter} on {backbone}, {training_domains(held_out)}: sharpness on {counts}"
         shown = tuple(columns.values())
         tables.append(ComparisonTable(title, shown, tuple(lines), scale=1, digits=None, corner="measure"))
     return tables

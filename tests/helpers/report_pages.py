@@ -11,7 +11,7 @@ def rows(method, held_out, seed, value, *, adapter="lora", backbone="ViT-B-32", 
     common = (backbone, "none" if method == "zero_shot" else adapter, method, held_out, seed)
     return [
         ResultRow(*common, "held_out", held_out, "top1", value, 40, weights),
-        ResultRow(*common, "held_out", "mean", "top1", value, 1, weights),
+        ResultRow(*common, "held_out", "mean", "top1", value, 1, weights, "mean"),
         ResultRow(*common, "source_validation", "photo", "top1", 0.99, 40, weights),
         ResultRow(*common, "held_out", held_out, "nll", 1.0 - value, 40, weights),
     ]

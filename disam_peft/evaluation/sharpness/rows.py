@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.common.random import keyed_seed
-from disam_peft.common.records import POOLED, LossSlice, ResultRow
+from disam_peft.common.records import POOL_NAMES, LossSlice, ResultRow
 from disam_peft.config.evaluation import SharpnessConfig
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.evaluation.sharpness.measures import (
@@ -55,7 +55,9 @@ def sharpness_rows(
                 sample = balanced_sample(dataset, config.samples, config.seed)
                 surface = classifier_surface(classifier, sample, batch_size=batch_size, workers=workers)
                 domains, n = sample.present_domains, len(sample)
-                at = replace(like, split=split, domain=domains[0] if len(domains) == 1 else POOLED, n=n)
+                whole = len(domains) > 1
+                name = POOL_NAMES["all"] if whole else domains[0]
+                at = replace(like, split=split, domain=name, pooled="all" if whole else None, n=n)
                 values, found = _measure(surface, config, sliced=split == "held_out" and config.slice_points > 0)
                 rows += [replace(at, metric=metric, value=value) for metric, value in values.items()]
                 if found is not None:

@@ -1,10 +1,12 @@
 """The table of a training on the terminal: whose weights its columns are of."""
 
 import io
+from dataclasses import replace
 
 from rich.console import Console
 
-from disam_peft.cli.output import print_held_out
+from disam_peft.cli.output import print_evaluation, print_held_out
+from disam_peft.common.records import ResultRow
 from tests.helpers.report_pages import rows
 
 
@@ -33,3 +35,23 @@ def test_each_held_out_domain_shows_the_weights_that_were_chosen_there():
     lines = {line[0]: line for line in printed(zero_shot + art + photo) if line}
     assert lines["art"][5] == "0.250" and lines["photo"][5] == "0.500"
     assert lines["mean"][5] == "0.375", "over the chosen ones"
+
+
+def test_row_49_domains_called_mean_and_worst_stand_beside_the_lines_over_domains():
+    lines = printed(rows("disam", "mean", 0, 0.5) + rows("disam", "worst", 0, 0.25))
+    assert [line[:2] for line in lines if len(line) > 3][1:] == [
+        ["mean", "50.0"],
+        ["worst", "25.0"],
+        ["mean over domains", "37.5"],
+    ]
+    row = ResultRow("ViT", "lora", "disam", "photo", 0, "source_validation", "mean", "top1", 0.5, 8)
+    every = [row, replace(row, domain="art", value=0.75)]
+    every += [replace(row, domain="mean", pooled="mean", value=0.625, n=2)]
+    found = [replace(row, metric=metric) for row in every for metric in ("top1", "macro_accuracy", "nll", "ece")]
+    text = io.StringIO()
+    print_evaluation(
+        found, [replace(row, value=0.25), replace(every[2], value=1.0)], "t", Console(file=text, width=120)
+    )
+    cells = [line.split() for line in text.getvalue().splitlines()]
+    assert ["source", "val.", "mean", "8", "50.0", "50.0", "0.500", "0.500", "25.0"] in cells
+    assert ["source", "val.", "mean", "over", "domains", "2", "62.5", "62.5", "0.625", "0.625", "100.0"] in cells

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -16,9 +17,32 @@ def test_results_round_trip_with_undefined_values_as_null(tmp_path):
     write_results(path, [ROW, undefined])
     assert read_results(path) == [ROW, ResultRow(**{**ROW.__dict__, "metric": "ece", "value": None})]
     assert list(json.loads(path.read_text())[0]) == [
-        *("backbone", "adapter", "method", "held_out", "seed", "split", "domain", "metric", "value", "n", "weights")
+        *("backbone", "adapter", "method", "held_out", "seed", "split", "domain", "metric", "value", "n", "weights"),
+        *("pooled", "chosen"),
     ]
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"], "no temporary file stays behind"
+
+
+def test_row_49_a_file_of_an_older_version_marked_pooled_rows_by_a_word(tmp_path):
+    def read(file, domain, metric):
+        old = {key: value for key, value in ROW.__dict__.items() if key not in ("pooled", "chosen")}
+        write_json(tmp_path / file, [{**old, "domain": domain, "metric": metric}])
+        [row] = read_results(tmp_path / file)
+        return row.domain, row.pooled
+
+    assert read("results.json", "mean", "top1") == ("mean", "mean")
+    assert read("results.json", "worst", "nll") == ("worst", "worst")
+    assert read("results.json", "photo", "ece") == ("photo", None)
+    assert read("results.json", "pooled", "top1") == ("pooled", None), "a domain: no result was over all samples"
+    assert read("sharpness.json", "pooled", "hessian_max") == ("pooled", "all")
+    assert read("sharpness.json", "mean", "hessian_max") == ("mean", None), "a domain: sharpness had no mean"
+
+
+def test_row_49_a_domain_called_mean_is_read_back_as_a_domain(tmp_path):
+    rows = [replace(ROW, domain="mean"), replace(ROW, domain="mean", pooled="mean"), replace(ROW, held_out=None)]
+    write_results(tmp_path / "results.json", rows)
+    assert read_results(tmp_path / "results.json") == rows
+    assert [row.is_of("mean") for row in rows] == [True, False, False]
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):

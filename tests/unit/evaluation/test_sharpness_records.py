@@ -47,6 +47,7 @@ def test_rows_of_both_splits_and_untouched_weights(twins, parts):
     rows, plane = sharpness_rows(classifier, parts, CHEAP, LIKE)
     assert [row.metric for row in rows] == METRICS * 2
     assert {(r.split, r.domain, r.n) for r in rows} == {("source_validation", "pooled", 12), ("held_out", "photo", 12)}
+    assert {(r.split, r.pooled) for r in rows} == {("source_validation", "all"), ("held_out", None)}
     assert {(r.backbone, r.method, r.held_out, r.seed) for r in rows} == {("tiny", "disam", "photo", 3)}
     assert classifier.training
     for name, p in classifier.trainable().items():

@@ -1,11 +1,12 @@
 """Tables of a comparison as text, and on a terminal that is too narrow for them."""
 
 import io
+from dataclasses import replace
 
 from rich.console import Console
 
 from disam_peft.cli.output import print_comparison
-from disam_peft.report.comparison import Comparison, MeasureRow, TextTable, judge
+from disam_peft.report.comparison import Comparison, MeasureRow, TextTable, judge, value_tables
 from disam_peft.report.run_measures import training_measures
 
 TABLE = TextTable("a_b", ("held out", "SAM"), (("art|x", "50.0 ± 1.0"), ("mean", "50.0 ± 1.0")))
@@ -27,6 +28,14 @@ def test_markdown_and_latex():
     assert r"art|x & 50.0 $\pm$ 1.0 \\" in TABLE.latex()
     assert TABLE.transposed().lines == (("SAM", "50.0 ± 1.0", "50.0 ± 1.0"),)
     assert TABLE.transposed().columns == ("held out", "art|x", "mean")
+
+
+def test_row_49_a_held_out_domain_called_mean_is_a_line_of_its_own():
+    one = comparison(["sam"])
+    rows = [replace(row, held_out=held_out) for row in one.rows for held_out in ("mean", "worst")]
+    [table] = value_tables(replace(one, rows=rows, held_out={"": ["mean", "worst"]}), "nll")
+    assert [line[0] for line in table.lines] == ["mean", "worst", "mean over domains"]
+    assert table.pooled == 1
 
 
 def test_a_narrow_terminal_shows_every_arm():

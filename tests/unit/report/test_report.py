@@ -41,8 +41,15 @@ def test_means_and_deviations_by_hand():
 
 
 def test_a_table_of_held_out_domains_holds_their_numbers_alone():
-    others = [replace(row, domain="worst", value=0.0) for row in study() if row.domain == "mean"]
+    others = [replace(row, domain="worst", pooled="worst", value=0.0) for row in study() if row.pooled == "mean"]
     assert others and compare_held_out([*study(), *others]) == compare_held_out(study())
+
+
+def test_row_49_a_domain_called_mean_is_a_line_of_its_own():
+    found = [row for domain, value in (("mean", 0.5), ("worst", 0.25)) for row in rows("erm", domain, 0, value)]
+    [table] = compare_held_out(found)
+    assert table.texts() == [("mean", ["50.0"]), ("worst", ["25.0"]), ("mean over domains", ["37.5"])]
+    assert table.pooled == 1, "the last line alone"
 
 
 def test_what_was_not_run_is_not_a_number():

@@ -54,8 +54,8 @@ def write_run(folder, method, seed=0, *, held_out=NASTY, details=True, value=0.5
     write_results(
         folder / "sharpness.json",
         [
-            ResultRow(*common, split, domain, metric, number, 8)
-            for split, domain in (("source_validation", "pooled"), ("held_out", held_out))
+            ResultRow(*common, split, domain, metric, number, 8, pooled=pooled)
+            for split, domain, pooled in (("source_validation", "pooled", "all"), ("held_out", held_out, None))
             for metric, number in {**measures, "gradient_variance": None}.items()
         ],
     )
