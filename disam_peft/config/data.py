@@ -69,8 +69,9 @@ class DataConfig(Config):
     """YAML or JSON file: class as in the source -> its name in a prompt."""
     max_pixels: int = Field(default=100_000_000, gt=0, le=178_956_970)
     """Largest width times height of an image. The upper bound is where Pillow refuses by itself."""
-    verify: bool = True
-    """Decode every image once before training (remembered between runs). False: trust the files."""
+    verify: bool | Literal["full"] = True
+    """Read, hash and decode every image once before training. What was found is remembered between runs, as long as no
+    size, time of change or inode of a file is new. ``full``: read all files again. False: trust the files."""
     skip_bad: bool = False
     """Leave out and record images that cannot be decoded, at most 1 %. False: they are an error."""
     max_archive_gb: float = Field(default=50.0, gt=0)

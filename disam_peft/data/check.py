@@ -24,7 +24,7 @@ from disam_peft.data.transforms.decode import BadImage, decode_image
 from disam_peft.errors import UserError
 
 MAX_BAD_SHARE = 0.01
-_FORMAT = 2  # of the findings in the cache; to be raised when decoding judges a file differently
+_FORMAT = 3  # of the findings in the cache; to be raised when decoding judges a file differently
 _LISTED = 10
 
 
@@ -127,18 +127,23 @@ def inspect(dataset: DomainDataset, *, progress: bool = True) -> DataReport:
     )
 
 
-def verified(dataset: DomainDataset, *, skip_bad: bool = False, progress: bool = True) -> DomainDataset:
+def verified(
+    dataset: DomainDataset, *, skip_bad: bool = False, progress: bool = True, again: bool = False
+) -> DomainDataset:
     """``dataset`` with the hash of every file, after a check that every file is an image.
 
     Args:
+        again: read all files, also those that an earlier check knows.
         skip_bad: leave bad images out and record them in ``skipped``, if they are at most 1 % of all images.
 
     Raises:
         UserError: there are bad images; lists up to ten of them and says how many there are.
     """
-    findings = examine(dataset, progress=progress)
+    known = None if again else remembered(dataset)
+    findings = known if known is not None else _examine_files(dataset, progress=progress)
     bad = [i for i, finding in enumerate(findings) if finding.reason]
-    hashed = replace(dataset, hashes=tuple(finding.sha256 for finding in findings))
+    hashes = tuple(finding.sha256 for finding in findings)
+    hashed = replace(dataset, hashes=hashes, remembered=known is not None)
     if not bad:
         return hashed
     share = f"{len(bad)} of {len(dataset)} images ({len(bad) / len(dataset):.1%}) cannot be used"
@@ -159,12 +164,19 @@ def verified(dataset: DomainDataset, *, skip_bad: bool = False, progress: bool =
 
 
 def examine(dataset: DomainDataset, *, progress: bool = True) -> list[CheckedFile]:
-    """What is found out about each sample. The findings of an earlier run are taken if no name, size or time of change
-    is new."""
-    cache_file = _cache_file(dataset)
-    known = _read_findings(cache_file, len(dataset))
-    if known is not None:
-        return known
+    """What is found out about each sample. The findings of an earlier run are taken where ``remembered`` has them."""
+    known = remembered(dataset)
+    return known if known is not None else _examine_files(dataset, progress=progress)
+
+
+def remembered(dataset: DomainDataset) -> list[CheckedFile] | None:
+    """The findings of an earlier check of the same files: no name, size, time of change or inode is new since. None
+    where there are none."""
+    return _read_findings(_cache_file(dataset), len(dataset))
+
+
+def _examine_files(dataset: DomainDataset, *, progress: bool) -> list[CheckedFile]:
+    cache_file = _cache_file(dataset)  # as the files are now: what changes from here on is noticed the next time
     scan = _scan(dataset)
     findings = list(track(scan, "checking images", total=len(dataset)) if progress else scan)
     # A file that could not be read may become readable without a change of its size or time, so it is checked again.
@@ -237,7 +249,7 @@ def _cache_file(dataset: DomainDataset) -> Path:
     # The table's own fingerprint stands for embedded images, whose content has no time of change.
     table = getattr(dataset.images, "_fingerprint", "") if (times_N == 0).any() else ""
     identity = (_FORMAT, dataset.fingerprint, str(dataset.base), dataset.max_pixels, table)
-    digest = hashlib.sha256(repr(identity).encode() + times_N.tobytes()).hexdigest()
+    digest = hashlib.sha256(repr(identity).encode() + dataset.file_states_N4.tobytes()).hexdigest()
     return cache_folder() / "checks" / f"{digest}.json"
 
 

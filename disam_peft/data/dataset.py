@@ -57,6 +57,7 @@ class DomainDataset:
         ignored: files that the reader of the source left out because they are no samples, counted by kind.
         skipped: what ``skip_bad`` left out.
         hashes: sha256 of every file; None where the data check has not run.
+        remembered: whether ``hashes`` are those of an earlier check: no size, time of change or inode is new since.
         pixel_plan: from which store of pixels training reads; None: it decodes the files.
     """
 
@@ -74,6 +75,7 @@ class DomainDataset:
     ignored: Mapping[str, int] = field(default_factory=dict)
     skipped: tuple[Skipped, ...] = ()
     hashes: tuple[str, ...] | None = None
+    remembered: bool = False
     pixel_plan: PixelPlan | None = None
 
     def __len__(self) -> int:
@@ -189,28 +191,34 @@ class DomainDataset:
                 digest.update(getattr(self.images, "_fingerprint", "").encode())
         return digest.hexdigest()
 
-    @cached_property
+    @property
     def sizes_and_times(self) -> tuple[np.ndarray, np.ndarray]:
         """(N,) size in bytes (-1: the file is gone) and (N,) time of change in ns (0: embedded), both int64."""
+        return self.file_states_N4[:, 0], self.file_states_N4[:, 1]
+
+    @cached_property
+    def file_states_N4(self) -> np.ndarray:
+        """(N, 4) int64: size in bytes (-1: the file is gone), time of change in ns, time of change of what the file
+        system notes about it in ns, and inode; all but the size are 0 for embedded images."""
         import pyarrow.compute as pc
 
         column = self.images.with_format("arrow")[:][IMAGE]
         paths = pc.struct_field(column, "path")
         lengths = pc.binary_length(pc.struct_field(column, "bytes"))
-        sizes_N = np.empty(len(self), dtype=np.int64)
-        times_N = np.zeros(len(self), dtype=np.int64)
+        states_N4 = np.zeros((len(self), 4), dtype=np.int64)
         lengths_all, paths_all = lengths.to_pylist(), paths.to_pylist()
         for i, row in enumerate(self.rows):
             if lengths_all[row] is not None:
-                sizes_N[i] = lengths_all[row]
+                states_N4[i, 0] = lengths_all[row]
                 continue
             try:
                 status = os.stat(self._path(paths_all[row]))
             except OSError:
-                sizes_N[i] = -1
+                states_N4[i, 0] = -1
             else:
-                sizes_N[i], times_N[i] = status.st_size, status.st_mtime_ns
-        return sizes_N, times_N
+                inode = status.st_ino & 0x7FFF_FFFF_FFFF_FFFF  # some file systems use all 64 bits
+                states_N4[i] = status.st_size, status.st_mtime_ns, status.st_ctime_ns, inode
+        return states_N4
 
     def content_hash(self, index: int) -> str:
         """sha256 of the image file of sample ``index``, hex.

@@ -30,7 +30,7 @@ def load(config: DataConfig) -> DomainDataset:
     """
     dataset = assemble(read_source(config), config)
     if config.verify:
-        dataset = verified(dataset, skip_bad=config.skip_bad)
+        dataset = verified(dataset, skip_bad=config.skip_bad, again=config.verify == "full")
     if config.pixel_store is None:
         return dataset
     return replace(dataset, pixel_plan=PixelPlan(dataset, config.pixel_store))

@@ -16,6 +16,7 @@ from disam_peft.classification.saved_classifier import save_adapter
 from disam_peft.common.locks import locked
 from disam_peft.common.processes import on_main
 from disam_peft.common.records import METRICS, RESULTS, ResultRow, append_event, read_results, write_results
+from disam_peft.common.run_images import IMAGES, write_images
 from disam_peft.config.average import kept_averages
 from disam_peft.config.recipe import Recipe, as_dict
 from disam_peft.data.dataset import DomainDataset
@@ -33,6 +34,7 @@ from disam_peft.evaluation.results import (
 from disam_peft.experiments import run_folder
 from disam_peft.experiments.build import SplitData, holding_out, load_pretrained, split_data
 from disam_peft.experiments.run_cache import RunCache
+from disam_peft.experiments.run_data import content_by_cell, images_of
 from disam_peft.experiments.run_folder import ADAPTER, CHECKPOINTS
 from disam_peft.training.accelerator import start_accelerator
 from disam_peft.training.checkpoint.manager import CheckpointConfig
@@ -58,8 +60,9 @@ def train(
     """Train and evaluate the recipe's adapter, once for each domain to hold out.
 
     A finished run of the very same recipe is kept as it is. Files of a run, in ``recipe.folder(held_out)``:
-    ``recipe.yaml`` (resolved), ``metrics.jsonl``, ``adapter/`` (the best state by source validation), ``results.json``;
-    until it is finished also ``checkpoints/``, from which ``resume`` goes on, to the same bits.
+    ``recipe.yaml`` (resolved), ``images.parquet`` (which images, by content), ``metrics.jsonl``, ``adapter/`` (the best
+    state by source validation), ``results.json``; until it is finished also ``checkpoints/``, from which ``resume``
+    goes on, to the same bits.
 
     Args:
         cache: handed to several calls, so that what they have in common is done once.
@@ -94,6 +97,7 @@ def _train_one(
     folder, is_main = _folder(recipe), accelerator.is_main_process
     data = split_data(recipe, dataset)
     check_no_leak(data.sources, data.target)
+    images = images_of(data)
 
     pretrained = load_pretrained(recipe, dataset.prompt_names, accelerator.device)
     evaluator = Evaluator(recipe, accelerator.autocast)
@@ -103,7 +107,7 @@ def _train_one(
     )
 
     classifier = pretrained.with_new_adapter()
-    on_main(lambda: run_folder.prepare(recipe, anew=plan == "start"))
+    on_main(lambda: run_folder.prepare(recipe, images, anew=plan == "start"))
     trained_with = {"recipe": as_dict(recipe), "held_out": recipe.protocol.held_out, "classes": list(dataset.classes)}
 
     def validate() -> Validation:
@@ -135,6 +139,8 @@ def _train_one(
     rows += trained_rows
     if is_main:
         _record_inferred(folder, recipe, inferred)
+        if not (folder / IMAGES).is_file():  # a run of 0.1 that went on
+            write_images(folder / IMAGES, images)
         write_mistakes(folder, predictions["held_out"], data.target, classifier.class_names, recipe.evaluation)
         write_results(folder / RESULTS, rows)
     # after the results are written: it needs the most memory, and they are safe should it run out
@@ -206,7 +212,7 @@ def _checkpoints(
     return CheckpointConfig(
         folder / CHECKPOINTS,
         resume=plan == "continue",
-        provenance={**run_folder.content_by_cell(dataset), "weights of the backbone": backbone.base_hash},
+        provenance={**content_by_cell(dataset), "weights of the backbone": backbone.base_hash},
         records=folder / METRICS,
     )
 

@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import warnings
-from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from disam_peft.common.files import is_draft, write_atomically
 from disam_peft.common.records import RESULTS
+from disam_peft.common.run_images import IMAGES, RunImages, write_images
+from disam_peft.config.identity import is_harmless
 from disam_peft.config.recipe import WRITTEN_BY_US, Recipe, as_yaml, differences, effective, load_recipe
 from disam_peft.errors import Notice, UserError
-
-if TYPE_CHECKING:
-    from disam_peft.data.dataset import DomainDataset
 
 RECIPE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
-# Settings that leave the weights as they are, bit for bit.
-HARMLESS = {
-    "name": "the folder may have been renamed",
-    "output": "or moved",
-    "data.root": "so may the data, whose content is compared",
-    "features.folder": "stores are found by content",
-    "train.workers": "batches and augmentation are functions of seed, step and sample",
-    "train.save_every": "saving changes nothing",
-    "train.keep_checkpoints": "nor does removing",
-    "train.timeout_minutes": "nor waiting",
-    "train.log_every": "the records become more or fewer",
-    "train.tracker": "they go elsewhere besides",
-    "evaluation.workers": "every sample is judged once, in whatever order",
-    "evaluation.batch_size": "but for rounding in the metrics",
-}
 Plan = Literal["start", "continue", "keep"]
 
 
@@ -69,13 +51,13 @@ def plan(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Pl
 
 
 def _is_free(folder: Path) -> bool:
-    """Whether the folder holds nothing of worth: it is not there, it is empty, or it holds no more than the recipe that
-    a run wrote which then stopped on a mistake before its first step."""
+    """Whether the folder holds nothing of worth: it is not there, it is empty, or it holds no more than what a run
+    wrote down about itself which then stopped on a mistake before its first step."""
     if not folder.exists():
         return True
-    held = [path for path in folder.iterdir() if not is_draft(path)]
-    if held == [folder / RECIPE] and held[0].is_file():
-        return held[0].read_bytes().startswith(WRITTEN_BY_US.encode())
+    held = {path.name for path in folder.iterdir() if not is_draft(path)}
+    if held and held <= {RECIPE, IMAGES} and (folder / RECIPE).is_file():
+        return (folder / RECIPE).read_bytes().startswith(WRITTEN_BY_US.encode())
     return not held
 
 
@@ -97,13 +79,7 @@ def changed(recipe: Recipe) -> list[str]:
     except UserError as error:
         return [str(error).replace("\n", "\n  ")]
     lines = differences(effective(before), effective(recipe))
-    return [line for line in lines if not _is_harmless(line.split(":")[0])]
-
-
-def _is_harmless(key: str) -> bool:
-    """Whether a setting, or the group of settings that it stands in, leaves the weights as they are."""
-    parts = key.split(".")
-    return any(".".join(parts[:count]) in HARMLESS for count in range(1, len(parts) + 1))
+    return [line for line in lines if not is_harmless(line.split(":")[0])]
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -119,8 +95,12 @@ def find_runs(folder: Path) -> list[Path]:
     return runs
 
 
-def prepare(recipe: Recipe, *, anew: bool) -> None:
-    """Make the folder ready for training; ``anew``: a run of ours that is there goes."""
+def prepare(recipe: Recipe, images: RunImages, *, anew: bool) -> None:
+    """Make the folder ready for training, and write which images the run has.
+
+    Args:
+        anew: a run of ours that is there goes. Otherwise what was written about its images stays.
+    """
     folder = recipe.folder(recipe.protocol.held_out)
     replaced = folder.with_name(f".{folder.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
@@ -136,24 +116,10 @@ def prepare(recipe: Recipe, *, anew: bool) -> None:
         elif is_draft(path):
             path.unlink()
     write_atomically(folder / RECIPE, as_yaml(recipe))
+    if anew:
+        write_images(folder / IMAGES, images)
 
 
 def clear(folder: Path) -> None:
     """A finished run needs no checkpoints."""
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-
-
-def content_by_cell(dataset: DomainDataset) -> dict[str, str]:
-    """How many images each class has in each domain, and a hash over their names and contents (over names and sizes,
-    where the data check was left out): enough to say where two looks at the same data differ."""
-    contents = dataset.hashes if dataset.hashes is not None else [str(size) for size in dataset.sizes_and_times[0]]
-    cells: defaultdict[str, list[str]] = defaultdict(list)
-    for i, key in enumerate(dataset.keys):
-        cell = f"images of {dataset.domains[dataset.domain_ids[i]]}/{dataset.classes[dataset.labels[i]]}"
-        cells[cell] += [key, contents[i]]
-    found = {cell: f"{len(parts) // 2} (sha256 {_digest(parts)})" for cell, parts in sorted(cells.items())}
-    return {"class names": f"{len(dataset.prompt_names)} (sha256 {_digest(dataset.prompt_names)})", **found}
-
-
-def _digest(parts: list[str] | tuple[str, ...]) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -10,10 +10,12 @@ import pytest
 from disam_peft.cli.app import main
 from disam_peft.common.records import read_events, read_results
 from disam_peft.config.data import DataConfig
-from disam_peft.config.recipe import Recipe, as_dict
+from disam_peft.config.identity import HARMLESS
+from disam_peft.config.recipe import Recipe, as_dict, differences
 from disam_peft.data.load import load
 from disam_peft.errors import Notice, UserError
 from disam_peft.experiments import run, run_folder
+from disam_peft.experiments.run_data import content_by_cell
 
 
 class Cut(Exception):
@@ -135,8 +137,8 @@ def test_row_38_harmless_keys_may_change(make_recipe, cut, domains_folder, tmp_p
     shutil.copytree(domains_folder, tmp_path / "copy")
     faster = {"workers": 1, "log_every": 2, "save_every": 1, "keep_checkpoints": 1, "timeout_minutes": 5.0}
     other = make_recipe(output=moved, data=tmp_path / "copy", train=faster, evaluation={"workers": 1, "batch_size": 32})
-    changed = [line.split(":")[0] for line in run_folder.differences(as_dict(recipe), as_dict(other))]
-    assert set(changed) == run_folder.HARMLESS.keys() - {"name", "features.folder", "train.tracker"}
+    changed = [line.split(":")[0] for line in differences(as_dict(recipe), as_dict(other))]
+    assert set(changed) == HARMLESS.keys() - {"name", "features.folder", "train.tracker", "data.verify"}
     with pytest.warns(Notice, match="going on after step 2"):
         [outcome] = run.train(other, resume=True)
     assert read_results(outcome.folder / "results.json") == expected
@@ -167,13 +169,13 @@ def test_row_38_changed_data_is_refused_with_the_difference(make_recipe, cut, do
 
 def test_what_the_content_of_data_is_made_of(domains_folder):
     checked, trusted = (load(DataConfig(root=domains_folder, verify=verify)) for verify in (True, False))
-    cells = run_folder.content_by_cell(checked)
+    cells = content_by_cell(checked)
     assert len(cells) == 12 + 1
     assert cells["images of art/red"].startswith("8 (sha256 ")
     assert cells["class names"].startswith("4 (sha256 ")
     assert len(set(cells.values())) == 13
-    assert run_folder.content_by_cell(trusted).keys() == cells.keys()
-    assert run_folder.content_by_cell(trusted) != cells, "by sizes, where nobody looked into the files"
+    assert content_by_cell(trusted).keys() == cells.keys()
+    assert content_by_cell(trusted) != cells, "by sizes, where nobody looked into the files"
 
 
 def test_resume_keeps_what_is_finished_continues_what_began_and_starts_the_rest(make_recipe, cut):
@@ -199,7 +201,15 @@ def test_what_kills_left_behind_is_cleared(make_recipe, cut):
     (folder / "checkpoints/.step-000004.partial").mkdir()
     (folder.parent / ".photo.replaced").mkdir()
     run.train(recipe, resume=True)
-    files = ["adapter", "confusion.json", "errors.json", "metrics.jsonl", "recipe.yaml", "results.json"]
+    files = [
+        "adapter",
+        "confusion.json",
+        "errors.json",
+        "images.parquet",
+        "metrics.jsonl",
+        "recipe.yaml",
+        "results.json",
+    ]
     assert sorted(path.name for path in folder.iterdir()) == files
     assert sorted(path.name for path in folder.parent.iterdir()) == [".photo.lock", "photo"]
     fresh = make_recipe(held_out="art")

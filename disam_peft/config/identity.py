@@ -1,0 +1,114 @@
+"""Which settings make another run, and which leave the weights as they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from disam_peft.config.average import kept_averages
+from disam_peft.config.base import Config
+from disam_peft.config.recipe import Recipe, effective
+
+HARMLESS = {
+    "name": "the folder may have been renamed",
+    "output": "or moved",
+    "data.root": "so may the data, whose content is compared",
+    "data.verify": "looking closer at the images does not change them",
+    "features.folder": "stores are found by content",
+    "train.workers": "batches and augmentation are functions of seed, step and sample",
+    "train.save_every": "saving changes nothing",
+    "train.keep_checkpoints": "nor does removing",
+    "train.timeout_minutes": "nor waiting",
+    "train.log_every": "the records become more or fewer",
+    "train.tracker": "they go elsewhere besides",
+    "evaluation.workers": "every sample is judged once, in whatever order",
+    "evaluation.batch_size": "but for rounding in the metrics",
+}
+"""Settings that leave the weights as they are, bit for bit, and why."""
+
+COMPUTED_FROM_DATA = frozenset({"data.pixel_store"})
+"""The settings of ``data`` that say how images are computed with, not which images they are."""
+
+
+def is_harmless(key: str) -> bool:
+    """Whether a setting, or the group of settings that it stands in, leaves the weights as they are."""
+    parts = key.split(".")
+    return any(".".join(parts[:count]) in HARMLESS for count in range(1, len(parts) + 1))
+
+
+def identifying_settings(recipe: Recipe) -> dict[str, Any]:
+    """Dotted key -> value, as it takes effect, of every setting that makes another run. Two runs with equal settings
+    and equal data differ in nothing but their seed and the domain that they hold out.
+
+    The seed, the held-out domain and what the data are stand apart: the data are known by their content, see
+    ``common.run_images``.
+    """
+    return {key: value for key, value in _flat(effective(recipe)).items() if key != "seed" and _identifies(key)}
+
+
+def settings_hash(recipe: Recipe) -> str:
+    """Eight hex digits over the settings that make another run, the seed included. Data and held-out domain are not.
+
+    Settings with their default values do not enter, so that a later version, which has more settings, gives the same
+    digits to the same run.
+    """
+    told = _beyond_defaults(recipe)
+    if averages := [_beyond_defaults(average) for average in kept_averages(recipe.average)]:
+        told["average"] = averages
+    else:
+        told.pop("average", None)
+    objective, train = recipe.objective, recipe.train
+    unset = objective.model_copy(update={"mean_over": None}).effective_mean_over
+    _set_or_drop(told, "objective", "mean_over", objective.effective_mean_over, unset)
+    interval = train.model_copy(update={"validate_every": None}).validation_interval
+    _set_or_drop(told, "train", "validate_every", train.validation_interval, interval)
+    counted = {key: value for key, value in _flat(told).items() if _identifies(key)}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def _identifies(key: str) -> bool:
+    if key.split(".")[0] == "data":
+        return key in COMPUTED_FROM_DATA
+    return key != "protocol.held_out" and not is_harmless(key)
+
+
+def _beyond_defaults(config: Config) -> dict[str, Any]:
+    """The settings that differ from their defaults; the kind of what is set always stays."""
+    told: dict[str, Any] = {}
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if name != "kind" and not field.is_required() and value == field.get_default(call_default_factory=True):
+            continue
+        told[name] = _plain(value)
+    return told
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Config):
+        return _beyond_defaults(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _set_or_drop(told: dict[str, Any], group: str, key: str, value: Any, unset: Any) -> None:
+    """Write a setting as it takes effect, or leave it out where it says what holds without it."""
+    within = dict(told.get(group, {}))
+    within.pop(key, None)
+    if value != unset:
+        within[key] = value
+    told[group] = within
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
