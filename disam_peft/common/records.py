@@ -54,9 +54,10 @@ class ResultRow:
     """A domain. In a pooled row the word that ``POOL_NAMES`` has for it, see ``pooled``."""
     metric: str
     """``top1``, ``macro_accuracy`` (both 0 to 1), ``classes`` (how many that mean is over), ``nll`` (nats) or ``ece``
-    (0 to 1); in ``sharpness.json`` see ``evaluation.sharpness_rows``."""
+    (0 to 1). ``not_finite``: how many samples have logits that are not finite; there is no such row where all are. In
+    ``sharpness.json`` see ``evaluation/sharpness/rows.py``."""
     value: float | None
-    """None if it is not defined."""
+    """None if it is not defined, as every metric of a domain in which some logits are not finite."""
     n: int
     """Number of samples; where ``pooled`` is ``mean`` or ``worst`` the number of domains."""
     weights: str = RAW
@@ -101,6 +102,8 @@ class Confusion:
     classes: list[str]
     counts: list[list[int]]
     """``[true, predicted, count]`` for every pair of class numbers that occurs; of 345 classes, few pairs do."""
+    not_finite: int = 0
+    """Samples that were predicted as no class, because their logits were not finite."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from disam_peft.evaluation.predict import Predictions
 METRIC_NAMES = ("top1", "macro_accuracy", "nll", "ece")
 HIGHER_IS_BETTER = {"top1": True, "macro_accuracy": True, "nll": False, "ece": False}
 ECE_BINS = 15
+NOT_FINITE = "not_finite"
 OverDomains = Literal["mean", "worst"]
 
 
@@ -25,7 +26,15 @@ def metrics(logits_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
     top1: share of samples whose highest logit is right. macro_accuracy: mean of the classes' accuracies, over the
     classes that occur; classes: how many these are. nll: mean negative log-likelihood in nats. ece: see
     ``calibration_error``.
+
+    Where the logits of a sample are not finite nothing can be said of it, and so not of the set: every metric is NaN,
+    and ``not_finite`` has the number of such samples. Otherwise there is no ``not_finite``. (Some logits of a sample
+    may be minus infinity: these classes have probability 0.)
     """
+    undefined = int(undefined_samples(logits_NC).sum())
+    if undefined:
+        classes = float(len(labels_N.unique()))
+        return {**dict.fromkeys(METRIC_NAMES, math.nan), "classes": classes, NOT_FINITE: float(undefined)}
     right_N = logits_NC.argmax(dim=1) == labels_N
     # a class that never occurs has no accuracy (n/a, not 0), whether or not it is predicted
     known = [accuracy for accuracy in class_accuracies(logits_NC, labels_N) if accuracy is not None]
@@ -38,6 +47,12 @@ def metrics(logits_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
     }
 
 
+def undefined_samples(logits_NC: Tensor) -> Tensor:
+    """(N,) bool: samples whose probabilities are not defined, since a logit is NaN or infinity, or all are minus
+    infinity."""
+    return logits_NC.double().log_softmax(dim=1).isnan().any(dim=1)
+
+
 def calibration_error(confidence_N: Tensor, right_N: Tensor, bins: int = ECE_BINS) -> float:
     """Expected calibration error (Guo et al. 2017, arXiv 1706.04599), from 0 to 1.
 
@@ -48,7 +63,8 @@ def calibration_error(confidence_N: Tensor, right_N: Tensor, bins: int = ECE_BIN
         confidence_N: probability of the predicted class, in float64.
         right_N: whether that class is the label.
     """
-    bin_N = ((confidence_N * bins).ceil().long() - 1).clamp(0, bins - 1)
+    upper_b = torch.arange(1, bins, dtype=torch.float64) / bins  # of every bin but the last
+    bin_N = torch.bucketize(confidence_N.double(), upper_b.to(confidence_N.device))
     # n_b * (accuracy_b - mean confidence_b) is a plain sum over the samples of the bin
     gap_b = torch.bincount(bin_N, weights=right_N.double() - confidence_N, minlength=bins)
     return float(gap_b.abs().sum() / len(confidence_N))

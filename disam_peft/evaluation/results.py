@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +24,7 @@ from disam_peft.common.records import (
 from disam_peft.config.evaluation import EvaluationConfig, SharpnessConfig
 from disam_peft.config.recipe import Recipe
 from disam_peft.data.dataset import DomainDataset
-from disam_peft.evaluation.metrics import metrics_of_domains, pooled_metrics
+from disam_peft.evaluation.metrics import NOT_FINITE, metrics_of_domains, pooled_metrics
 from disam_peft.evaluation.mistakes import confident_errors, confusion
 from disam_peft.evaluation.predict import Predictions, predict
 from disam_peft.evaluation.sharpness.rows import sharpness_rows
@@ -93,7 +94,8 @@ class Evaluator:
 
 
 def result_rows(identity: Identity, predictions: Mapping[str, Predictions]) -> list[ResultRow]:
-    """Every metric of every domain of every split, and its ``mean`` and ``worst`` over the domains of the split.
+    """Every metric of every domain of every split, and its ``mean`` and ``worst`` over the domains of the split. Where
+    logits are not finite a warning says so, and the metrics are None.
 
     Args:
         predictions: split -> what the classifier predicted there.
@@ -105,6 +107,12 @@ def result_rows(identity: Identity, predictions: Mapping[str, Predictions]) -> l
             n = int((found.domains_N == found.domain_names.index(domain)).sum())
             like = ResultRow(**asdict(identity), split=split, domain=domain, metric="", value=None, n=n)
             rows += [replace(like, metric=metric, value=value) for metric, value in values.items()]
+            if NOT_FINITE in values:
+                warnings.warn(
+                    f"the logits of {identity.method} are not finite for {values[NOT_FINITE]:.0f} of {n} images of "
+                    f"{domain!r} ({split.replace('_', ' ')}): no metric is defined there (n/a)",
+                    stacklevel=2,
+                )
         for pool, values in pooled_metrics(by_domain).items():
             of_pool = replace(like, domain=POOL_NAMES[pool], pooled=pool, n=len(by_domain))
             rows += [replace(of_pool, metric=metric, value=value) for metric, value in values.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ def _sweep_sources(
     def judged(logits_NC: Tensor) -> _Score:
         predictions = Predictions(logits_NC.cpu(), labels, domains, validation.domains)
         found = selection.validation(recipe.selection, metrics_of_domains(predictions))
-        return _Score(found.score, found.numbers["mean_top1"], -found.numbers["negative_nll"])
+        return _Score(selection.comparable(found.score), found.numbers["mean_top1"], -found.numbers["negative_nll"])
 
     trials = fit_probes(
         ProbeStack(head, settings, adaptive=recipe.method.adaptive),
@@ -173,11 +174,15 @@ def _sweep_sources(
             trial.setting.rho,
             trial.setting.variance_weight,
             trial.best_step,
-            None if trial.best_score is None else trial.best_score.mean_top1,
-            None if trial.best_score is None else trial.best_score.mean_nll,
+            None if trial.best_score is None else _defined(trial.best_score.mean_top1),
+            None if trial.best_score is None else _defined(trial.best_score.mean_nll),
         )
         for trial in sorted(trials, key=_rank)
     ]
+
+
+def _defined(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _rank(trial: ProbeTrial) -> tuple[bool, tuple[float, ...]]:

@@ -66,7 +66,9 @@ def confusion_maps(matrices: Sequence[tuple[str, Confusion]], width: float) -> F
             counts[true][predicted] = count
         _matrix(axes, counts, matrix.classes)
         right, total = sum(counts[i][i] for i in range(classes)), sum(map(sum, counts))
-        axes.set_title(f"{title}: {100 * right / max(1, total):.0f} % right")
+        not_finite = f", {matrix.not_finite} not finite" if matrix.not_finite else ""
+        share = f"{100 * right / (total + matrix.not_finite):.0f} %" if total else "n/a"
+        axes.set_title(f"{title}: {share} right{not_finite}")
     left, lowest = edges(panels)
     for axes in left:
         axes.set_ylabel("true")

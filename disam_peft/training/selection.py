@@ -221,8 +221,9 @@ def is_better(score: tuple[float, ...] | None, than: tuple[float, ...] | None) -
     """A number that is NaN is worse than any other."""
     if score is None or than is None:
         return than is None and score is not None
-    return _comparable(score) > _comparable(than)
+    return comparable(score) > comparable(than)
 
 
-def _comparable(score: tuple[float, ...]) -> tuple[float, ...]:
+def comparable(score: tuple[float, ...]) -> tuple[float, ...]:
+    """The score with minus infinity for NaN, which compares with nothing."""
     return tuple(-math.inf if math.isnan(number) else number for number in score)

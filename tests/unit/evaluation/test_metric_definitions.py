@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from disam_peft.evaluation.metrics import ECE_BINS, calibration_error, class_accuracies, metrics
+from disam_peft.evaluation.metrics import ECE_BINS, METRIC_NAMES, calibration_error, class_accuracies, metrics
 
 torchmetrics = pytest.importorskip("torchmetrics.functional.classification", reason="a reference for tests alone")
 
@@ -64,6 +64,33 @@ def test_bins_are_15_of_equal_width_closed_above() -> None:
     assert calibration_error(edge_N, right_N) == pytest.approx(abs((1 - 5 / 15) - 0.3) / 2, abs=1e-12)
     edge_N = torch.tensor([5 / 15, 0.35], dtype=torch.float64)
     assert calibration_error(edge_N, right_N) == pytest.approx(((1 - 5 / 15) + 0.35) / 2, abs=1e-12)
+
+
+def test_a_confidence_just_above_an_edge_is_in_the_next_bin() -> None:
+    """Scaled by 15 and rounded up, the number after 1/15 would be 1, as 1/15 is; so for every edge."""
+    right_N = torch.tensor([True, False])
+    for edge in (number / 15 for number in range(1, 15)):
+        above_N = torch.tensor([edge, math.nextafter(edge, 1)], dtype=torch.float64)
+        # two bins of one sample each: their gaps do not cancel
+        assert calibration_error(above_N, right_N) == pytest.approx(((1 - edge) + edge) / 2, abs=1e-12)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_give_no_accuracy(bad: float) -> None:
+    """Samples of NaN would count as predicted to be of the class that has the NaN: 40 % right here."""
+    logits_NC = torch.tensor([[9.0, 0.0], [9.0, 0.0], [0.0, 9.0], [bad, 0.0], [0.0, bad]])
+    labels_N = torch.tensor([0, 1, 0, 0, 0])
+    values = metrics(logits_NC, labels_N)
+    assert all(math.isnan(values[name]) for name in METRIC_NAMES)
+    assert values["not_finite"] == 2 and values["classes"] == 2
+    assert "not_finite" not in metrics(logits_NC[:3], labels_N[:3])
+
+
+def test_a_class_of_probability_0_is_no_fault() -> None:
+    values = metrics(torch.tensor([[0.0, -math.inf], [-math.inf, 1.0]]), torch.tensor([0, 0]))
+    assert values["top1"] == 0.5 and values["nll"] == math.inf
+    assert "not_finite" not in values
+    assert metrics(torch.tensor([[-math.inf, -math.inf]]), torch.tensor([0]))["not_finite"] == 1
 
 
 def test_calibration_is_computed_in_float64() -> None:

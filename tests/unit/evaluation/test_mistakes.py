@@ -11,6 +11,7 @@ from disam_peft.config.data import DataConfig
 from disam_peft.data.load import load
 from disam_peft.evaluation.mistakes import confident_errors, confusion
 from disam_peft.evaluation.predict import Predictions
+from disam_peft.report.maps import confusion_maps
 
 CLASSES = ("blue", "green", "grey tone", "red")
 
@@ -24,6 +25,17 @@ def test_counts_of_one_domain_only():
     found = confusion(predicted([0, 0, 0, 1, 3], [1, 1, 1, 1, 0], [a, b, b, b, a]), "photo", CLASSES)
     assert found.counts == [[0, 0, 1], [0, 1, 2], [1, 1, 1]]
     assert (found.domain, found.classes) == ("photo", list(CLASSES))
+
+
+def test_samples_without_finite_logits_were_predicted_as_nothing(domains_folder):
+    a, undefined = [0.7, 0.1, 0.1, 0.1], [float("nan"), 0.1, 0.1, 0.1]
+    predictions = predicted([0, 0, 1, 1], [1, 1, 1, 0], [a, undefined, undefined, undefined])
+    found = confusion(predictions, "photo", CLASSES)
+    assert (found.counts, found.not_finite) == ([[0, 0, 1]], 2)
+    dataset = load(DataConfig(root=domains_folder)).select([0, 1, 2, 3])
+    assert confident_errors(predictions, dataset, CLASSES, 9) == []
+    [axes] = confusion_maps([("ERM", found)], 7.0).axes
+    assert axes.get_title() == "ERM: 33 % right, 2 not finite"
 
 
 def test_the_surest_errors_come_first_and_ties_go_by_key(domains_folder):
