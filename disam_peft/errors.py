@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# C0 and C1 controls with the escape that begins a terminal's commands, line breaks that Unicode has besides, signs
+# that turn the direction of what follows them, and halves of characters, which cannot be printed at all.
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """``text`` as a terminal may be given it: what would command the terminal, in names from data or in paths, is shown
+    as an escape such as ``\\x1b``. Line breaks and tabs stay, for messages have them."""
+    return _COMMANDS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class UserError(ValueError):
     """Something that the user can mend: the message says the value, the cause and what to do.
 
-    The command line prints it without a traceback and exits with 2.
+    The command line prints it without a traceback and exits with 2. Names in it are made ``printable``.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class Stopped(BaseException):

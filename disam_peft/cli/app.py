@@ -16,6 +16,7 @@ from disam_peft import __version__
 from disam_peft.cli.data_verbs import check_data
 from disam_peft.cli.demo_verbs import demo, doctor
 from disam_peft.cli.result_verbs import evaluate, export, report
+from disam_peft.cli.terminal import say
 from disam_peft.cli.training_verbs import compare, sweep, train
 from disam_peft.common.processes import is_main
 from disam_peft.errors import Notice, Stopped, UserError
@@ -27,7 +28,7 @@ for verb in (check_data, train, sweep, compare, evaluate, export, report, demo, 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"disam-peft {__version__}")
+        say(f"disam-peft {__version__}")
         raise typer.Exit
 
 
@@ -51,7 +52,7 @@ def _show_warning(
     """One line; where the code stands that warned is of no use to who typed a command."""
     if is_main():
         kind, colour = ("note", "cyan") if issubclass(category, Notice) else ("warning", "yellow")
-        typer.secho(f"{kind}: {message}", err=True, fg=colour)
+        say(f"{kind}: {message}", err=True, colour=colour)
 
 
 def main() -> None:
@@ -61,9 +62,9 @@ def main() -> None:
         app()
     except UserError as error:
         if is_main():
-            typer.secho(f"error: {error}", err=True, fg="red")
+            say(f"error: {error}", err=True, colour="red")
         sys.exit(2)
     except Stopped as stopped:
         if is_main():
-            typer.secho(str(stopped), err=True, fg="yellow")
+            say(stopped, err=True, colour="yellow")
         sys.exit(stopped.exit_code)

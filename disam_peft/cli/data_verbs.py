@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from disam_peft.cli.terminal import say
+
 
 def check_data(
     root: Annotated[
@@ -33,6 +35,6 @@ def check_data(
         write_json(json_file, report.to_dict())
     if held_out is not None:
         check_no_leak(*leave_out(dataset, held_out))
-        typer.echo(f"no file of '{held_out}' is in another domain")
+        say(f"no file of '{held_out}' is in another domain")
     if report.bad:
         raise typer.Exit(1)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from disam_peft.cli.options import Overrides
+from disam_peft.cli.terminal import say
 
 
 def demo(
@@ -19,10 +20,10 @@ def demo(
     from disam_peft.cli.output import print_held_out
     from disam_peft.experiments.demo import demo as run_demo
 
-    rows = run_demo(output, held_out, steps=steps, say=typer.echo)
+    rows = run_demo(output, held_out, steps=steps, say=say)
     print_held_out(rows)
-    typer.echo(f"open {output / 'report.html'}")
-    typer.echo("next, on your own data: disam-peft check-data FOLDER   |   disam-peft train RECIPE data.root=FOLDER")
+    say(f"open {output / 'report.html'}")
+    say("next, on your own data: disam-peft check-data FOLDER   |   disam-peft train RECIPE data.root=FOLDER")
 
 
 def doctor(

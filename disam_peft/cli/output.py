@@ -10,8 +10,10 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from disam_peft.common.records import RAW, Pool, ResultRow, pool_title
+from disam_peft.errors import printable
 
 if TYPE_CHECKING:
     from disam_peft.data.check import DataReport
@@ -24,13 +26,26 @@ _LISTED = 20
 VERDICT_COLOURS = {"ok": "green", "failed": "bold red", "not available": "yellow"}
 
 
+class Terminal(Console):
+    """A console that makes every text ``printable`` first, and takes ``:cat:`` for what it is.
+
+    Square brackets have a meaning in the cells of tables: names go there through ``rich.markup.escape``.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"emoji": False, **options})
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+
 def print_held_out(rows: Iterable[ResultRow], console: Console | None = None) -> None:
     """One line per held-out domain, zero-shot beside the adapter; and their mean, if there are several.
 
     Weights are named where averages of them were kept. The columns after the accuracies are, for each held-out domain,
     of the last rows there, which are those of the weights that selection chose.
     """
-    console = console or Console()
+    console = console or Terminal()
     shown = [row for row in rows if row.split == "held_out" and row.is_of(row.held_out)]
     averaged = any(row.weights != RAW for row in shown)
 
@@ -78,7 +93,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     """What was measured and what can be said of it, measure by measure; then what failed."""
     from disam_peft.report.comparison import value_tables, verdict_table
 
-    console = console or Console()
+    console = console or Terminal()
     for metric in comparison.metrics:
         values = value_tables(comparison, metric)[0]
         if _width(values) > console.width:
@@ -122,7 +137,7 @@ def print_evaluation(
     rows: Iterable[ResultRow], recorded: Iterable[ResultRow], title: str, console: Console | None = None
 ) -> None:
     """Every split and domain, with the top-1 that training recorded for the same, where it did."""
-    console = console or Console()
+    console = console or Terminal()
     before = {(r.method, r.split, r.domain, r.pooled, r.metric): r.value for r in recorded if r.chosen is not False}
     table = Table(title=f"{escape(title)} (accuracies in %)", box=box.SIMPLE, title_justify="left", pad_edge=False)
     for name in ("split", "domain"):
@@ -151,7 +166,7 @@ def print_evaluation(
 
 def print_sweep(rows: Iterable[Mapping[str, Any]], title: str, console: Console | None = None) -> None:
     """One line per setting, in the order given."""
-    console = console or Console()
+    console = console or Terminal()
     table = Table(title=escape(title), box=box.SIMPLE, title_justify="left")
     for name in ("learning rate", "rho", "lambda", "best step", "top-1 (%)", "NLL"):
         table.add_column(name, justify="right")
@@ -167,7 +182,7 @@ def print_sweep(rows: Iterable[Mapping[str, Any]], title: str, console: Console 
 
 def print_sharpness(rows: Iterable[ResultRow], console: Console | None = None) -> None:
     """Every measure (lines) on every split (columns)."""
-    console = console or Console()
+    console = console or Terminal()
     found = list(rows)
     places = list(dict.fromkeys((row.split, row.domain, row.n) for row in found))
     table = Table(title="Sharpness", box=box.SIMPLE, title_justify="left", pad_edge=False)
@@ -183,7 +198,7 @@ def print_sharpness(rows: Iterable[ResultRow], console: Console | None = None) -
 
 def print_data_report(report: DataReport, console: Console | None = None) -> None:
     """The census, then what is wrong with it."""
-    console = console or Console()
+    console = console or Terminal()
     table = Table(title=f"{report.total} images", box=box.SIMPLE, title_justify="left")
     table.add_column("class")
     for domain in report.domains:
@@ -229,7 +244,7 @@ def _number(value: float | None) -> str:
 
 def print_examination(examination: Examination, console: Console | None = None) -> None:
     """The machine, one line per check with what was measured below it, and how many checks have which verdict."""
-    console = console or Console()
+    console = console or Terminal()
     around = "  ".join(f"{name} {value}" for name, value in examination.environment.items())
     console.print(around, style="dim", markup=False, highlight=False)
     title = f"{escape(examination.subject)}, on synthetic images"

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from disam_peft.cli.options import Overrides
+from disam_peft.cli.terminal import say
 
 
 def evaluate(
@@ -34,7 +35,7 @@ def evaluate(
             print_evaluation(outcome.rows, recorded_rows(outcome.folder), str(outcome.folder))
             if sharpness:
                 print_sharpness(read_results(outcome.folder / SHARPNESS))
-                typer.echo(f"wrote {outcome.folder / SHARPNESS}; disam-peft report {outcome.folder} shows it")
+                say(f"wrote {outcome.folder / SHARPNESS}; disam-peft report {outcome.folder} shows it")
 
 
 def export(
@@ -46,7 +47,7 @@ def export(
     """Write the adapter, or the whole model with the adapter merged in, for use elsewhere."""
     from disam_peft.experiments.export_run import export_run
 
-    typer.echo(f"wrote {export_run(folder, to, output, held_out=held_out)}")
+    say(f"wrote {export_run(folder, to, output, held_out=held_out)}")
 
 
 def report(
@@ -60,4 +61,4 @@ def report(
     from disam_peft.report.runs import read_runs
 
     build_report(read_runs(folders), output, title=title, figures=figures)
-    typer.echo(f"wrote {output}")
+    say(f"wrote {output}")

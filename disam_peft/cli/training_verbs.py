@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from disam_peft.cli.options import Overrides, names, numbers
+from disam_peft.cli.terminal import say
 
 if TYPE_CHECKING:
     from disam_peft.experiments.run import Outcome
@@ -42,18 +43,18 @@ def _print_outcomes(outcomes: list[Outcome]) -> None:
         return
     for outcome in outcomes:
         if outcome.fit is None:
-            typer.echo(f"{outcome.folder}: this very run is finished already; kept (--overwrite runs it again)")
+            say(f"{outcome.folder}: this very run is finished already; kept (--overwrite runs it again)")
     print_held_out([row for outcome in outcomes for row in outcome.rows])
     for outcome in outcomes:
         if outcome.fit is not None:
             fit = outcome.fit
-            typer.echo(
+            say(
                 f"{outcome.folder}: loss {fit.first_loss:.4f} -> {fit.last_loss:.4f}, best step {fit.best_step}"
                 + (f" of {fit.weights}" if len(fit.states) > 1 else "")
                 + (f", {fit.skipped_steps} steps skipped" if fit.skipped_steps else "")
             )
     first = outcomes[0].folder
-    typer.echo(f"next: disam-peft evaluate {first}   |   disam-peft export {first} --to peft --output DIR")
+    say(f"next: disam-peft evaluate {first}   |   disam-peft export {first} --to peft --output DIR")
 
 
 def sweep(
@@ -79,7 +80,7 @@ def sweep(
     for held_out in dict.fromkeys(row.held_out for row in rows):
         found = [row for row in rows if row.held_out == held_out]
         print_sweep([vars(row) for row in found], f"without {held_out}: accuracy on held-back source data")
-        typer.echo(f"next: {sweeps.best_command(recipe, overrides or [], found[0])}")
+        say(f"next: {sweeps.best_command(recipe, overrides or [], found[0])}")
 
 
 def compare(
@@ -104,6 +105,6 @@ def compare(
 
     comparison = run_plan(plan, output, jobs=jobs, overwrite=overwrite)
     print_comparison(comparison)
-    typer.echo(f"open {output / 'comparison.html'}")
+    say(f"open {output / 'comparison.html'}")
     if comparison.failed:
         raise typer.Exit(1)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from disam_peft.common.processes import is_main
+from disam_peft.errors import printable
 
 Item = TypeVar("Item")
 _silenced = False
@@ -28,6 +29,6 @@ def track(items: Iterable[Item], description: str, *, total: int | None = None) 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not is_watched()) as progress:
-        yield from progress.track(items, description=description, total=total)
+        yield from progress.track(items, description=printable(description), total=total)
