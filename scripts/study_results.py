@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from disam_peft.report.comparison import Comparison, TextTable, diagnostics_table, read_comparison, value_tables
+from disam_peft.report.comparison import NONE, Comparison, TextTable, diagnostics_table, read_comparison, value_tables
 from disam_peft.report.comparison import verdict_table as verdicts
 from disam_peft.report.comparison_page import about
 
@@ -51,7 +51,7 @@ def section(path: Path, comparison: Comparison) -> list[str]:
 
 
 def held_out(comparison: Comparison) -> str:
-    return ", ".join(dict.fromkeys(domain for of in comparison.held_out.values() for domain in of))
+    return ", ".join(dict.fromkeys(domain or NONE for of in comparison.held_out.values() for domain in of))
 
 
 def shortened(table: TextTable) -> TextTable:

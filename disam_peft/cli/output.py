@@ -40,30 +40,41 @@ class Terminal(Console):
 
 
 def print_held_out(rows: Iterable[ResultRow], console: Console | None = None) -> None:
-    """One line per held-out domain, zero-shot beside the adapter; and their mean, if there are several.
+    """What the runs of one training are worth: on the domains that they held out, or on held-back images of every
+    domain where nothing was held out."""
+    found = list(rows)
+    if any(row.held_out is None for row in found):
+        shown = [row for row in found if row.split == "source_validation" and row.pooled is None]
+        title, corner = "Accuracy on held-back images (top-1, %)", "domain"
+    else:
+        shown = [row for row in found if row.split == "held_out" and row.is_of(row.held_out)]
+        title, corner = "Accuracy on the held-out domain (top-1, %)", "held out"
+    _print_by_domain(shown, title, corner, console or Terminal())
 
-    Weights are named where averages of them were kept. The columns after the accuracies are, for each held-out domain,
+
+def _print_by_domain(shown: list[ResultRow], title: str, corner: str, console: Console) -> None:
+    """One line per domain, zero-shot beside the adapter; and their mean, if there are several.
+
+    Weights are named where averages of them were kept. The columns after the accuracies are, for each domain,
     of the last rows there, which are those of the weights that selection chose.
     """
-    console = console or Terminal()
-    shown = [row for row in rows if row.split == "held_out" and row.is_of(row.held_out)]
     averaged = any(row.weights != RAW for row in shown)
 
     def column(row: ResultRow) -> str:
         name = row.method.replace("_", "-")
         return f"{name}, {row.weights}" if averaged and row.method != "zero_shot" else name
 
-    values = {(row.held_out, column(row), row.metric): row.value for row in shown}
-    domains = list(dict.fromkeys(row.held_out for row in shown if row.held_out is not None))
+    values = {(row.domain, column(row), row.metric): row.value for row in shown}
+    domains = list(dict.fromkeys(domain for domain, _, _ in values))
     methods = list(dict.fromkeys(method for _, method, _ in values))
-    table = Table(title="Accuracy on the held-out domain (top-1, %)", box=box.SIMPLE, title_justify="left")
-    table.add_column("held out")
+    table = Table(title=title, box=box.SIMPLE, title_justify="left")
+    table.add_column(corner)
     for method in methods:
         table.add_column(method, justify="right")
     table.add_column("macro", justify="right")
     table.add_column("NLL", justify="right")
     table.add_column("ECE", justify="right")
-    last = {row.held_out: column(row) for row in shown if row.chosen is not False}  # of each domain the last row
+    last = {row.domain: column(row) for row in shown if row.chosen is not False}  # of each domain the last row
 
     def line(name: str, of: Iterable[str]) -> None:
         chosen = list(of)

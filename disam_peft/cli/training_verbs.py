@@ -75,11 +75,12 @@ def sweep(
     check_sweep(checked, learning_rates, rhos, variance_weights)
     from disam_peft.cli.output import print_sweep
     from disam_peft.experiments import sweep as sweeps
+    from disam_peft.report.result_tables import training_domains
 
     rows = sweeps.sweep(checked, learning_rates=learning_rates, rhos=rhos, variance_weights=variance_weights)
     for held_out in dict.fromkeys(row.held_out for row in rows):
         found = [row for row in rows if row.held_out == held_out]
-        print_sweep([vars(row) for row in found], f"without {held_out}: accuracy on held-back source data")
+        print_sweep([vars(row) for row in found], f"{training_domains(held_out)}: accuracy on held-back source data")
         say(f"next: {sweeps.best_command(recipe, overrides or [], found[0])}")
 
 

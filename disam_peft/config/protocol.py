@@ -1,23 +1,50 @@
-"""Which domain is kept away from training, and how the sources are split."""
+"""Which domain is kept away from training, if any, and how the rest is split."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from disam_peft.config.base import Config
 
 ALL = "all"
+DOMAIN_PREFIX = "domain:"
+"""Before the name of a domain in ``held_out``: a domain and nothing else is meant, even if it is called ``all``."""
 
 
 class ProtocolConfig(Config):
-    """One domain is kept away from training; the checkpoint is chosen on a part of the others ("training-domain
-    validation")."""
+    """What a run may train on, and on what it is judged. The state that is kept is chosen on a part of the domains that
+    are trained on ("training-domain validation")."""
 
-    kind: Literal["leave_one_domain_out"] = "leave_one_domain_out"
-    """How domains are kept away from training; one way so far."""
-    held_out: str
-    """The domain that training never sees. ``all``: a run for each domain in turn."""
+    kind: Literal["leave_one_domain_out", "all"] = "leave_one_domain_out"
+    """``leave_one_domain_out``: one domain is kept away from training, and the adapter is judged there. ``all``:
+    training has every domain and nothing is held out, which gives the adapter to use on other data. ``protocol: all``
+    is short for ``protocol: {kind: all}``."""
+    held_out: str | None = None
+    """The domain that training never sees; needed with ``leave_one_domain_out`` and refused with ``all``. The word
+    ``all`` stands for a run for each domain in turn; ``domain:all`` is the one domain that is called all."""
     validation_fraction: float = Field(default=0.2, gt=0, lt=1)
-    """Share of the images of every source domain that is kept for validation."""
+    """Share of the images of every domain that is trained on which is kept for validation."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ProtocolConfig:
+        if self.kind == "all" and self.held_out is not None:
+            raise ValueError(
+                f"held_out={self.held_out!r} has no meaning with kind 'all', which holds nothing out; remove it (on "
+                "the command line protocol=all replaces both)"
+            )
+        if self.kind != "all" and self.held_out is None:
+            raise ValueError(
+                "held_out is missing: name the domain that training must not see, or 'all' for a run for each domain "
+                "in turn; protocol=all trains on every domain"
+            )
+        return self
+
+
+def _with_kind(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+Protocol = Annotated[ProtocolConfig, BeforeValidator(_with_kind)]
+"""The protocol of a recipe. ``all`` is short for ``{kind: all}``."""

@@ -18,11 +18,11 @@ from disam_peft.config.data import AugmentConfig, DataConfig, DomainsConfig, Fea
 from disam_peft.config.evaluation import EvaluationConfig
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.mistakes import all_mistakes, explain
-from disam_peft.config.names import folder_name, require_folder_name
+from disam_peft.config.names import ALL_DOMAINS, folder_name, require_folder_name
 from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.overrides import apply_override
 from disam_peft.config.prompts import PromptConfig
-from disam_peft.config.protocol import ProtocolConfig
+from disam_peft.config.protocol import Protocol
 from disam_peft.config.selection import SelectionConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.config.yaml import read_yaml
@@ -54,17 +54,17 @@ class Recipe(Config):
     augment: AugmentConfig = AugmentConfig()
     features: FeatureConfig = FeatureConfig()
     prompts: PromptConfig = PromptConfig()
-    protocol: ProtocolConfig
+    protocol: Protocol
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
-    def folder(self, held_out: str) -> Path:
-        """Where the run that leaves ``held_out`` out keeps its files.
+    def folder(self, held_out: str | None) -> Path:
+        """Where the run that leaves ``held_out`` out keeps its files; None: the run that holds nothing out.
 
         Raises:
             UserError: a domain whose name is too long for a folder.
         """
-        return self.output / self.name / folder_name(held_out)
+        return self.output / self.name / (ALL_DOMAINS if held_out is None else folder_name(held_out))
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

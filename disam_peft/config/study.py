@@ -32,7 +32,8 @@ class Study(Config):
     conditions: dict[str, Overrides] = Field(default={"": {}}, min_length=1)
     """Under which settings the arms are compared: name -> overrides. Every arm runs under every condition."""
     held_out: str | list[str] | None = Field(default=None, min_length=1)
-    """The domains to hold out, one run each, or ``all``. Unset: what the recipe says."""
+    """The domains to hold out, one run each, or ``all``. Unset: what the recipe says. May not be set where the
+    recipe has ``protocol: all``."""
     seeds: Annotated[int, Field(ge=1)] | Annotated[list[Seed], Field(min_length=1)] = 5
     """The number of seeds, counted from 0 on, or a list of them."""
     data_seed: Literal["seed", "recipe"] = "seed"
@@ -43,4 +44,5 @@ class Study(Config):
     comparisons: list[tuple[str, str]] | None = Field(default=None, min_length=1)
     """The pairs of arms that are compared. Unset: every arm with the baseline, and disam with sam and erm_2x."""
     metric: str | list[str] = Field(default="top1", min_length=1)
-    """The measures that are compared, one or several. Each is a family of tests of its own."""
+    """The measures that are compared, one or several. Each is a family of tests of its own. Where nothing is held out
+    (``protocol: all``) the default is ``source_top1``."""

@@ -141,7 +141,8 @@ def write_sharpness(
     Every process measures the same, and the main one writes, so that no process waits at a barrier for minutes.
 
     Args:
-        splits: split -> its samples; the slice of the loss is drawn on the split ``held_out``.
+        splits: split -> its samples; the slice of the loss is drawn on ``held_out``, or on the first split where
+            nothing was held out.
         like: any row of the same classifier.
     """
     rows, plane = sharpness_rows(

@@ -21,37 +21,46 @@ from disam_peft.data.splits import leave_out, split_train_validation
 
 @dataclass(frozen=True)
 class SplitData:
-    """The data of a run that leaves one domain out. Training and selection are handed source data only.
+    """The data of a run. Training and selection are handed source data only.
 
     Attributes:
-        sources: all samples of every domain but the held-out one; ``training`` and ``validation`` together.
+        sources: all samples of every domain but the held-out one, if there is one; ``training`` and ``validation``
+            together.
         training: the samples that the adapter is trained on.
         validation: the samples of the sources by which the best state is chosen.
-        target: all samples of the held-out domain.
+        target: all samples of the held-out domain; None where nothing is held out.
     """
 
     sources: DomainDataset
     training: DomainDataset
     validation: DomainDataset
-    target: DomainDataset
+    target: DomainDataset | None
 
     def by_split(self) -> dict[str, DomainDataset]:
-        """The two data sets that results are reported on, by the names that records give to them."""
-        return {"source_validation": self.validation, "held_out": self.target}
+        """The data sets that results are reported on, by the names that records give to them."""
+        return {"source_validation": self.validation, **({} if self.target is None else {"held_out": self.target})}
+
+    @property
+    def judged(self) -> tuple[str, DomainDataset]:
+        """The data set on which mistakes are looked at, and its name in records: what the adapter never saw, or the
+        validation part where nothing was held out."""
+        return ("source_validation", self.validation) if self.target is None else ("held_out", self.target)
 
 
-def holding_out(recipe: Recipe, domain: str) -> Recipe:
-    """The recipe of one run, which names the domain that it holds out."""
+def holding_out(recipe: Recipe, domain: str | None) -> Recipe:
+    """The recipe of one run, which names the domain that it holds out; None where it holds nothing out."""
     return recipe.model_copy(update={"protocol": recipe.protocol.model_copy(update={"held_out": domain})})
 
 
 def split_data(recipe: Recipe, dataset: DomainDataset) -> SplitData:
-    """Split ``dataset`` as the recipe's protocol says. The held-out domain must be named there, not ``all``.
+    """Split ``dataset`` as the protocol of one run says, which names the domain to hold out or holds nothing out.
 
     Raises:
-        UserError: no such domain; fewer than two domains; a domain too small for the validation fraction.
+        UserError: no such domain; fewer than two domains where one is held out; a domain too small for the validation
+            fraction.
     """
-    sources, target = leave_out(dataset, recipe.protocol.held_out)
+    held_out = recipe.protocol.held_out
+    sources, target = (dataset, None) if held_out is None else leave_out(dataset, held_out)
     training, validation = split_train_validation(sources, recipe.protocol.validation_fraction, recipe.seed)
     return SplitData(sources, training, validation, target)
 

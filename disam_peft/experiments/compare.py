@@ -67,7 +67,7 @@ def run_plan(plan: StudyPlan, output: Path, *, jobs: int | None = None, overwrit
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: at least one process has to do the work")
     todo = [cell for cell in plan.cells if overwrite or not is_finished(cell.recipe)]
-    ended: dict[tuple[str, str, str, int], Done] = {}
+    ended: dict[tuple[str, str, str | None, int], Done] = {}
     work = _here(todo, overwrite) if jobs == 1 else _elsewhere(todo, overwrite, jobs)
     for cell, done in track(work, f"{len(plan.cells) - len(todo)} of {len(plan.cells)} runs kept", total=len(todo)):
         ended[_key(cell)] = done
@@ -149,9 +149,9 @@ class CellRunner:
         return run_cell(cell, self._cache, self._overwrite)
 
 
-def _collected(plan: StudyPlan, output: Path, errors: dict[tuple[str, str, str, int], str]) -> Comparison:
+def _collected(plan: StudyPlan, output: Path, errors: dict[tuple[str, str, str | None, int], str]) -> Comparison:
     """The records of every cell, read back from its folder."""
-    rows: dict[tuple[str, str, str, int, str], MeasureRow] = {}
+    rows: dict[tuple[str, str, str | None, int, str], MeasureRow] = {}
     runs: list[RunPlace] = []
     failed: list[Failure] = []
     for cell in plan.cells:
@@ -185,5 +185,5 @@ def _collected(plan: StudyPlan, output: Path, errors: dict[tuple[str, str, str, 
     return replace(comparison, verdicts=judge(comparison))
 
 
-def _key(cell: Cell) -> tuple[str, str, str, int]:
+def _key(cell: Cell) -> tuple[str, str, str | None, int]:
     return cell.condition, cell.arm, cell.held_out, cell.seed

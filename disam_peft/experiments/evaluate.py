@@ -45,11 +45,13 @@ def evaluate(folder: Path, overrides: Sequence[str] = (), *, sharpness: bool = F
         with accelerator.main_process_first():
             dataset = load(recipe.data)
         classifier = load_adapter(run / ADAPTER, device=accelerator.device)
-        splits = _splits(recipe, _in_classes_of(classifier, dataset))
+        splits = _splits(run, recipe, _in_classes_of(classifier, dataset))
         if sharpness and "source_validation" not in splits:
+            left_out = recipe.protocol.held_out
+            beside = "" if left_out is None else f" and on {left_out!r}, which the run left out"
             raise UserError(
-                f"sharpness is measured on the sources and on {recipe.protocol.held_out!r}, which the run left out, "
-                f"but {dataset.origin} has {', '.join(dataset.present_domains)}; evaluate on the run's own data, or "
+                f"sharpness is measured on the sources{beside}, but {dataset.origin} has "
+                f"{', '.join(dataset.present_domains)}; evaluate on the run's own data, or "
                 "without --sharpness"
             )
         evaluator = Evaluator(recipe, accelerator.autocast)
@@ -71,9 +73,12 @@ def recorded_rows(run: Path) -> list[ResultRow]:
     return read_results(path) if path.is_file() else []
 
 
-def _splits(recipe: Recipe, dataset: DomainDataset) -> dict[str, DomainDataset]:
+def _splits(run: Path, recipe: Recipe, dataset: DomainDataset) -> dict[str, DomainDataset]:
     """What to evaluate on: the run's own splits where the data have them, else every sample as ``given``."""
     held_out, domains = recipe.protocol.held_out, dataset.present_domains
+    if held_out is None:
+        own = load_recipe(run / RECIPE).data == recipe.data
+        return split_data(recipe, dataset).by_split() if own else {"given": dataset}
     if held_out in domains and len(domains) > 1:
         return split_data(recipe, dataset).by_split()
     return {"held_out" if domains == (held_out,) else "given": dataset}

@@ -46,10 +46,10 @@ from disam_peft.training.trainer import FitResult, fit
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run that left one domain out. ``fit`` is None where a finished run was found and kept."""
+    """One run. ``held_out`` is None where it held nothing out, ``fit`` where a finished run was found and kept."""
 
     folder: Path
-    held_out: str
+    held_out: str | None
     rows: list[ResultRow]
     fit: FitResult | None
 
@@ -57,7 +57,7 @@ class Outcome:
 def train(
     recipe: Recipe, *, overwrite: bool = False, resume: bool = False, cache: RunCache | None = None
 ) -> list[Outcome]:
-    """Train and evaluate the recipe's adapter, once for each domain to hold out.
+    """Train and evaluate the recipe's adapter, once for each domain to hold out, or once on all domains.
 
     A finished run of the very same recipe is kept as it is. Files of a run, in ``recipe.folder(held_out)``:
     ``recipe.yaml`` (resolved), ``images.parquet`` (which images, by content), ``metrics.jsonl``, ``adapter/`` (the best
@@ -93,10 +93,11 @@ def train(
 def _train_one(
     recipe: Recipe, dataset: DomainDataset, accelerator: Accelerator, plan: run_folder.Plan, cache: RunCache
 ) -> Outcome:
-    """One run from the data to its files; the recipe names the one domain to hold out."""
+    """One run from the data to its files; the recipe names the one domain to hold out, or holds nothing out."""
     folder, is_main = _folder(recipe), accelerator.is_main_process
     data = split_data(recipe, dataset)
-    check_no_leak(data.sources, data.target)
+    if data.target is not None:
+        check_no_leak(data.sources, data.target)
     images = images_of(data)
 
     pretrained = load_pretrained(recipe, dataset.prompt_names, accelerator.device)
@@ -141,7 +142,8 @@ def _train_one(
         _record_inferred(folder, recipe, inferred)
         if not (folder / IMAGES).is_file():  # a run of 0.1 that went on
             write_images(folder / IMAGES, images)
-        write_mistakes(folder, predictions["held_out"], data.target, classifier.class_names, recipe.evaluation)
+        split, judged = data.judged
+        write_mistakes(folder, predictions[split], judged, classifier.class_names, recipe.evaluation)
         write_results(folder / RESULTS, rows)
     # after the results are written: it needs the most memory, and they are safe should it run out
     if recipe.evaluation.sharpness is not None:

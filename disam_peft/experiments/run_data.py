@@ -18,8 +18,9 @@ def images_of(data: SplitData) -> RunImages:
     parts: list[tuple[Part, DomainDataset]] = [
         ("training", data.training),
         ("validation", data.validation),
-        ("held_out", data.target),
     ]
+    if data.target is not None:
+        parts.append(("held_out", data.target))
     key: list[str] = []
     content: list[str] = []
     domain: list[str] = []

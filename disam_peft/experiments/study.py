@@ -18,14 +18,14 @@ from disam_peft.config.mistakes import all_mistakes, explain
 from disam_peft.config.names import folder_name
 from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.overrides import apply_override, set_key
-from disam_peft.config.protocol import ALL
+from disam_peft.config.protocol import ALL, DOMAIN_PREFIX
 from disam_peft.config.recipe import Recipe, checked
 from disam_peft.config.shapes import DOMAINS
 from disam_peft.config.study import PRESETS, Overrides, Study
 from disam_peft.config.training import TrainConfig
 from disam_peft.config.yaml import read_yaml
 from disam_peft.errors import UserError, did_you_mean
-from disam_peft.report.run_measures import MEASURES
+from disam_peft.report.run_measures import MEASURES, ON_HELD_OUT
 
 _FAULTS = ("wrong_domains", "wrong_labels", "spurious_color")
 
@@ -36,7 +36,8 @@ class Cell:
 
     condition: str
     arm: str
-    held_out: str
+    held_out: str | None
+    """None where nothing is held out."""
     seed: int
     recipe: Recipe
 
@@ -50,7 +51,8 @@ class Cell:
         return json.dumps([self.recipe.data.model_dump(mode="json"), self.held_out, self.seed])
 
     def __str__(self) -> str:
-        return f"{self.condition + ', ' if self.condition else ''}{self.arm}, {self.held_out}, seed {self.seed}"
+        held_out = "all domains" if self.held_out is None else self.held_out
+        return f"{self.condition + ', ' if self.condition else ''}{self.arm}, {held_out}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -127,12 +129,7 @@ class _Planner:
 
     def plan(self) -> StudyPlan:
         study = self.study
-        pairs, metrics = self._pairs(), [study.metric] if isinstance(study.metric, str) else study.metric
-        self.mistakes += [
-            f"metric: no measure {m!r}{did_you_mean(m, MEASURES)} (known: {', '.join(MEASURES)})"
-            for m in metrics
-            if m not in MEASURES
-        ]
+        pairs = self._pairs()
         for kind, names in (("arms", self.arms), ("conditions", self.conditions)):
             self.mistakes += _folder_mistakes(kind, names)
         seeds = list(range(study.seeds)) if isinstance(study.seeds, int) else study.seeds
@@ -144,6 +141,12 @@ class _Planner:
             for arm in self.arms
             if (cell := self._cell(condition, arm, domain, seed)) is not None
         ]
+        metrics = self._metrics(cells)
+        self.mistakes += [
+            f"metric: no measure {m!r}{did_you_mean(m, MEASURES)} (known: {', '.join(MEASURES)})"
+            for m in metrics
+            if m not in MEASURES
+        ]
         first = next(iter(self.conditions))
         arms = {arm: self._arm(arm, self._varied(first)) for arm in self.arms}
         grouped = {cell.shared: [c for c in cells if c.shared == cell.shared] for cell in cells}
@@ -151,7 +154,23 @@ class _Planner:
         fresh = study.data_seed == "seed" and all(cell.recipe.data.shapes is not None for cell in cells)
         return StudyPlan(self.title, study.question, arms, self.conditions, pairs, metrics, fresh, cells)
 
-    def _cell(self, condition: str, arm: str, held_out: str, seed: int) -> Cell | None:
+    def _metrics(self, cells: Sequence[Cell]) -> list[str]:
+        """The measures of the study. Where no run holds a domain out, what is measured there is no measure."""
+        study = self.study
+        metrics = [study.metric] if isinstance(study.metric, str) else study.metric
+        if not cells or any(cell.held_out is not None for cell in cells):
+            return metrics
+        if "metric" not in study.model_fields_set:
+            return ["source_top1"]
+        self.mistakes += [
+            f"metric: {name} is measured on the held-out domain, and with protocol=all nothing is held out; use "
+            "source_top1"
+            for name in metrics
+            if name in ON_HELD_OUT
+        ]
+        return metrics
+
+    def _cell(self, condition: str, arm: str, held_out: str | None, seed: int) -> Cell | None:
         values = self._varied(condition)
         for key, value in self._arm(arm, values).items():
             set_key(values, key, copy.deepcopy(value), self.mistakes)
@@ -160,12 +179,13 @@ class _Planner:
             values["output"] = str(self.runs / _slug(condition) / _slug(arm))
         except UserError:
             return None  # told once for each name, not for each cell
-        set_key(values, "protocol.held_out", held_out, self.mistakes)
+        if held_out is not None:
+            set_key(values, "protocol.held_out", held_out, self.mistakes)
         shapes = _shapes(values)
         if shapes is not None:
             if self.study.data_seed == "seed":
                 shapes["seed"] = seed
-            if any(shapes.get(fault) for fault in _FAULTS):
+            if held_out is not None and any(shapes.get(fault) for fault in _FAULTS):
                 shapes.setdefault("target", held_out)
         found: list[str] = []
         recipe = checked(values, found)
@@ -191,10 +211,14 @@ class _Planner:
             return {}
         return preset(name, values)
 
-    def _held_out(self, condition: str) -> list[str]:
+    def _held_out(self, condition: str) -> list[str] | list[None]:
         values = self._varied(condition)
         protocol = values.get("protocol")
         wanted = self.study.held_out
+        if protocol == ALL or (isinstance(protocol, dict) and protocol.get("kind") == ALL):
+            if wanted is not None:
+                self.mistakes.append("held_out: has no meaning with protocol=all, which holds nothing out; remove it")
+            return [None]
         if wanted is None:
             wanted = protocol.get("held_out") if isinstance(protocol, dict) else None
         if wanted is None:
@@ -204,6 +228,7 @@ class _Planner:
         names = [wanted] if isinstance(wanted, str) else wanted
         if names == [ALL]:
             return list(known)
+        names = [name if name in known else name.removeprefix(DOMAIN_PREFIX) for name in names]
         self.mistakes += [
             f"held_out: no domain {name!r}{did_you_mean(name, known)} (found: {', '.join(known)})"
             for name in names

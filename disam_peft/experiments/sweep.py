@@ -20,7 +20,6 @@ from disam_peft.classification.domain_inference import infer_domains
 from disam_peft.classification.frozen_features import evaluation_store, training_store
 from disam_peft.common.records import write_json
 from disam_peft.config.data import FeatureConfig
-from disam_peft.config.names import folder_name
 from disam_peft.config.recipe import Recipe
 from disam_peft.config.sweep import check_sweep
 from disam_peft.data.dataset import DomainDataset
@@ -45,7 +44,7 @@ class SweepRow:
         source_nll: the same of the negative log-likelihood, in nats.
     """
 
-    held_out: str
+    held_out: str | None
     learning_rate: float
     rho: float
     variance_weight: float
@@ -104,7 +103,7 @@ def sweep(
         found = _sweep_sources(recipe, data, held_out, settings, accelerator.device, accelerator.autocast)
         folder = recipe.output / recipe.name
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / f"sweep-{folder_name(held_out)}.json", [vars(row) for row in found])
+        write_json(folder / f"sweep-{recipe.folder(held_out).name}.json", [vars(row) for row in found])
         rows += found
     return rows
 
@@ -126,7 +125,7 @@ def _settings(
 def _sweep_sources(
     recipe: Recipe,
     data: SplitData,
-    held_out: str,
+    held_out: str | None,
     settings: list[ProbeSetting],
     device: torch.device,
     autocast: Autocast,
@@ -201,5 +200,6 @@ def _rows(recipe: Recipe, training: DomainDataset, views: int, device: torch.dev
 
 def best_command(recipe_path: Path, given: Sequence[str], row: SweepRow) -> str:
     """What to type to train a setting; ``given`` are the overrides that the sweep was started with."""
-    arguments = [str(recipe_path), *given, *row.overrides(), f"protocol.held_out={row.held_out}"]
+    chosen = [] if row.held_out is None else [f"protocol.held_out={row.held_out}"]
+    arguments = [str(recipe_path), *given, *row.overrides(), *chosen]
     return shlex.join(["disam-peft", "train", *arguments])

@@ -17,6 +17,8 @@ from disam_peft.report.statistics import PairedComparison, judged, paired, seed_
 
 COMPARISON = "comparison.json"
 ZERO_SHOT = "zero_shot"
+NONE = "none"
+"""Stands in place of a held-out domain where nothing was held out."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class MeasureRow:
     condition: str
     arm: str
     """``zero_shot``: of the model before it was trained."""
-    held_out: str
+    held_out: str | None
     seed: int
     metric: str
     value: float | None
@@ -39,7 +41,7 @@ class Failure:
 
     condition: str
     arm: str
-    held_out: str
+    held_out: str | None
     seed: int
     error: str
 
@@ -50,7 +52,7 @@ class RunPlace:
 
     condition: str
     arm: str
-    held_out: str
+    held_out: str | None
     seed: int
     folder: str
     """From the comparison's folder on."""
@@ -64,7 +66,7 @@ class Comparison:
         arms, conditions: name -> overrides of the recipe.
         pairs: of arms, ``(first, second)``.
         metrics: what they are compared by; each is a family of tests of its own.
-        held_out: condition -> the domains that were held out.
+        held_out: condition -> the domains that were held out; None where a run held nothing out.
         fresh_data: whether every seed had images of its own.
     """
 
@@ -74,7 +76,7 @@ class Comparison:
     conditions: dict[str, dict[str, Any]]
     pairs: list[tuple[str, str]]
     metrics: list[str]
-    held_out: dict[str, list[str]]
+    held_out: dict[str, list[str | None]]
     seeds: list[int]
     fresh_data: bool
     rows: list[MeasureRow]
@@ -83,9 +85,9 @@ class Comparison:
     verdicts: dict[str, list[Judgement]] = field(default_factory=dict)
     """By metric; worked out from the rows by ``judge``."""
 
-    def values(self, condition: str, metric: str) -> dict[str, dict[tuple[str, int], float]]:
+    def values(self, condition: str, metric: str) -> dict[str, dict[tuple[str | None, int], float]]:
         """arm -> (held-out domain, seed) -> value, where there is one."""
-        found: dict[str, dict[tuple[str, int], float]] = {}
+        found: dict[str, dict[tuple[str | None, int], float]] = {}
         for row in self.rows:
             if (row.condition, row.metric) == (condition, metric) and row.value is not None:
                 found.setdefault(row.arm, {})[row.held_out, row.seed] = row.value
@@ -174,7 +176,7 @@ def value_tables(comparison: Comparison, metric: str) -> list[TextTable]:
     over_all, by_condition = [], []
     for condition in comparison.conditions:
         values, domains = comparison.values(condition, metric), comparison.held_out[condition]
-        lines = [(d, *(_text(values.get(arm, {}), [d], measure) for arm in arms)) for d in domains]
+        lines = [(d or NONE, *(_text(values.get(arm, {}), [d], measure) for arm in arms)) for d in domains]
         mean = tuple(_text(values.get(arm, {}), domains, measure) for arm in arms)
         over_all.append((condition, *mean))
         if len(domains) > 1:
@@ -263,7 +265,7 @@ def seed_values(comparison: Comparison, one: Judgement, metric: str) -> list[flo
     return seed_differences(first, second, comparison.held_out[one.condition])
 
 
-def by_seed(values: dict[tuple[str, int], float], held_out: Sequence[str]) -> list[float]:
+def by_seed(values: dict[tuple[str | None, int], float], held_out: Sequence[str | None]) -> list[float]:
     """The mean over ``held_out`` of every seed that has them all."""
     seeds = sorted({seed for _, seed in values})
     complete = [seed for seed in seeds if all((domain, seed) in values for domain in held_out)]
@@ -275,7 +277,7 @@ def _arms(comparison: Comparison, metric: str) -> list[str]:
     return [*([ZERO_SHOT] if known and ZERO_SHOT not in comparison.arms else []), *comparison.arms]
 
 
-def _text(values: dict[tuple[str, int], float], held_out: Sequence[str], measure: Measure) -> str:
+def _text(values: dict[tuple[str | None, int], float], held_out: Sequence[str | None], measure: Measure) -> str:
     numbers = by_seed(values, held_out)
     if not numbers:
         return "n/a"

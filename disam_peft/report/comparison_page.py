@@ -20,6 +20,7 @@ from disam_peft.report.comparison import (
     verdict_table,
 )
 from disam_peft.report.comparison_figures import arm_lines, difference_intervals, domain_panels
+from disam_peft.report.result_tables import training_domains
 from disam_peft.report.run_measures import MEASURES
 from disam_peft.report.runs import RunRecord
 
@@ -105,7 +106,7 @@ def _curves(comparison: Comparison, folder: Path) -> list[_Curves]:
         shown = {arm: runs for arm, runs in arms.items() if all(run.steps for run in runs)}
         shown = {arm: shown[arm] for arm in list(shown)[:PANELS]}
         if shown:
-            title = f"{f'{condition}: ' if condition else ''}without {domains[0]}, means over seeds"
+            title = f"{f'{condition}: ' if condition else ''}{training_domains(domains[0])}, means over seeds"
             losses, weights = (
                 Markup(domain_panels(shown, name, label))
                 for name, label in (("domain_loss", "loss"), ("domain_weight", "weight in the ascent"))

@@ -36,6 +36,11 @@ class Group:
         return training_domains(self.held_out)
 
     @property
+    def judged(self) -> str:
+        """Which images the loss plane and the mistakes are of."""
+        return "held-back images" if self.held_out is None else self.held_out
+
+    @property
     def drawings(self) -> list[Drawing]:
         every = (self.losses, self.weights, self.cosine, self.planes, self.confusion)
         return [drawing for drawing in every if drawing is not None]
@@ -64,7 +69,7 @@ def _group(number: int, runs: list[RunRecord]) -> Group:
     cosines = [run for run in curves if any(step.get("ascent_cosine") is not None for step in run.steps)]
     planes = [(name, plane) for name, run in zip(names, shown, strict=True) for plane in run.loss_slices]
     matrices = [
-        (name, matrix)
+        (name if row.held_out is not None else f"{name}, {matrix.domain}", matrix)
         for name, run in zip(names, shown, strict=True)
         for matrix in run.confusions
         if len(matrix.classes) <= LARGEST_MATRIX
@@ -103,7 +108,7 @@ def _group(number: int, runs: list[RunRecord]) -> Group:
         else None,
         confusion=draw(
             f"{prefix}_confusion",
-            f"Confusion matrix on {row.held_out}, a panel per method",
+            f"Confusion matrix on {row.held_out or 'held-back images'}, a panel per method",
             partial(confusion_maps, matrices),
         )
         if matrices

@@ -33,6 +33,8 @@ MEASURES = {
     "relative_spread": Measure("the same spread, divided by the mean loss", False),
 }
 """What arms can be compared by."""
+ON_HELD_OUT = ("top1", "macro_accuracy", "nll", "ece")
+"""Those that are measured on the held-out domain."""
 DIAGNOSTICS = {
     "source_top1": MEASURES["source_top1"],
     "train_loss": Measure("training loss (nats), last third of the steps", False),
@@ -50,7 +52,7 @@ def run_measures(run: RunRecord) -> dict[str, float | None]:
     held_out = _of_domain(trained, "held_out", trained[0].held_out)
     sources = _mean(trained, "source_validation")
     return {
-        **{name: held_out.get(name) for name in ("top1", "macro_accuracy", "nll", "ece")},
+        **{name: held_out.get(name) for name in ON_HELD_OUT},
         "source_top1": sources.get("top1"),
         **training_measures(run.steps),
         "purity": next((event["purity"] for event in run.inferred), None),

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
-Pair = tuple[str, int]
+Pair = tuple[str | None, int]
 """What two arms are paired by: held-out domain and seed."""
 Verdict = Literal["first", "second", "not distinguishable", "no verdict"]
 
@@ -66,7 +66,7 @@ class PairedComparison:
 
 
 def paired(
-    first: str, second: str, values: Mapping[str, Mapping[Pair, float]], held_out: Sequence[str]
+    first: str, second: str, values: Mapping[str, Mapping[Pair, float]], held_out: Sequence[str | None]
 ) -> PairedComparison:
     """Compare two arms; the verdict is still to come, from ``judged``.
 
@@ -96,7 +96,9 @@ def paired(
     )
 
 
-def seed_differences(first: Mapping[Pair, float], second: Mapping[Pair, float], held_out: Sequence[str]) -> list[float]:
+def seed_differences(
+    first: Mapping[Pair, float], second: Mapping[Pair, float], held_out: Sequence[str | None]
+) -> list[float]:
     """One number per seed, in the order of the seeds: the mean over ``held_out`` of first minus second."""
     seeds = sorted({seed for _, seed in first} & {seed for _, seed in second})
     complete = [s for s in seeds if held_out and all((d, s) in first and (d, s) in second for d in held_out)]

@@ -42,10 +42,12 @@ def sharpness_rows(
     adapters. (DoRA holds its norms constant when it differentiates; its Hessian is of that gradient.)
 
     Args:
-        parts: split -> its samples; the slice is of the split ``held_out``.
+        parts: split -> its samples; the slice is of the split ``held_out``, or of the first one where nothing
+            was held out.
         like: any row of the same classifier, for what the rows have in common.
     """
     rows, plane = [], None
+    sliced = "held_out" if "held_out" in parts else next(iter(parts))
     was_training = classifier.training
     classifier.eval()
     try:
@@ -58,7 +60,7 @@ def sharpness_rows(
                 whole = len(domains) > 1
                 name = POOL_NAMES["all"] if whole else domains[0]
                 at = replace(like, split=split, domain=name, pooled="all" if whole else None, n=n)
-                values, found = _measure(surface, config, sliced=split == "held_out" and config.slice_points > 0)
+                values, found = _measure(surface, config, sliced=split == sliced and config.slice_points > 0)
                 rows += [replace(at, metric=metric, value=value) for metric, value in values.items()]
                 if found is not None:
                     plane = replace(found, split=at.split, domain=at.domain, n=n)
