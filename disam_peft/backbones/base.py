@@ -54,8 +54,7 @@ class ClipBackbone(ABC):
         base_hash: sha256 over the base weights as loaded, hex; adapters are bound to it.
         image_blocks, text_blocks: number of transformer blocks of each tower; 0 where a tower cannot be split.
         embed_dim: E.  token_width: W.  context_length: the most tokens of a prompt.
-        preprocessing: size and normalisation of images.
-        image_transform: the model's own transform, a PIL image to a (3, H, W) float32 tensor; deterministic.
+        preprocessing: size and normalisation of images, and the model's own transform.
         quick_gelu: whether the checkpoint's activation is QuickGELU, as its config says.
     """
 
@@ -68,7 +67,6 @@ class ClipBackbone(ABC):
     token_width: int
     context_length: int
     preprocessing: Preprocessing
-    image_transform: Callable[[Any], Tensor]
     quick_gelu: bool
     base_hash: str
 
@@ -102,6 +100,12 @@ class ClipBackbone(ABC):
         return self
 
     # -- images ----------------------------------------------------------------------------------------------
+
+    @property
+    def image_transform(self) -> Callable[[Any], Tensor]:
+        """The model's own transform, a PIL image to a (3, H, W) float32 tensor; deterministic."""
+        assert self.preprocessing.own is not None  # every family gives it
+        return self.preprocessing.own
 
     def encode_image(self, pixels_BCHW: Tensor) -> Tensor:
         """Images to features (B, E), not normalised."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -107,7 +107,7 @@ def _store(
         backbone=classifier.backbone.base_hash,
         split=classifier.image_split,
         precision=precision,
-        transform=json.dumps({**views.name, **asdict(classifier.backbone.preprocessing)}, sort_keys=True),
+        transform=json.dumps({**views.name, **classifier.backbone.preprocessing.describe()}, sort_keys=True),
         data=data_identity(dataset),
         views=views.count,
     )

@@ -17,7 +17,7 @@ import open_clip
 import torch
 from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
 from open_clip.tokenizer import HFTokenizer
-from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transform import PreprocessCfg
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock, TextTransformer, VisionTransformer
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -73,7 +73,6 @@ class OpenClipBackbone(ClipBackbone):
         replace_quick_gelu(model, QuickGELU)
 
         self._preprocess = PreprocessCfg(**model.visual.preprocess_cfg)
-        self.image_transform = image_transform_v2(self._preprocess, is_train=False)
         self.preprocessing = preprocessing(self._preprocess)
         self._targets = self._find_targets()
         self._state_names = frozenset(model.state_dict())

@@ -15,7 +15,7 @@ import open_clip
 import torch
 from open_clip import factory
 from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
-from open_clip.transform import PreprocessCfg
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors import SafetensorError
 
 from disam_peft.backbones.hub import fetch_text_files, hub_folder, require_safetensors
@@ -164,5 +164,14 @@ def is_custom_text(model_config: dict[str, Any]) -> bool:
 
 def preprocessing(config: PreprocessCfg) -> Preprocessing:
     height, width = (config.size, config.size) if isinstance(config.size, int) else config.size
-    interpolation = "bilinear" if config.interpolation == "bilinear" else "bicubic"  # as open_clip reads it
-    return Preprocessing((height, width), tuple(config.mean), tuple(config.std), interpolation)  # type: ignore[arg-type]
+    # The rest as open_clip reads it.
+    bilinear = config.interpolation == "bilinear" and (config.resize_mode != "shortest" or height == width)
+    return Preprocessing(
+        (height, width),
+        tuple(config.mean),
+        tuple(config.std),
+        "bilinear" if bilinear else "bicubic",
+        resize=config.resize_mode,
+        fill=config.fill_color,
+        own=image_transform_v2(config, is_train=False),
+    )

@@ -23,7 +23,7 @@ from disam_peft.backbones.base import ClipBackbone, Target, TowerName, warn_rand
 from disam_peft.backbones.blocks import BlockParts, at_one_position, replace_quick_gelu, shallow_clone
 from disam_peft.backbones.hub import hub_folder
 from disam_peft.backbones.pass_cache import PassCache
-from disam_peft.common.preprocessing import Preprocessing
+from disam_peft.backbones.transformers.processor import preprocessing
 from disam_peft.config.backbone import RANDOM_WEIGHTS, BackboneConfig
 from disam_peft.errors import UserError
 
@@ -41,19 +41,6 @@ BLOCK_ROLES: towers.BlockRoles = {
 WEIGHTS = "model*.safetensors"
 PROCESSOR = "*processor_config.json"
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-
-INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
-"""PIL's numbers, as image processors store them."""
-
-
-class HfImageTransform:
-    """A checkpoint's own image processor for one image: PIL image to (3, H, W) float32. Picklable for workers."""
-
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-
-    def __call__(self, image: Any) -> Tensor:
-        return self.processor(images=image, return_tensors="pt")["pixel_values"][0].float()
 
 
 class HfBackbone(ClipBackbone):
@@ -80,8 +67,7 @@ class HfBackbone(ClipBackbone):
         self.token_width = text.hidden_size
         self.context_length = text.max_position_embeddings
         self.quick_gelu = "quick_gelu" in (text.hidden_act, vision.hidden_act)
-        self.preprocessing = _preprocessing(self._processor)
-        self.image_transform = HfImageTransform(self._processor)
+        self.preprocessing = preprocessing(self._processor)
         self._targets = self._find_targets()
         self._state_names = frozenset(model.state_dict())
         self._freeze()
@@ -307,19 +293,6 @@ def _load_model(folder: Path, config: BackboneConfig) -> CLIPModel:
             f"({', '.join(wrong[:3])}, ...); is it the folder of a whole CLIPModel?"
         )
     return model
-
-
-def _preprocessing(processor: Any) -> Preprocessing:
-    size = processor.crop_size if processor.do_center_crop else processor.size
-    height, width = size["height"], size["width"]
-    if height is None or width is None or int(processor.resample) not in INTERPOLATIONS:
-        raise UserError(
-            f"the image processor's size {size} with resampling {processor.resample} is not understood: give "
-            "'crop_size' as height and width, and bicubic (3) or bilinear (2) resampling"
-        )
-    mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-    interpolation = INTERPOLATIONS[int(processor.resample)]
-    return Preprocessing((height, width), mean, std, interpolation)  # type: ignore[arg-type]
 
 
 def _with_layers(encoder: Any, which: slice, last: nn.Module | None, cache: PassCache | None = None) -> Any:

@@ -116,7 +116,7 @@ def make_stored_loader(
             f"data.pixel_store={side} is smaller than the model's input of {max(wanted.size)} pixels; "
             f"use 'auto' ({auto_side(wanted.size)}) or more"
         )
-    store = open_or_build(plan.whole, side, wanted.interpolation)
+    store = open_or_build(plan.whole, side, augment.filter)
     device = torch.device(device)
     samples = _StoredSamples(dataset, store, augment if device.type == "cpu" else None)
     options = _options(batches, workers, pin_memory, start_method, reused=False)

@@ -84,12 +84,20 @@ def draw_params(config: AugmentConfig, seed: int, indices: Sequence[int], epochs
     )
 
 
-def middle_boxes(grid: tuple[int, int], sizes_B2: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(B, 4) the largest box in the middle with the aspect of ``size``, in whole pixels of the grid."""
+def middle_boxes(
+    grid: tuple[int, int], sizes_B2: np.ndarray, size: tuple[int, int], resized: tuple[int, int] | None = None
+) -> np.ndarray:
+    """(B, 4) the box in the middle that becomes ``size``, in whole pixels of the grid.
+
+    Args:
+        resized: height and width that an image is resized to cover before ``size`` is cut out of it. Unset: ``size``,
+            and the box is the largest one with its aspect.
+    """
+    resized = resized or size
     height_B, width_B = np.asarray(sizes_B2, dtype=np.float64).T
-    relative_B = (size[1] / size[0]) / (width_B / height_B)
-    high_B = _whole(np.minimum(1, 1 / relative_B), grid[0])
-    wide_B = _whole(np.minimum(1, relative_B), grid[1])
+    relative_B = (resized[1] / resized[0]) / (width_B / height_B)
+    high_B = _whole(np.minimum(1, np.minimum(1, 1 / relative_B) * (size[0] / resized[0])), grid[0])
+    wide_B = _whole(np.minimum(1, np.minimum(1, relative_B) * (size[1] / resized[1])), grid[1])
     return np.column_stack([(grid[0] - high_B) // 2, (grid[1] - wide_B) // 2, high_B, wide_B]).astype(np.int64)
 
 

@@ -13,7 +13,8 @@ from disam_peft.common.preprocessing import Preprocessing
 from disam_peft.config.data import AugmentConfig
 from disam_peft.data.transforms import color as colors
 from disam_peft.data.transforms.augment_params import AugmentParams, draw_params, middle_boxes
-from disam_peft.data.transforms.resize import crop_resize
+from disam_peft.data.transforms.resize import Interpolation, crop_resize
+from disam_peft.errors import UserError
 
 _CHANGES = (colors.brightness, colors.contrast, colors.saturation, colors.hue)
 
@@ -29,10 +30,21 @@ class BatchAugment:
 
     Args:
         preprocessing, config, seed: as for ``TrainTransform``.
+
+    Raises:
+        UserError: a model whose images are padded, or resized by another filter than bicubic and bilinear.
     """
 
     def __init__(self, preprocessing: Preprocessing, config: AugmentConfig, seed: int) -> None:
+        filters: dict[str, Interpolation] = {"bicubic": "bicubic", "bilinear": "bilinear"}
+        if preprocessing.resize in ("longest", "none") or preprocessing.interpolation not in filters:
+            raise UserError(
+                "data.pixel_store keeps resized images, which this model's transform cannot begin from (resize "
+                f"'{preprocessing.resize}', {preprocessing.interpolation} filter): it takes resize 'shortest' or "
+                "'squash' and a bicubic or bilinear filter; leave out data.pixel_store"
+            )
         self.preprocessing, self.config, self.seed = preprocessing, config, seed
+        self.filter: Interpolation = filters[preprocessing.interpolation]
 
     def __call__(
         self, images: Tensor, indices: Sequence[int], epochs: Sequence[int], sizes_B2: np.ndarray | None = None
@@ -43,10 +55,13 @@ class BatchAugment:
             sizes_B2: height and width of each image before it was squeezed into (H, W); boxes have the aspect that
                 they would have had there. Unset: nothing was squeezed.
         """
-        grid = (images.shape[2], images.shape[3])
-        sizes_B2 = np.tile(grid, (len(images), 1)) if sizes_B2 is None else sizes_B2
+        grid, wanted = (images.shape[2], images.shape[3]), self.preprocessing
+        if wanted.resize == "squash":  # evaluation gives every picture this aspect
+            sizes_B2 = np.tile(wanted.target, (len(images), 1))
+        elif sizes_B2 is None:
+            sizes_B2 = np.tile(grid, (len(images), 1))
         if self.config.kind == "none":
-            params, boxes_B4 = None, middle_boxes(grid, sizes_B2, self.preprocessing.size)
+            params, boxes_B4 = None, middle_boxes(grid, sizes_B2, wanted.size, wanted.target)
         else:
             params = draw_params(self.config, self.seed, indices, epochs)
             boxes_B4 = params.boxes(grid, sizes_B2)
@@ -61,9 +76,11 @@ class BatchAugment:
     def _augment_part(self, images: Tensor, boxes_B4: np.ndarray, params: AugmentParams | None, part: slice) -> Tensor:
         wanted, boxes = self.preprocessing, boxes_B4[part]
         flip_B = np.zeros(len(boxes), dtype=bool) if params is None else params.flip_B[part]
-        pixels = crop_resize(images[part], boxes, flip_B, wanted.size, wanted.interpolation).div_(255)
+        pixels = crop_resize(images[part], boxes, flip_B, wanted.size, self.filter).div_(255)
         if params is not None:
             pixels = self._recolored(pixels, params.order_B4[part], params.strength_B4[part], params.grey_B[part])
+        if wanted.scale != 1 / 255:
+            pixels = pixels.mul_(255 * wanted.scale)
         mean, std = (constant(v, pixels.dtype, pixels.device).view(1, 3, 1, 1) for v in (wanted.mean, wanted.std))
         return pixels.sub_(mean).div_(std)
 

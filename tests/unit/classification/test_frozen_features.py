@@ -200,13 +200,14 @@ def test_a_build_that_was_killed_goes_on_where_it_stopped(make_classifier, datas
             raise KeyboardInterrupt
         return real(image)
 
-    classifier.backbone.image_transform = killed
+    plain = classifier.backbone.preprocessing
+    classifier.backbone.preprocessing = dataclasses.replace(plain, own=killed)
     with pytest.raises(KeyboardInterrupt):
         evaluation_store(classifier, dataset, stored, workers=0)
     [place] = stored.folder.iterdir()
     with pytest.raises(UserError, match="no complete feature store"):
         FeatureStore(place, features.FeatureKey("", None, "", "", "", 1))
-    classifier.backbone.image_transform = real
+    classifier.backbone.preprocessing = plain
     watched = Watched(monkeypatch)
     resumed = evaluation_store(classifier, dataset, stored, workers=0).rows(np.arange(96))
     assert watched.images == 1 + 96 - 30
