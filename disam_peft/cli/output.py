@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from disam_peft.doctor.examine import Examination
     from disam_peft.report.comparison import Comparison, TextTable
 
-SPLITS = {"source_validation": "source val.", "held_out": "held out", "given": "given"}
+SPLITS = {
+    "source_validation": "source val.",
+    "held_out": "held out",
+    "held_out_test": "its test part",
+    "given": "given",
+}
 _LISTED = 20
 VERDICT_COLOURS = {"ok": "green", "failed": "bold red", "not available": "yellow"}
 

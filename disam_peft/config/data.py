@@ -20,10 +20,10 @@ def is_archive(path: Path) -> bool:
 
 ClassPolicy = Literal["identical", "intersection", "union"]
 
-_COLUMNS = frozenset({"image_column", "label_column", "domain_column", "image_root"})
+_COLUMNS = frozenset({"image_column", "label_column", "domain_column", "split_column", "image_root", "given_splits"})
 _ARCHIVES = frozenset({"max_archive_gb", "max_archive_files"})
 SOURCE_SETTINGS: Final = {
-    "root": _ARCHIVES,
+    "root": _ARCHIVES | {"given_splits"},
     "table": _COLUMNS,
     "json_lines": _COLUMNS,
     "hub": _COLUMNS | {"split", "config_name"},
@@ -40,7 +40,8 @@ class DataConfig(Config):
     """One source of images, which is exactly one of the settings of ``SOURCE_SETTINGS``, and what is done to it."""
 
     root: Path | None = None
-    """A folder tree ``root/<domain>/<class>/*.jpg``, or a .zip, .tar, .tar.gz, .tar.xz or .tar.bz2 of one."""
+    """A folder tree ``root/<domain>/<class>/*.jpg``, or a .zip, .tar, .tar.gz, .tar.xz or .tar.bz2 of one. A level of
+    folders called train, val and test is read as ``given_splits``; ``root/<class>/*.jpg`` has one unnamed domain."""
     table: Path | None = None
     """A CSV, TSV or Parquet file with a row per image."""
     json_lines: Path | None = None
@@ -50,7 +51,7 @@ class DataConfig(Config):
     shapes: ShapesConfig | None = None
     """DomainShapes, the benchmark that is painted on demand; ``{}`` for all of its defaults."""
     split: str | None = None
-    """Which split of ``hub``; may be left out where there is only one."""
+    """Which split of ``hub``, if not all of them are to be used; see ``given_splits``."""
     config_name: str | None = None
     """Which configuration of ``hub``, where it has several."""
     image_column: str = "image"
@@ -58,7 +59,15 @@ class DataConfig(Config):
     label_column: str = "label"
     """Column with the class: a name, or a number with names (ClassLabel)."""
     domain_column: str = "domain"
-    """Column with the domain: a name, or a number with names (ClassLabel)."""
+    """Column with the domain: a name, or a number with names (ClassLabel). Where this is not set and there is no column
+    ``domain``, all samples are one unnamed domain."""
+    split_column: str | None = None
+    """Column that says of each sample whether it is for train, validation (val, valid, dev) or test. Unset: a column
+    called split, partition, subset or set that says nothing else."""
+    given_splits: Literal["auto", "ignore"] = "auto"
+    """``auto``: where folders, a column or the splits of a hub data set say which samples are for training, validation
+    and test, the sources train and validate by these parts, and the test part is judged. ``ignore``: such names are
+    names of domains or classes like any other, and a column of splits is not read."""
     image_root: Path | None = None
     """The folder that paths of images start from and must not leave. Unset: the folder of the table."""
     domains: list[str] | None = Field(default=None, min_length=1)

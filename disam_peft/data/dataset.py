@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from disam_peft.data.sources.given_splits import GivenPart
 from disam_peft.data.sources.samples import MAX_FILE_BYTES
 from disam_peft.data.transforms.decode import MAX_PIXELS, BadImage, decode_image
 from disam_peft.errors import UserError, did_you_mean
@@ -54,7 +55,10 @@ class DomainDataset:
         rows: (N,) the row of ``images`` for each sample.
         base: the folder that relative paths start from.
         origin: where the table came from, for messages.
+        given_parts: the part that the source itself puts each sample into, "train", "validation" or "test"; None
+            where it does not say.
         ignored: files that the reader of the source left out because they are no samples, counted by kind.
+        ignored_in: of these, kind -> folder -> number.
         skipped: what ``skip_bad`` left out.
         hashes: sha256 of every file; None where the data check has not run.
         remembered: whether ``hashes`` are those of an earlier check: no size, time of change or inode is new since.
@@ -72,7 +76,9 @@ class DomainDataset:
     origin: str
     base: Path | None = None
     max_pixels: int = MAX_PIXELS
+    given_parts: tuple[GivenPart, ...] | None = None
     ignored: Mapping[str, int] = field(default_factory=dict)
+    ignored_in: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     skipped: tuple[Skipped, ...] = ()
     hashes: tuple[str, ...] | None = None
     remembered: bool = False
@@ -134,8 +140,14 @@ class DomainDataset:
             labels=self.labels[chosen],
             domain_ids=self.domain_ids[chosen],
             keys=tuple(self.keys[i] for i in chosen),
+            given_parts=tuple(self.given_parts[i] for i in chosen) if self.given_parts is not None else None,
             hashes=tuple(self.hashes[i] for i in chosen) if self.hashes is not None else None,
         )
+
+    def in_parts(self, parts: Iterable[GivenPart]) -> DomainDataset:
+        """A view of the samples that the source puts into one of these parts; of none where it does not say."""
+        wanted, given = set(parts), self.given_parts or ()
+        return self.select(i for i, part in enumerate(given) if part in wanted)
 
     def with_domains(self, names: Iterable[str]) -> DomainDataset:
         """A view of the samples of these domains.
@@ -169,12 +181,15 @@ class DomainDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256, hex, over keys, classes, domains and file sizes, in order; independent of where the data lies."""
+        """sha256, hex, over keys, classes, domains, given parts and file sizes, in order; independent of where the data
+        lie."""
         digest = hashlib.sha256()
         sizes_N = self.sizes_and_times[0]
         for i, key in enumerate(self.keys):
             names = (key, self.classes[self.labels[i]], self.domains[self.domain_ids[i]], str(sizes_N[i]))
             digest.update("\0".join(names).encode() + b"\1")
+        if self.given_parts is not None:
+            digest.update("\0".join(self.given_parts).encode())
         return digest.hexdigest()
 
     @cached_property

@@ -75,7 +75,9 @@ def assemble(samples: Samples, config: DataConfig) -> DomainDataset:
         origin=samples.origin,
         base=samples.base,
         max_pixels=config.max_pixels,
+        given_parts=None if samples.given_parts is None else tuple(samples.given_parts[i] for i in kept),
         ignored=samples.ignored,
+        ignored_in=samples.ignored_in,
     )
 
 

@@ -30,41 +30,83 @@ def leave_out(dataset: DomainDataset, held_out: str) -> tuple[DomainDataset, Dom
     return dataset.select(np.flatnonzero(~is_target_N)), dataset.select(np.flatnonzero(is_target_N))
 
 
-def split_train_validation(sources: DomainDataset, fraction: float, seed: int) -> tuple[DomainDataset, DomainDataset]:
-    """``(train, validation)``: a share of each domain validates.
+def without_test_part(dataset: DomainDataset) -> DomainDataset:
+    """The samples that may train or validate: all but those that the source itself gives as a test part."""
+    return dataset if dataset.given_parts is None else dataset.in_parts(("train", "validation"))
 
-    The samples of a domain are ordered by ``sha256(seed/key)``, and the first ``round(fraction * n)`` of the n samples,
-    at least one, validate. So a file that is added or removed moves at most one other file to the other part.
+
+def given_test_part(dataset: DomainDataset) -> DomainDataset | None:
+    """The samples that the source itself gives as a test part; None where there are none."""
+    found = dataset.in_parts(("test",))
+    return found if len(found) else None
+
+
+def split_train_validation(sources: DomainDataset, fraction: float, seed: int) -> tuple[DomainDataset, DomainDataset]:
+    """``(train, validation)``: the given parts of each domain, or else a share of the domain validates.
+
+    Where the source gives a validation part of a domain, that part validates, and the given training part trains. Of
+    other domains, a share of the samples validates; a given test part is in neither. To draw the share, the samples of
+    a domain are ordered by ``sha256(seed/key)``, and the first ``round(fraction * n)`` of the n samples, at least one,
+    validate. So a file that is added or removed moves at most one other file to the other part.
 
     Args:
         fraction: share of each domain that validates, between 0 and 1.
 
     Raises:
-        UserError: ``fraction`` out of range; a domain too small to give a sample to both parts.
+        UserError: ``fraction`` out of range; a domain too small to give a sample to both parts; given parts that leave
+            nothing to train on.
     """
     if not 0 < fraction < 1:
         raise UserError(f"validation fraction {fraction} must lie between 0 and 1, for example 0.2")
     is_validation_N = np.zeros(len(sources), dtype=bool)
-    few = []
+    is_training_N = np.zeros(len(sources), dtype=bool)
+    parts_N = np.asarray(sources.given_parts or ["train"] * len(sources), dtype=object)
+    few, unused = [], []
     for name in sources.present_domains:
-        members = np.flatnonzero(sources.domain_ids == sources.domains.index(name))
-        count = max(1, round(fraction * len(members)))
-        if count >= len(members):
-            raise UserError(
-                f"domain {name!r} has {len(members)} sample(s), {count} of which would validate and none train "
-                f"(fraction {fraction}); add samples, lower the fraction, or leave the domain out of data.domains"
-            )
+        in_domain_N = sources.domain_ids == sources.domains.index(name)
+        given_N = in_domain_N & (parts_N == "validation")
+        members = np.flatnonzero(in_domain_N & (parts_N == "train"))
+        if not len(members) and not given_N.any():
+            unused.append(name)
+            continue
+        if given_N.any():
+            is_validation_N |= given_N
+            is_training_N[members] = True
+            count, total = int(given_N.sum()), int(given_N.sum()) + len(members)
+        else:
+            count, total = max(1, round(fraction * len(members))), len(members)
+            if count >= len(members):
+                raise UserError(
+                    f"domain {name!r} has {len(members)} sample(s), {count} of which would validate and none train "
+                    f"(fraction {fraction}); add samples, lower the fraction, or leave the domain out of data.domains"
+                )
+            members_in_order = sorted(members, key=lambda i: _rank(sources.keys[i], seed))
+            is_validation_N[members_in_order[:count]] = True
+            is_training_N[members_in_order[count:]] = True
         if count < FEW_VALIDATION_SAMPLES:
-            few.append(f"{name!r} ({count} of {len(members)})")
-        members_in_order = sorted(members, key=lambda i: _rank(sources.keys[i], seed))
-        is_validation_N[members_in_order[:count]] = True
-    if few:
-        warnings.warn(
-            f"few validation samples in {', '.join(few)}: choosing a checkpoint by them is mostly chance; "
-            "add samples or raise the fraction",
-            stacklevel=2,
+            few.append(f"{name!r} ({count} of {total})")
+    _warn_of_parts(sources, few, unused)
+    if not is_training_N.any():
+        raise UserError(
+            f"nothing is left to train on: the given splits of {sources.origin} have no training part in "
+            f"{', '.join(map(repr, sources.present_domains))}; set data.given_splits to ignore, or add one"
         )
-    return sources.select(np.flatnonzero(~is_validation_N)), sources.select(np.flatnonzero(is_validation_N))
+    return sources.select(np.flatnonzero(is_training_N)), sources.select(np.flatnonzero(is_validation_N))
+
+
+def _warn_of_parts(sources: DomainDataset, few: list[str], unused: list[str]) -> None:
+    if few:
+        action = "add samples" if sources.given_parts is not None else "add samples or raise the fraction"
+        warnings.warn(
+            f"few validation samples in {', '.join(few)}: choosing a checkpoint by them is mostly chance; {action}",
+            stacklevel=3,
+        )
+    if unused:
+        warnings.warn(
+            f"the given splits put every image of {', '.join(map(repr, unused))} into the test part, so it is neither "
+            "trained on nor validated by; set data.given_splits to ignore to use it as a source",
+            stacklevel=3,
+        )
 
 
 def _rank(key: str, seed: int) -> tuple[bytes, str]:

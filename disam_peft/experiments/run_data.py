@@ -7,6 +7,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from disam_peft.common.run_images import Part, RunImages, size_as_content
+from disam_peft.data.splits import without_test_part
 
 if TYPE_CHECKING:
     from disam_peft.data.dataset import DomainDataset
@@ -14,13 +15,16 @@ if TYPE_CHECKING:
 
 
 def images_of(data: SplitData) -> RunImages:
-    """The images of a run and what it uses each of them for."""
+    """The images of a run and what it uses each of them for. The given test part of the held-out domain is ``test``,
+    although the whole domain is judged."""
     parts: list[tuple[Part, DomainDataset]] = [
         ("training", data.training),
         ("validation", data.validation),
     ]
     if data.target is not None:
-        parts.append(("held_out", data.target))
+        parts.append(("held_out", data.target if data.test is None else without_test_part(data.target)))
+    if data.test is not None:
+        parts.append(("test", data.test))
     key: list[str] = []
     content: list[str] = []
     domain: list[str] = []

@@ -32,7 +32,7 @@ from disam_peft.common.locks import one_at_a_time
 from disam_peft.common.progress import track
 from disam_peft.config.data import is_archive
 from disam_peft.data.sources.archive_members import Budget, Member, guarded, members, refuse, too_many
-from disam_peft.data.sources.folder import read_folders
+from disam_peft.data.sources.folder import read_folders, require_images
 from disam_peft.data.sources.samples import MAX_FILE_BYTES, Samples
 from disam_peft.errors import UserError
 
@@ -42,19 +42,27 @@ MAX_NAME, MAX_PART, MAX_DEPTH = 1024, 255, 32
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
-def read_root(root: Path, domains: Sequence[str] | None, max_gb: float, max_files: int) -> Samples:
+def read_root(
+    root: Path, domains: Sequence[str] | None, max_gb: float, max_files: int, *, use_given_splits: bool = True
+) -> Samples:
     """The images of a folder tree, or of the folder tree in an archive.
 
     Args:
         domains: these only; None: all.
         max_gb, max_files: what an archive may hold at most, see ``unpacked``.
+        use_given_splits: whether folders called train, val and test are given splits.
 
     Raises:
         UserError: as ``read_folders`` and ``unpacked``.
     """
     if not (is_archive(root) and root.is_file()):
-        return read_folders(root, domains)
-    return replace(read_folders(unpacked(root, max_gb=max_gb, max_files=max_files), domains), origin=str(root))
+        return read_folders(root, domains, use_given_splits=use_given_splits)
+    folder = unpacked(root, max_gb=max_gb, max_files=max_files)
+    try:
+        found = read_folders(folder, domains, use_given_splits=use_given_splits)
+    except UserError as error:  # with the path that the user gave
+        raise UserError(str(error).replace(str(folder), str(root))) from error
+    return replace(found, origin=str(root))
 
 
 def unpacked(archive: Path, *, max_gb: float, max_files: int, folder: Path | None = None) -> Path:
@@ -191,7 +199,7 @@ def _fold(name: str) -> str:
 def _require_layout(archive: Path, draft: Path) -> None:
     top = _domains(draft)
     try:
-        read_folders(top)
+        require_images(top)
     except UserError as error:  # raised before anything is kept, with the path that the user gave
         raise UserError(str(error).replace(str(top), str(archive))) from error
 

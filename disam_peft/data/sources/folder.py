@@ -1,60 +1,203 @@
-"""Folder trees ``root/<domain>/<class>/*.jpg``."""
+"""Folder trees ``root/<domain>/<class>/*.jpg``, also with a level of given splits or without the level of domains.
+
+| images lie in                                                                | are read as                        |
+|------------------------------------------------------------------------------|------------------------------------|
+| ``<domain>/<class>/``                                                        | a domain and a class               |
+| ``<class>/``                                                                 | a class in the one unnamed domain  |
+| ``<split>/<domain>/<class>/``, ``<domain>/<split>/<class>/``                 | the same, with a given part        |
+| ``<split>/<class>/``                                                         | the unnamed domain, with a part    |
+
+A level is one of splits where all of its folders have names such as train, val and test (``given_splits.WORDS``).
+"""
 
 from __future__ import annotations
 
-import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final, TypeVar
 
 from disam_peft.config.data import ARCHIVE_SUFFIXES
-from disam_peft.data.sources.samples import Fence, Samples, require_domains
-from disam_peft.data.transforms.decode import EXTENSIONS
+from disam_peft.data.sources.folder_tree import OUTSIDE, FolderTree, ImageFolder
+from disam_peft.data.sources.given_splits import GivenPart, are_splits, part_of
+from disam_peft.data.sources.samples import UNNAMED_DOMAIN, Samples, require_domains
+from disam_peft.data.transforms.formats import readable_extensions
 from disam_peft.errors import UserError, did_you_mean
 
-LAYOUT = "root/<domain>/<class>/*.jpg"
+LAYOUT: Final = "root/<domain>/<class>/*.jpg"
+_LEVELS: Final = ("first", "second", "third", "fourth")
+_Value = TypeVar("_Value")
 
 
-def read_folders(root: Path, domains: Sequence[str] | None = None) -> Samples:
+@dataclass(frozen=True)
+class _Layout:
+    """What the levels of folders above the images mean."""
+
+    depth: int
+    split: int | None
+    """The level of given splits, counted from 0; None: there is none."""
+
+    @property
+    def others(self) -> list[int]:
+        """The levels that are not splits: those of the domain, where there is one, and of the class."""
+        return [level for level in range(self.depth) if level != self.split]
+
+    @property
+    def domain(self) -> int | None:
+        """The level of domains; None where there is one unnamed domain."""
+        return self.others[0] if len(self.others) == 2 else None
+
+
+def read_folders(root: Path, domains: Sequence[str] | None = None, *, use_given_splits: bool = True) -> Samples:
     """Every image of the tree, or of these ``domains`` only.
 
     Hidden files, files of other kinds and files outside of a class folder are left out and counted.
 
+    Args:
+        use_given_splits: read folders called train, val and test as given splits, where ``domains`` does not name them.
+
     Raises:
-        UserError: no such folder, another layout, or a link that leads out of ``root``.
+        UserError: no such folder, another layout, a domain folder without images, or a link that leads out of ``root``.
     """
     import datasets
 
-    _require_folder(root)
-    tree = _TreeReader(root)
-    wanted = {unicodedata.normalize("NFC", name) for name in domains} if domains is not None else None
-    folders = {unicodedata.normalize("NFC", entry.name): entry for entry in tree.folders(str(root))}
-    if wanted is not None:
-        require_domains(sorted(wanted), folders, str(root))
-        folders = {name: entry for name, entry in folders.items() if name in wanted}
-    paths: list[str] = []
-    labels: list[str] = []
-    names: list[str] = []
-    for domain, domain_entry in folders.items():
-        for class_entry in tree.folders(domain_entry.path):
-            found = tree.images(class_entry.path)
-            paths += found
-            labels += [class_entry.name] * len(found)
-            names += [domain] * len(found)
-    if not paths:
-        raise UserError(f"no images in {root}: expected {LAYOUT}{tree.hint()}")
-    relative = [os.path.relpath(path, root) for path in paths]
+    tree, named = _listed(root, domains)
+    layout = _layout(tree, use_given_splits=use_given_splits, domains_are_first=named)
+    for folder in tree.images:
+        if folder.depth < layout.depth:
+            tree.passed_over(folder.parts, OUTSIDE, len(folder.files))
+    folders = [folder for folder in tree.images if folder.depth == layout.depth]
+    names = [_nfc(f.parts[layout.domain]) if layout.domain is not None else UNNAMED_DOMAIN for f in folders]
+    if domains is not None:
+        wanted = {_nfc(name) for name in domains}
+        require_domains(sorted(wanted), set(names), str(root))
+        chosen = [i for i, name in enumerate(names) if name in wanted]
+        folders, names = [folders[i] for i in chosen], [names[i] for i in chosen]
+    _require_no_domain_without_images(tree, layout, set(names), domains)
+    paths = ["/".join((*folder.parts, name)) for folder in folders for name in folder.files]
+    counts = [len(folder.files) for folder in folders]
+    labels = [folder.parts[layout.others[-1]] for folder in folders]
     features = datasets.Features({"image": datasets.Image(decode=False)})
     return Samples(
-        images=datasets.Dataset.from_dict({"image": relative}, features=features),
-        labels=labels,
-        domains=names,
-        keys=[unicodedata.normalize("NFC", Path(path).as_posix()) for path in relative],
+        images=datasets.Dataset.from_dict({"image": paths}, features=features),
+        labels=_repeated(labels, counts),
+        domains=_repeated(names, counts),
+        keys=[_nfc(path) for path in paths],
         origin=str(root),
         base=root.absolute(),
         ignored=dict(sorted(tree.ignored.items())),
+        ignored_in={kind: dict(where) for kind, where in tree.ignored_in.items()},
+        given_parts=_parts(folders, layout, counts),
     )
+
+
+def require_images(root: Path) -> None:
+    """Pass if there is an image below ``root`` in a place where some layout has them.
+
+    Raises:
+        UserError: there is none; says what is there.
+    """
+    tree, _ = _listed(root, None)
+    shallowest = min((folder for folder in tree.images if folder.parts), key=lambda folder: folder.depth)
+    if shallowest.depth > 3:
+        raise UserError(_too_deep(tree, shallowest, ignored=False))
+
+
+def _listed(root: Path, domains: Sequence[str] | None) -> tuple[FolderTree, bool]:
+    """The tree, and whether its first level is that of the ``domains`` that are asked for; the others are then not
+    looked at."""
+    _require_folder(root)
+    top: list[str] | None = None
+    if domains is not None:
+        wanted, there = {_nfc(name) for name in domains}, dict[str, str]()
+        with suppress(OSError):  # the tree says why it cannot be listed
+            there = {_nfc(path.name): path.name for path in root.iterdir() if path.is_dir()}
+        if wanted <= there.keys():
+            top = [there[name] for name in sorted(wanted)]
+    tree = FolderTree(root, top)
+    if not any(folder.depth for folder in tree.images):
+        raise UserError(f"no images in {root}: expected {LAYOUT}{_hint(tree)}")
+    return tree, top is not None
+
+
+def _layout(tree: FolderTree, *, use_given_splits: bool, domains_are_first: bool) -> _Layout:
+    counts = Counter[int]()
+    for folder in tree.images:
+        counts[folder.depth] += len(folder.files)
+    depth = max(counts)
+    deepest = [folder for folder in tree.images if folder.depth == depth]
+    split = None
+    for level in range(int(domains_are_first), min(depth, 3)) if use_given_splits else ():
+        names = {folder.parts[level] for folder in deepest}
+        if are_splits(names, f"the folders on the {_LEVELS[level]} level of {tree.root}"):
+            split = level
+            break
+    if depth - (split is not None) > 2:
+        raise UserError(_too_deep(tree, deepest[0], ignored=not use_given_splits))
+    if depth == 1 and split is not None:
+        raise UserError(
+            f"the images of {tree.root} lie in {', '.join(f.parts[0] for f in deepest)} without class folders; "
+            "expected root/<split>/<class>/*.jpg (if these are classes, set data.given_splits to ignore)"
+        )
+    above = sum(count for level, count in counts.items() if 0 < level < depth)
+    if above > counts[depth]:
+        raise UserError(
+            f"most images of {tree.root} ({above} of {sum(counts.values())}) lie higher in the tree than "
+            f"{'/'.join(deepest[0].parts)}/{deepest[0].files[0]}: it is not clear which folders are classes; "
+            f"bring all of them to one level, {LAYOUT} or root/<class>/*.jpg"
+        )
+    return _Layout(depth, split)
+
+
+def _parts(folders: Sequence[ImageFolder], layout: _Layout, counts: Sequence[int]) -> list[GivenPart] | None:
+    if layout.split is None:
+        return None
+    parts = [part_of(folder.parts[layout.split]) for folder in folders]
+    return _repeated([part for part in parts if part is not None], counts)
+
+
+def _require_no_domain_without_images(
+    tree: FolderTree, layout: _Layout, found: set[str], domains: Sequence[str] | None
+) -> None:
+    """A folder that stands where domains stand, and gave no sample, would be a domain that is gone without a word."""
+    if layout.domain is None:
+        return
+    for parts in tree.folders:
+        if len(parts) != layout.domain + 1 or domains is not None:
+            continue
+        name = _nfc(parts[-1])
+        if name not in found and tree.holds_pictures(parts):
+            inside = Counter[str]()
+            for kind, where in tree.ignored_in.items():
+                inside[kind] += sum(n for folder, n in where.items() if f"{folder}/".startswith("/".join(parts) + "/"))
+            passed = ", ".join(f"{count} {kind}" for kind, count in inside.most_common(5) if count)
+            raise UserError(
+                f"domain {name!r} of {tree.root} has no image that can be used"
+                + (f" (passed over: {passed})" if passed else " (its folder is empty)")
+                + f"; read are {' '.join(sorted(readable_extensions()))}, laid out as {LAYOUT}. Convert or move its "
+                "files, remove the folder, or name the domains to use in data.domains"
+            )
+
+
+def _too_deep(tree: FolderTree, folder: ImageFolder, *, ignored: bool) -> str:
+    path = tree.root.joinpath(*folder.parts)
+    tops = sorted({f.parts[0] for f in tree.images if f.parts})
+    if ignored and any(part_of(name) for name in folder.parts):
+        action = "it looks like given splits: set data.given_splits to auto"
+    elif len(tops) == 1:
+        action = (
+            f"If the tree has one more level, name the folder above the domains as data.root (such as "
+            f"{tree.root / tops[0]}); otherwise move the images up into their class folders"
+        )
+    else:
+        action = (
+            "Move the images up into their class folders, or write a table with their paths, classes and domains "
+            "(data.table)"
+        )
+    return f"{path} is a folder where images were expected: {LAYOUT}. {action}"
 
 
 def _require_folder(root: Path) -> None:
@@ -71,87 +214,19 @@ def _require_folder(root: Path) -> None:
     raise UserError(f"data.root={root} does not exist{hint}; expected a folder laid out as {LAYOUT}")
 
 
-class _TreeReader:
-    """Lists a tree level by level in sorted order, and counts the files that are no samples."""
-
-    def __init__(self, root: Path) -> None:
-        self.ignored: Counter[str] = Counter()
-        self._fence = Fence(root)
-        self._root = root
-        self._loose = ""  # the first image found where only folders were expected
-
-    def folders(self, path: str) -> list[os.DirEntry[str]]:
-        """The folders in a folder, sorted. Files that are there are counted as ignored."""
-        kept = []
-        for entry in self._entries(path):
-            if entry.is_dir():
-                kept.append(entry)
-            elif _is_image(entry.name):
-                self.ignored["image outside a class folder"] += 1
-                self._loose = self._loose or entry.path
-            else:
-                self.ignored[_kind(entry.name)] += 1
-        return kept
-
-    def images(self, path: str) -> list[str]:
-        """The paths of the image files of a class folder, sorted."""
-        kept = []
-        for entry in self._entries(path):
-            if entry.is_dir():
-                raise UserError(
-                    f"{entry.path} is a folder where images were expected: {LAYOUT}. If the tree has one more level, "
-                    f"name the folder above the domains as data.root (such as {Path(path).parent}); "
-                    "otherwise move the images up"
-                )
-            if not _is_image(entry.name):
-                self.ignored[_kind(entry.name)] += 1
-            elif entry.is_file() or not os.path.exists(entry.path):  # the data check reports a broken link
-                kept.append(entry.path)
-            else:
-                self.ignored["not a regular file"] += 1
-        return kept
-
-    def _entries(self, path: str) -> Iterator[os.DirEntry[str]]:
-        try:
-            with os.scandir(path) as scan:
-                entries = sorted(scan, key=lambda entry: entry.name)
-        except OSError as error:
-            raise UserError(f"folder {path} cannot be listed ({error.strerror}); check its permissions") from error
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name in ("__MACOSX", "Thumbs.db"):
-                self.ignored["hidden"] += 1
-                continue
-            _require_text(entry)
-            if entry.is_symlink():
-                self._fence.require(entry.path, "the link")
-            yield entry
-
-    def hint(self) -> str:
-        """Why there may be no images, judged by what was passed over."""
-        if self._loose:
-            above = Path(self._loose).parent
-            if above == self._root:
-                return f"; the images lie in {above} itself, without domain and class folders"
-            return (
-                "; this looks like root/<class>/*.jpg: the level of domains is missing. Put each domain's class "
-                f"folders under a folder of its own, such as {self._root}/photo/{above.name}/"
-            )
-        if self.ignored:
-            counts = ", ".join(f"{count} {kind}" for kind, count in self.ignored.most_common(5))
-            return f"; passed over: {counts} (read are {' '.join(sorted(EXTENSIONS))})"
-        return ""
+def _hint(tree: FolderTree) -> str:
+    """Why there may be no images, judged by what was passed over."""
+    if tree.images:
+        return f"; the images lie in {tree.root} itself, without domain and class folders"
+    if tree.ignored:
+        counts = ", ".join(f"{count} {kind}" for kind, count in tree.ignored.most_common(5))
+        return f"; passed over: {counts} (read are {' '.join(sorted(readable_extensions()))})"
+    return ""
 
 
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in EXTENSIONS
+def _nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
-def _kind(name: str) -> str:
-    return os.path.splitext(name)[1].lower() or "no extension"
-
-
-def _require_text(entry: os.DirEntry[str]) -> None:
-    try:
-        entry.name.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"file name {entry.path!r} is not valid UTF-8; rename it") from error
+def _repeated(values: Sequence[_Value], counts: Sequence[int]) -> list[_Value]:
+    return [value for value, count in zip(values, counts, strict=True) for _ in range(count)]

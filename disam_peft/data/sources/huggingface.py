@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from disam_peft.data.sources.columns import Columns, read_columns
+from disam_peft.data.sources.given_splits import WORDS, GivenPart, are_splits
 from disam_peft.data.sources.samples import Samples
 from disam_peft.data.sources.table import read_parquet
 from disam_peft.errors import UserError, did_you_mean
@@ -21,7 +24,7 @@ def read_hub(name: str, columns: Columns, *, split: str | None = None, configura
 
     Args:
         name: a hub id, a local folder, a ``save_to_disk`` folder or a Parquet file.
-        split: may be left out where there is only one.
+        split: this one only. None: the only one, or all of them where their names are those of given splits.
         configuration: of a dataset that has several.
 
     Raises:
@@ -31,7 +34,9 @@ def read_hub(name: str, columns: Columns, *, split: str | None = None, configura
 
     path = Path(name)
     local = path.exists()
-    table = _one_split(_open(name, path, configuration), split, name)
+    content = _open(name, path, configuration)
+    parts = _given_splits(content, name) if split is None and columns.use_given_splits else {}
+    table = _joined(content, parts, name) if parts else _one_split(content, split, name)
     base: Path | None = None
     if columns.image_root is not None:
         base = columns.image_root.absolute()
@@ -40,7 +45,11 @@ def read_hub(name: str, columns: Columns, *, split: str | None = None, configura
     # Files that the library downloaded lie in its caches, wherever the dataset itself is.
     caches = (Path(datasets.config.HF_CACHE_HOME), Path(datasets.config.HF_DATASETS_CACHE))
     allowed = (base, *caches) if base is not None else caches
-    return read_columns(table, columns, name, base=base, allowed=allowed)
+    if not parts:
+        return read_columns(table, columns, name, base=base, allowed=allowed)
+    found = read_columns(table, replace(columns, use_given_splits=False), name, base=base, allowed=allowed)
+    of_row = [part for split_name, part in parts.items() for _ in range(len(content[split_name]))]
+    return replace(found, given_parts=of_row)
 
 
 def _open(name: str, path: Path, configuration: str | None) -> Dataset | DatasetDict:
@@ -65,6 +74,33 @@ def _open(name: str, path: Path, configuration: str | None) -> Dataset | Dataset
             f"data.hub={name} {where} cannot be loaded ({type(error).__name__}: {error}); check the name, the "
             "configuration (data.config_name) and the network, or download it beforehand with "
             f"'hf download --repo-type dataset {name}'"
+        ) from error
+
+
+def _given_splits(content: Dataset | DatasetDict, name: str) -> dict[str, GivenPart]:
+    """Split of the data set -> the part that its name stands for; empty where it has one split, or others.
+
+    Raises:
+        UserError: some of its splits have such names, and others do not.
+    """
+    import datasets
+
+    if isinstance(content, datasets.Dataset) or len(content) < 2:
+        return {}
+    if not are_splits(map(str, content), f"the splits of {name}"):
+        return {}
+    return {split: WORDS[split.casefold()] for split in map(str, content)}
+
+
+def _joined(content: DatasetDict, parts: Mapping[str, GivenPart], name: str) -> Dataset:
+    import datasets
+
+    try:
+        return datasets.concatenate_datasets([content[split] for split in parts])
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"the splits {', '.join(parts)} of {name} have different columns and cannot be used together ({error}); "
+            "choose one with data.split"
         ) from error
 
 

@@ -8,7 +8,7 @@ a date would become one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +36,46 @@ def read_json_lines(path: Path, columns: Columns) -> Samples:
 
     if not path.is_file():
         raise UserError(f"data.json_lines={path} is not a file; expected one JSON object per line, one for each image")
-    # One reader for each key, since a key may serve as class and domain at once. A key with the path of the image is
-    # read as a path, whatever else it serves as.
-    readers = {columns.image: _path, columns.label: _name, columns.domain: _name} | {columns.image: _path}
-    values: dict[str, list[str]] = {key: [] for key in readers}
+    readers: dict[str, Callable[[Any, str, str], str]] = {}
+    values: dict[str, list[str]] = {}
     for number, row in _objects(path):
         where = f"line {number} of {path}"
-        for setting, key in columns.by_setting.items():
-            if key not in row:
-                raise UserError(
-                    f"{where} has no key {key!r}{did_you_mean(key, row)} (keys: {', '.join(row) or 'none'}); add it to "
-                    f"the line, or set data.{setting} to the key that is meant"
-                )
+        if not readers:
+            readers = _readers(columns, list(row))
+            values = {key: [] for key in readers}
+        _require_keys(row, columns, readers, where)
         for key, read in readers.items():
             values[key].append(read(row[key], where, key))
-    if not values[columns.image]:
+    if not values:
         raise UserError(f"data.json_lines={path} is empty; expected one JSON object per line, one for each image")
     features = datasets.Features({key: datasets.Value("string") for key in values})
     table = datasets.Dataset.from_dict(values, features=features)
     base = (columns.image_root or path.parent).absolute()
     return read_columns(table, columns, str(path), base=base, allowed=(base,), numbering=_LINES)
+
+
+def _readers(columns: Columns, first: Sequence[str]) -> dict[str, Callable[[Any, str, str], str]]:
+    """What reads the value of each key that counts, which the first line decides."""
+    # One reader for each key, since a key may serve as class and domain at once. A key with the path of the image is
+    # read as a path, whatever else it serves as.
+    names = [columns.label, columns.domain, columns.split_column(first)]
+    if columns.domain not in first and not columns.missing(first):
+        names.remove(columns.domain)  # all samples are in the unnamed domain
+    return {columns.image: _path} | {key: _name for key in names if key is not None} | {columns.image: _path}
+
+
+def _require_keys(row: Mapping[str, Any], columns: Columns, readers: Mapping[str, object], where: str) -> None:
+    lost = [key for key in readers if key not in row]
+    if lost:
+        setting_of = {key: setting for setting, key in columns.by_setting.items()}
+        keys = " and no ".join(f"key {key!r}{did_you_mean(key, row)}" for key in lost)
+        settings = ", ".join(f"data.{setting_of[key]}" for key in lost if key in setting_of)
+        raise UserError(
+            f"{where} has no {keys} (keys: {', '.join(row) or 'none'}); add what is missing to the line"
+            + (f", or set {settings} to the keys that are meant" if settings else "")
+        )
+    if columns.domain in row and columns.domain not in readers:
+        raise UserError(f"{where} has a key {columns.domain!r}, which the lines before it lack; add it to all of them")
 
 
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from disam_peft.data.sources.given_splits import GivenPart, part_of
 from disam_peft.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -16,10 +17,14 @@ if TYPE_CHECKING:
 MAX_FILE_BYTES = 2**30
 """Largest image file, which is read as a whole. The largest image that is accepted by default fits uncompressed."""
 
+UNNAMED_DOMAIN: Final = "unnamed"
+"""The one domain of data that do not say which domain a sample belongs to."""
+
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples in the order of their source; row i of ``images`` has ``labels[i]``, ``domains[i]`` and ``keys[i]``."""
+    """Samples in the order of their source; row i of ``images`` has ``labels[i]``, ``domains[i]``, ``keys[i]`` and
+    ``given_parts[i]``."""
 
     images: Dataset
     """An Arrow table with the one column ``image`` of {bytes, path}, not decoded."""
@@ -32,6 +37,10 @@ class Samples:
     """The folder that relative paths start from."""
     ignored: Mapping[str, int] = field(default_factory=dict)
     """Kind of file -> number of files that are no samples."""
+    ignored_in: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Kind of file -> folder below ``base`` -> number, for messages."""
+    given_parts: Sequence[GivenPart] | None = None
+    """Which part the source itself puts each sample into; None where it does not say."""
 
 
 class Fence:
@@ -73,4 +82,9 @@ def require_domains(wanted: Iterable[str], known: Iterable[str], origin: str) ->
         if name not in known:
             raise UserError(
                 f"data.domains: no domain {name!r} in {origin}{did_you_mean(name, known)} (found: {', '.join(known)})"
+                + (
+                    "; this name was read as a given split: set data.given_splits to ignore if it is a domain"
+                    if part_of(name)
+                    else ""
+                )
             )

@@ -19,7 +19,13 @@ from disam_peft.data.sources.shapes.source import read_shapes
 from disam_peft.data.sources.table import read_table
 
 SOURCES: Final[dict[str, Callable[[Any, DataConfig], Samples]]] = {
-    "root": lambda root, data: read_root(root, data.domains, data.max_archive_gb, data.max_archive_files),
+    "root": lambda root, data: read_root(
+        root,
+        data.domains,
+        data.max_archive_gb,
+        data.max_archive_files,
+        use_given_splits=data.given_splits == "auto",
+    ),
     "table": lambda path, data: read_table(path, _columns(data)),
     "json_lines": lambda path, data: read_json_lines(path, _columns(data)),
     "hub": lambda name, data: read_hub(name, _columns(data), split=data.split, configuration=data.config_name),
@@ -38,4 +44,12 @@ def read_source(data: DataConfig) -> Samples:
 
 
 def _columns(data: DataConfig) -> Columns:
-    return Columns(data.image_column, data.label_column, data.domain_column, data.image_root)
+    return Columns(
+        data.image_column,
+        data.label_column,
+        data.domain_column,
+        data.image_root,
+        split=data.split_column,
+        domain_is_optional="domain_column" not in data.model_fields_set,
+        use_given_splits=data.given_splits == "auto",
+    )

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import codecs
+import csv
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Final
 
-from disam_peft.data.sources.columns import Columns, read_columns
+from disam_peft.data.sources.columns import Columns, read_columns, require_columns
 from disam_peft.data.sources.samples import Samples
 from disam_peft.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_DELIMITERS: Final = (",", ";", "\t", "|")
+_SUFFIXES: Final = (".csv", ".tsv")
+_MARKS: Final = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
 def read_table(path: Path, columns: Columns) -> Samples:
@@ -21,15 +26,14 @@ def read_table(path: Path, columns: Columns) -> Samples:
     Raises:
         UserError: no such file, or not a table; and as ``read_columns``.
     """
-    import datasets
 
     if not path.is_file():
         raise UserError(f"data.table={path} is not a file; expected .csv, .tsv or .parquet with a row per image")
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         table = read_parquet(path)
-    elif suffix in _DELIMITERS:
-        table = datasets.Dataset(_read_csv(path, _DELIMITERS[suffix], columns))
+    elif suffix in _SUFFIXES:
+        table = _read_text(path, columns)
     else:
         raise UserError(
             f"data.table={path}: {suffix or 'no'} extension; expected .csv, .tsv or .parquet (for a file with one JSON "
@@ -54,17 +58,76 @@ def read_parquet(path: Path) -> Dataset:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from error
 
 
-def _read_csv(path: Path, delimiter: str, columns: Columns) -> Any:
-    import pyarrow as pa
-    from pyarrow import csv
+def _read_text(path: Path, columns: Columns) -> Dataset:
+    """The columns of a text table that are asked for, as text and nothing else: a class called "None" or "007" must
+    come out as it stands."""
+    import datasets
 
-    # As text and nothing else: a class called "None" or "007" must come out as it stands.
-    text = dict.fromkeys(columns.by_setting.values(), pa.string())
+    names: list[str] = []
+    cells: dict[str, list[str]] = {}
+    places: dict[str, int] = {}
+    for line, row in _rows(path, columns):
+        if not names:
+            names = [name.strip() for name in row]
+            _refuse_twice(names, columns, path)
+            require_columns(names, columns, str(path))
+            wanted = {*columns.by_setting.values(), columns.split_column(names)}
+            places = {name: names.index(name) for name in wanted if name in names}
+            cells = {name: [] for name in places}
+            continue
+        if len(row) != len(names):
+            raise UserError(
+                f"data.table={path} cannot be read: line {line} has {len(row)} cells, but there are {len(names)} "
+                "columns; put quotes around a cell that holds the separator"
+            )
+        for name, place in places.items():
+            cells[name].append(row[place])
+    if not names:
+        raise UserError(f"data.table={path} is empty; expected a first line with the names of the columns")
+    features = datasets.Features({name: datasets.Value("string") for name in cells})
+    return datasets.Dataset.from_dict(cells, features=features)
+
+
+def _rows(path: Path, columns: Columns) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a text table, empty lines left out, with the number of the line that each one ends on."""
     try:
-        return csv.read_csv(
-            path,
-            parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            convert_options=csv.ConvertOptions(column_types=text, strings_can_be_null=False),
+        with open(path, encoding=_encoding(path), newline="") as file:
+            delimiter = _delimiter(file.readline(), columns, path)
+            file.seek(0)
+            reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
+            for row in reader:
+                if row and not (len(row) == 1 and not row[0].strip()):
+                    yield reader.line_num, row
+    except (csv.Error, UnicodeError) as error:
+        raise UserError(f"data.table={path} cannot be read: {error}; expected a table in UTF-8") from error
+    except OSError as error:
+        raise UserError(f"data.table={path} cannot be read ({error.strerror or error})") from error
+
+
+def _encoding(path: Path) -> str:
+    """UTF-8, or what the mark at the beginning of the file says, as spreadsheets write it."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    return next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
+
+
+def _delimiter(header: str, columns: Columns, path: Path) -> str:
+    """The separator by which the most of the wanted columns are found; among equals the one that is there most."""
+
+    def found(delimiter: str) -> tuple[int, int, bool]:
+        names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter, skipinitialspace=True), [])]
+        wanted = set(columns.by_setting.values())
+        usual = "\t" if path.suffix.lower() == ".tsv" else ","
+        return len(wanted & set(names)), len(names), delimiter == usual
+
+    return max(_DELIMITERS, key=found)
+
+
+def _refuse_twice(names: Sequence[str], columns: Columns, path: Path) -> None:
+    wanted = {*columns.by_setting.values(), columns.split_column(names)}
+    twice = sorted(name for name in wanted if name is not None and names.count(name) > 1)
+    if twice:
+        raise UserError(
+            f"{path} has the column {', '.join(map(repr, twice))} more than once (columns: {', '.join(names)}); "
+            "remove or rename all but one"
         )
-    except pa.ArrowException as error:
-        raise UserError(f"data.table={path} cannot be read: {error}") from error

@@ -20,14 +20,12 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
+from disam_peft.data.transforms.formats import readable_formats
 from disam_peft.errors import UserError
 
 MAX_PIXELS: Final = 100_000_000
-# A short list, because some of Pillow's other readers start a program (EPS runs Ghostscript).
-FORMATS: Final = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 # A progressive JPEG is decoded once per scan, and a scan may have a few bytes; encoders write about ten scans.
 MAX_SCANS: Final = 100
-EXTENSIONS: Final = frozenset({".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 
 _ORIENTATION_TAG: Final = 0x0112
 _UPRIGHT: Final = {
@@ -69,13 +67,16 @@ def decode_image(data: bytes, source: str, *, max_pixels: int = MAX_PIXELS) -> I
     if not data:
         raise BadImage.of(source, "the file is empty (0 bytes)")
     try:
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        picture = Image.open(io.BytesIO(data), formats=readable_formats())
         width, height = picture.size
         if width * height > max_pixels:
             raise BadImage.of(source, _too_large(f"{width} x {height} = {width * height} pixels", max_pixels))
         if data.startswith(b"\xff\xd8") and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
             raise BadImage.of(source, f"a JPEG of {scans} scans, more than the limit of {MAX_SCANS}; save it again")
         picture.load()
+        width, height = picture.size  # an icon holds a file of its own, which may be larger than it says
+        if width * height > max_pixels:
+            raise BadImage.of(source, _too_large(f"{width} x {height} = {width * height} pixels", max_pixels))
         return _to_rgb(_upright(picture), source)
     except BadImage:
         raise
@@ -96,7 +97,7 @@ def _why(data: bytes, error: Exception) -> str:
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg", b"<head")):
         return "holds HTML or XML text, not an image (a failed download?)"
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"not an image of a known format ({', '.join(FORMATS)})"
+        return f"not an image of a known format ({', '.join(readable_formats())})"
     if "truncated" in str(error).lower():
         return "the file is truncated"
     return f"cannot be decoded ({type(error).__name__}: {error})"

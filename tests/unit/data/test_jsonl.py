@@ -115,7 +115,7 @@ def test_a_file_with_the_mark_of_utf_8(tree):
         ('{"image": "a/cat/1.png", "label": "x", "domain": "a", "score": NaN}', "line 2 of .*NaN is no number"),
         ("[" * 100_000, "line 2 of .* is no JSON"),
         ({"image": "a", "lable": "x", "domain": "a"}, r"line 2 .*no key 'label'.*'lable'.*data\.label_column"),
-        ({}, r"line 2 of .* no key 'image' \(keys: none\)"),
+        ({}, r"line 2 of .* no key 'image' and no key 'label' and no key 'domain' \(keys: none\)"),
         (described(image=None), "line 2 of .* has no 'image'"),
         (described(image=""), "line 2 of .* has no 'image'"),
         (described(image={"path": "a/cat/1.png"}), "line 2 of .*'image' is {.*expected the path of an image file"),

@@ -195,10 +195,14 @@ def test_root_that_is_a_file(tmp_path):
         load(DataConfig(root=write_image(tmp_path / "x.png")))
 
 
-def test_root_without_the_level_of_domains(tmp_path):
+def test_classes_without_the_level_of_domains_are_one_unnamed_domain(tree, tmp_path):
     write_image(tmp_path / "flat" / "cat" / "0.png")
-    with pytest.raises(UserError, match=r"root/<class>/\*\.jpg: the level of domains is missing"):
-        load(DataConfig(root=tmp_path / "flat"))
+    write_image(tmp_path / "flat" / "dog" / "0.png")
+    dataset = load(DataConfig(root=tmp_path / "flat"))
+    assert dataset.domains == ("unnamed",) and dataset.classes == ("cat", "dog")
+    assert dataset.keys == ("cat/0.png", "dog/0.png")
+    with pytest.raises(UserError, match=r"no domain 'photo' in .*found: unnamed"):
+        load(DataConfig(root=tmp_path / "flat", domains=["photo"]))
 
 
 def test_root_with_images_and_nothing_else(tmp_path):

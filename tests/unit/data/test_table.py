@@ -184,9 +184,13 @@ def test_row_16_a_stored_dataset_may_not_point_anywhere(tmp_path):
 def test_splits_of_a_stored_dataset(tree, tmp_path):
     source = embedded(tree)
     place = str(tmp_path / "stored")
+    other = str(tmp_path / "other")
+    datasets.DatasetDict({"one": source.select(range(6)), "two": source.select(range(6, 8))}).save_to_disk(other)
+    with pytest.raises(UserError, match=r"splits one, two; choose one"):
+        load(DataConfig(hub=other))
     datasets.DatasetDict({"train": source.select(range(6)), "test": source.select(range(6, 8))}).save_to_disk(place)
     with pytest.raises(UserError, match=r"splits train, test; choose one"):
-        load(DataConfig(hub=place))
+        load(DataConfig(hub=place, given_splits="ignore"))
     with pytest.raises(UserError, match=r"'tset' is not a split .*did you mean 'test'"):
         load(DataConfig(hub=place, split="tset"))
     assert len(load(DataConfig(hub=place, split="test"))) == 2
