@@ -19,6 +19,7 @@ def is_archive(path: Path) -> bool:
 
 
 ClassPolicy = Literal["identical", "intersection", "union"]
+DuplicatePolicy = Literal["warn", "error", "ignore"]
 
 _COLUMNS = frozenset({"image_column", "label_column", "domain_column", "split_column", "image_root", "given_splits"})
 _ARCHIVES = frozenset({"max_archive_gb", "max_archive_files"})
@@ -83,6 +84,9 @@ class DataConfig(Config):
     size, time of change or inode of a file is new. ``full``: read all files again. False: trust the files."""
     skip_bad: bool = False
     """Leave out and record images that cannot be decoded, at most 1 %. False: they are an error."""
+    duplicates: DuplicatePolicy = "warn"
+    """What to do where the same image, by content, is in training and in validation, or has several classes. An image
+    of the held-out domain that is also in a source is always an error."""
     max_archive_gb: float = Field(default=50.0, gt=0)
     """Of an archive, the most that it may hold unpacked, in 10^9 bytes."""
     max_archive_files: int = Field(default=1_000_000, ge=1)

@@ -16,6 +16,7 @@ HARMLESS = {
     "output": "or moved",
     "data.root": "so may the data, whose content is compared",
     "data.verify": "looking closer at the images does not change them",
+    "data.duplicates": "what is said about the same images changes none of them",
     "features.folder": "stores are found by content",
     "train.workers": "batches and augmentation are functions of seed, step and sample",
     "train.save_every": "saving changes nothing",

@@ -159,6 +159,11 @@ def verified(
         raise UserError("\n".join([f"{share}:", *lines, action]))
     warnings.warn(f"{share} and are left out (data.skip_bad)", stacklevel=2)
     kept = hashed.select(i for i, finding in enumerate(findings) if not finding.reason)
+    if lost := sorted(set(dataset.present_domains) - set(kept.present_domains)):
+        raise UserError(
+            f"no image of the domain {', '.join(map(repr, lost))} can be used, for example {dataset.source(bad[0])}: "
+            f"{findings[bad[0]].reason}; mend them, or leave the domain out of data.domains"
+        )
     skipped = tuple(Skipped(dataset.source(i), findings[i].reason) for i in bad)
     return replace(kept, skipped=dataset.skipped + skipped)
 

@@ -14,8 +14,10 @@ from disam_peft.config.names import same_but_for_case
 from disam_peft.data.check import verified
 from disam_peft.data.class_names import prompt_names, read_overrides
 from disam_peft.data.dataset import DomainDataset, PixelPlan
+from disam_peft.data.sources.folder_tree import NOT_REGULAR, OUTSIDE
 from disam_peft.data.sources.samples import Samples, require_domains
 from disam_peft.data.sources.source_kinds import read_source
+from disam_peft.data.transforms.formats import looks_like_image, package_for
 from disam_peft.errors import UserError
 
 
@@ -29,11 +31,29 @@ def load(config: DataConfig) -> DomainDataset:
             between domains; paths that leave the root; bad images.
     """
     dataset = assemble(read_source(config), config)
+    if lines := passed_over(dataset):
+        warnings.warn(f"{dataset.origin}: not used are {'; '.join(lines)}", stacklevel=2)
     if config.verify:
         dataset = verified(dataset, skip_bad=config.skip_bad, again=config.verify == "full")
     if config.pixel_store is None:
         return dataset
     return replace(dataset, pixel_plan=PixelPlan(dataset, config.pixel_store))
+
+
+def passed_over(dataset: DomainDataset) -> list[str]:
+    """The files of a folder tree that look like samples but are none, by kind: how many, where, and what would help.
+    Files that nobody takes for images, such as notes and hidden files, are counted in ``ignored`` alone."""
+    lines = []
+    for kind, count in dataset.ignored.items():
+        if kind not in (OUTSIDE, NOT_REGULAR) and not looks_like_image(kind):
+            continue
+        folders = sorted(dataset.ignored_in.get(kind, {}), key=lambda name: (-dataset.ignored_in[kind][name], name))
+        more = f" and {len(folders) - 2} other folders" if len(folders) > 3 else ""
+        where = ", ".join(name or "the top folder" for name in folders[: 2 if more else 3])
+        package = package_for(kind)
+        advice = f" (install {package} to read them, or convert them)" if package else ""
+        lines.append(f"{count} {kind}" + (f" in {where}{more}" if where else "") + advice)
+    return lines
 
 
 def assemble(samples: Samples, config: DataConfig) -> DomainDataset:

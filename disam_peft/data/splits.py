@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections import defaultdict
 
 import numpy as np
 
 from disam_peft.data.dataset import DomainDataset
+from disam_peft.data.duplicates import same_content
 from disam_peft.errors import UserError
 
 FEW_VALIDATION_SAMPLES = 5
+
+
+def require_two_classes(dataset: DomainDataset) -> None:
+    """Pass if there is something to tell apart.
+
+    Raises:
+        UserError: there is one class only; says why, as far as the data show it.
+    """
+    if len(dataset.classes) < 2:
+        found = ", ".join(map(repr, dataset.classes)) or "none"
+        raise UserError(
+            f"{dataset.origin} has one class, {found}: a classifier needs two or more. Expected folders are "
+            "root/<domain>/<class>/*.jpg; where data.classes is intersection, set it to union to keep every class"
+        )
 
 
 def leave_out(dataset: DomainDataset, held_out: str) -> tuple[DomainDataset, DomainDataset]:
@@ -24,7 +38,7 @@ def leave_out(dataset: DomainDataset, held_out: str) -> tuple[DomainDataset, Dom
     if len(dataset.present_domains) < 2:
         raise UserError(
             f"{dataset.origin} has one domain, {held_out!r}: nothing is left to train on when it is held out; "
-            "add a domain"
+            "add a domain, or set protocol=all to train on all of it"
         )
     is_target_N = dataset.domain_ids == number
     return dataset.select(np.flatnonzero(~is_target_N)), dataset.select(np.flatnonzero(is_target_N))
@@ -124,7 +138,7 @@ def check_no_leak(sources: DomainDataset, target: DomainDataset) -> None:
         raise UserError(
             f"leak: the held-out domain {', '.join(map(repr, shared))} is also a source; remove it from the sources"
         )
-    pairs = _same_content(sources, target)
+    pairs = same_content(sources, target)
     if pairs:
         lines = [f"  {sources.source(i)}  =  {target.source(j)}" for i, j in pairs[:10]]
         more = f"\n  and {len(pairs) - 10} more" if len(pairs) > 10 else ""
@@ -134,13 +148,3 @@ def check_no_leak(sources: DomainDataset, target: DomainDataset) -> None:
             + more
             + "\nremove them from one side"
         )
-
-
-def _same_content(sources: DomainDataset, target: DomainDataset) -> list[tuple[int, int]]:
-    source_sizes, target_sizes = sources.sizes_and_times[0], target.sizes_and_times[0]
-    # Only files of equal size can have equal content, so most files need not be read.
-    by_hash: dict[str, list[int]] = defaultdict(list)
-    for i in np.flatnonzero(np.isin(source_sizes, target_sizes)):
-        by_hash[sources.content_hash(int(i))].append(int(i))
-    candidates = np.flatnonzero(np.isin(target_sizes, source_sizes))
-    return [(i, int(j)) for j in candidates for i in by_hash.get(target.content_hash(int(j)), [])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from disam_peft.config.protocol import ALL, DOMAIN_PREFIX
+from disam_peft.data.sources.samples import UNNAMED_DOMAIN
 from disam_peft.errors import UserError, did_you_mean
 from disam_peft.evaluation.metrics import metrics_of_domains, pooled_metrics
 from disam_peft.evaluation.predict import Predictions
@@ -35,8 +36,9 @@ def held_out_domains(held_out: str | None, domains: tuple[str, ...]) -> list[str
         return [None]
     if len(domains) < 2:
         raise UserError(
-            f"leaving one domain out needs two domains or more, found {', '.join(domains) or 'none'}; protocol=all "
-            "trains on every domain and holds nothing out"
+            f"leaving one domain out needs two domains or more, found {', '.join(domains) or 'none'}"
+            + (" (the data do not say which domain an image belongs to)" if domains == (UNNAMED_DOMAIN,) else "")
+            + "; protocol=all trains on every domain and holds nothing out"
         )
     if held_out == ALL:
         return list(domains)

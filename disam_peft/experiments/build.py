@@ -50,6 +50,11 @@ class SplitData:
             splits["test" if self.target is None else "held_out_test"] = self.test
         return splits
 
+    def source_parts(self) -> dict[str, DomainDataset]:
+        """The parts of what is trained on, which may not share an image, by what messages call them."""
+        parts = {"training": self.training, "validation": self.validation}
+        return {**parts, "test": self.test} if self.target is None and self.test is not None else parts
+
     @property
     def judged(self) -> tuple[str, DomainDataset]:
         """The data set on which mistakes are looked at, and its name in records: the held-out domain, or where nothing

@@ -20,7 +20,8 @@ from disam_peft.common.run_images import IMAGES, write_images
 from disam_peft.config.average import kept_averages
 from disam_peft.config.recipe import Recipe, as_dict
 from disam_peft.data.dataset import DomainDataset
-from disam_peft.data.splits import check_no_leak
+from disam_peft.data.duplicates import check_duplicates
+from disam_peft.data.splits import check_no_leak, require_two_classes
 from disam_peft.evaluation.metrics import metrics_of_domains
 from disam_peft.evaluation.predict import Predictions
 from disam_peft.evaluation.protocols import held_out_domains
@@ -77,6 +78,7 @@ def train(
     accelerator = start_accelerator(recipe.train.mixed_precision, timeout_minutes=recipe.train.timeout_minutes)
     with accelerator.main_process_first():  # the first process checks the files, the others read its findings
         dataset = cache.dataset(recipe.data)
+    require_two_classes(dataset)
     held_out = held_out_domains(recipe.protocol.held_out, dataset.present_domains)
     runs = [holding_out(recipe, domain) for domain in held_out]
     with ExitStack() as locks:
@@ -98,6 +100,7 @@ def _train_one(
     data = split_data(recipe, dataset)
     if data.target is not None:
         check_no_leak(data.sources, data.target)
+    check_duplicates(data.source_parts(), recipe.data.duplicates, target=data.target)
     images = images_of(data)
 
     pretrained = load_pretrained(recipe, dataset.prompt_names, accelerator.device)

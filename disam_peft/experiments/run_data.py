@@ -51,13 +51,13 @@ def images_of(data: SplitData) -> RunImages:
 
 
 def content_by_cell(dataset: DomainDataset) -> dict[str, str]:
-    """How many images each class has in each domain, and a hash over their names and contents (over names and sizes,
-    where the data check was left out): enough to say where two looks at the same data differ."""
+    """How many images each class has in each domain, and a hash over their names, given parts and contents (sizes in
+    place of contents, where the data check was left out): enough to say where two looks at the same data differ."""
     contents = dataset.hashes if dataset.hashes is not None else [str(size) for size in dataset.sizes_and_times[0]]
     cells: defaultdict[str, list[str]] = defaultdict(list)
     for i, key in enumerate(dataset.keys):
         cell = f"images of {dataset.domains[dataset.domain_ids[i]]}/{dataset.classes[dataset.labels[i]]}"
-        cells[cell] += [key, contents[i]]
+        cells[cell] += [key if dataset.given_parts is None else f"{key}\0{dataset.given_parts[i]}", contents[i]]
     found = {cell: f"{len(parts) // 2} (sha256 {_digest(parts)})" for cell, parts in sorted(cells.items())}
     return {"class names": f"{len(dataset.prompt_names)} (sha256 {_digest(dataset.prompt_names)})", **found}
 

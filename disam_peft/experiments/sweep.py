@@ -23,8 +23,10 @@ from disam_peft.config.data import FeatureConfig
 from disam_peft.config.recipe import Recipe
 from disam_peft.config.sweep import check_sweep
 from disam_peft.data.dataset import DomainDataset
+from disam_peft.data.duplicates import check_duplicates
 from disam_peft.data.load import load
 from disam_peft.data.loading.sampler import DomainBatches
+from disam_peft.data.splits import require_two_classes
 from disam_peft.errors import UserError
 from disam_peft.evaluation.metrics import metrics_of_domains
 from disam_peft.evaluation.predict import Predictions
@@ -97,9 +99,11 @@ def sweep(
     if accelerator.num_processes > 1:
         raise UserError(f"a sweep runs in one process, not in {accelerator.num_processes}: start it without a launcher")
     dataset = load(recipe.data)
+    require_two_classes(dataset)
     rows = []
     for held_out in held_out_domains(recipe.protocol.held_out, dataset.present_domains):
         data = split_data(holding_out(recipe, held_out), dataset)
+        check_duplicates(data.source_parts(), recipe.data.duplicates, target=data.target)
         found = _sweep_sources(recipe, data, held_out, settings, accelerator.device, accelerator.autocast)
         folder = recipe.output / recipe.name
         folder.mkdir(parents=True, exist_ok=True)

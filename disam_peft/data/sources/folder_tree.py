@@ -16,6 +16,7 @@ from disam_peft.errors import UserError
 MAX_LEVELS: Final = 4
 """Levels of folders that are looked into: one more than any layout that is read has, so that it can be named."""
 OUTSIDE: Final = "image outside a class folder"
+NOT_REGULAR: Final = "not a regular file"
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class FolderTree:
                 if entry.is_file() or not os.path.exists(entry.path):  # the data check reports a broken link
                     files.append(entry.name)
                 else:
-                    self.passed_over(parts, "not a regular file")
+                    self.passed_over(parts, NOT_REGULAR)
             else:
                 self.passed_over(parts, _kind(entry.name))
         if files:

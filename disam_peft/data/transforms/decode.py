@@ -9,6 +9,7 @@
 | animated, several pages    | the first frame                                                        |
 | 32-bit integers, floats    | BadImage, unless the integers fit 16 bits: their range is not defined  |
 | more pixels than allowed   | BadImage, by the header, before any of them is decoded                 |
+| more pixels once resized   | BadImage, by the header: a strip, longer than 678 times its width      |
 """
 
 from __future__ import annotations
@@ -24,6 +25,12 @@ from disam_peft.data.transforms.formats import readable_formats
 from disam_peft.errors import UserError
 
 MAX_PIXELS: Final = 100_000_000
+MOST_PIXELS: Final = 178_956_970
+"""The largest value that ``data.max_pixels`` may have: beyond it, Pillow refuses by itself."""
+# Models resize the short side of a picture to their input and keep its aspect, so that a strip of few pixels becomes a
+# picture of very many: its pixels are counted at the largest input that is common.
+RESIZED_SIDE: Final = 384
+MAX_RESIZED_PIXELS: Final = 100_000_000
 # A progressive JPEG is decoded once per scan, and a scan may have a few bytes; encoders write about ten scans.
 MAX_SCANS: Final = 100
 
@@ -68,15 +75,11 @@ def decode_image(data: bytes, source: str, *, max_pixels: int = MAX_PIXELS) -> I
         raise BadImage.of(source, "the file is empty (0 bytes)")
     try:
         picture = Image.open(io.BytesIO(data), formats=readable_formats())
-        width, height = picture.size
-        if width * height > max_pixels:
-            raise BadImage.of(source, _too_large(f"{width} x {height} = {width * height} pixels", max_pixels))
+        _require_size(picture, source, max_pixels)
         if data.startswith(b"\xff\xd8") and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
             raise BadImage.of(source, f"a JPEG of {scans} scans, more than the limit of {MAX_SCANS}; save it again")
         picture.load()
-        width, height = picture.size  # an icon holds a file of its own, which may be larger than it says
-        if width * height > max_pixels:
-            raise BadImage.of(source, _too_large(f"{width} x {height} = {width * height} pixels", max_pixels))
+        _require_size(picture, source, max_pixels)  # an icon holds a file of its own, which may be larger than it says
         return _to_rgb(_upright(picture), source)
     except BadImage:
         raise
@@ -88,8 +91,26 @@ def decode_image(data: bytes, source: str, *, max_pixels: int = MAX_PIXELS) -> I
         raise BadImage.of(source, _why(data, error)) from error
 
 
-def _too_large(size: str, max_pixels: int) -> str:
-    return f"{size}, more than the limit of {max_pixels}; shrink the image or raise data.max_pixels"
+def _require_size(picture: Image.Image, source: str, max_pixels: int) -> None:
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise BadImage.of(
+            source, _too_large(f"{width} x {height} = {width * height} pixels", max_pixels, width * height)
+        )
+    short, long = sorted((width, height))
+    resized = RESIZED_SIDE**2 * long // max(short, 1)
+    if resized > MAX_RESIZED_PIXELS:
+        raise BadImage.of(
+            source,
+            f"{width} x {height} is a strip: resized so that its short side has {RESIZED_SIDE} pixels, it would have "
+            f"{resized} pixels, more than the limit of {MAX_RESIZED_PIXELS}; cut it into pieces, or pad its short side",
+        )
+
+
+def _too_large(size: str, max_pixels: int, pixels: int | None = None) -> str:
+    could_help = pixels is not None and pixels <= MOST_PIXELS
+    action = "shrink the image or raise data.max_pixels" if could_help else "shrink the image"
+    return f"{size}, more than the limit of {max_pixels}; {action}"
 
 
 def _why(data: bytes, error: Exception) -> str:

@@ -165,3 +165,29 @@ def test_bad_image_crosses_processes():
     error = pickle.loads(pickle.dumps(BadImage.of("a.jpg", "why")))
     assert isinstance(error, BadImage)
     assert (error.source, error.reason, str(error)) == ("a.jpg", "why", "image a.jpg: why")
+
+
+@pytest.mark.parametrize("size", [(1_000_000, 1), (1, 1_000_000), (20_000, 10), (679, 1)])
+@pytest.mark.parametrize("kind", ["PNG", "PPM"])
+def test_row_68_a_strip_that_resizing_would_blow_up(size, kind):
+    """384 * 384 pixels times the length over the width."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size).save(buffer, kind)
+    with pytest.raises(
+        BadImage, match=rf"image s: {size[0]} x {size[1]} is a strip: .* more than the limit of 100000000"
+    ):
+        decode_image(buffer.getvalue(), "s")
+
+
+@pytest.mark.parametrize("size", [(678, 1), (3, 2000), (5000, 100)])
+def test_row_68_long_pictures_are_read(size):
+    buffer = io.BytesIO()
+    Image.new("RGB", size).save(buffer, "PNG")
+    assert decode_image(buffer.getvalue(), "s").size == size
+
+
+def test_raising_max_pixels_is_not_advised_where_it_cannot_help():
+    header = b"P6\n20000 20000\n255\n" + bytes(100)
+    with pytest.raises(BadImage, match="shrink the image") as caught:
+        decode_image(header, "big", max_pixels=100_000_000)
+    assert "raise data.max_pixels" not in str(caught.value)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from pydantic import ValidationError
 
 from disam_peft.config.data import DataConfig
@@ -253,6 +254,71 @@ def test_a_dangling_link_is_kept_for_the_data_check(tree):
     (root / "a/cat/1.png").symlink_to("gone.png")
     with pytest.raises(UserError, match=r"1 of 2 images(?s:.*)1\.png: cannot be read"):
         load(DataConfig(root=root))
+
+
+# -- files that are not used -----------------------------------------------------------------------------------
+
+
+def test_row_69_pictures_that_are_passed_over_are_said(tree):
+    root = tree(["photo", "sketch"], ["cat", "dog"], 3)
+    (root / "photo/cat/0.png").rename(root / "photo/cat/0.heic")
+    (root / "photo/cat/1.png").rename(root / "photo/cat/1.HEIC")
+    (root / "sketch/notes.txt").write_text("x")
+    write_image(root / "sketch" / "loose.png")
+    with pytest.warns(UserWarning, match=r"not used are 2 \.heic in photo/cat \(install pillow-heif to read") as caught:
+        dataset = load(DataConfig(root=root))
+    message = str(caught[0].message)
+    assert "1 image outside a class folder in sketch" in message and ".txt" not in message
+    assert dataset.ignored == {".heic": 2, ".txt": 1, "image outside a class folder": 1}
+    assert dataset.ignored_in[".heic"] == {"photo/cat": 2}
+
+
+@pytest.mark.parametrize("name", ["0.heic", None])
+def test_row_69_a_domain_without_an_image_does_not_vanish(tree, name):
+    root = tree({"photo": {"cat": 2}, "sketch": {"cat": 2}, "scan": {"cat": 0}})
+    if name is not None:
+        (root / "scan/cat" / name).write_bytes(b"x")
+    reason = r"passed over: 1 \.heic" if name else "its folder is empty"
+    with pytest.raises(UserError, match=rf"domain 'scan' of .* has no image that can be used \({reason}"):
+        load(DataConfig(root=root))
+    assert load(DataConfig(root=root, domains=["photo", "sketch"])).present_domains == ("photo", "sketch")
+
+
+def test_row_69_a_domain_of_nothing_but_broken_images_does_not_vanish(tree):
+    root = tree({"photo": {"cat": 200}, "scan": {"cat": 1}})
+    (root / "scan/cat/0.png").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"no image of the domain 'scan' can be used, for example .*scan/cat/0\.png"):
+        load(DataConfig(root=root, skip_bad=True))
+
+
+def test_a_folder_of_notes_is_no_domain(tree):
+    root = tree({"photo": {"cat": 1}})
+    (root / "splits").mkdir()
+    (root / "splits/train.txt").write_text("x")
+    assert load(DataConfig(root=root)).domains == ("photo",)
+
+
+def test_jfif_is_jpeg(tree):
+    root = tree({"photo": {"cat": 1}})
+    Image.open(root / "photo/cat/0.png").save(root / "photo/cat/1.jfif", "JPEG")
+    assert load(DataConfig(root=root)).keys == ("photo/cat/0.png", "photo/cat/1.jfif")
+
+
+def test_most_images_above_the_class_folders(tree):
+    root = tree({"cat": {"old": 1}, "dog": {}})
+    for i in range(3):
+        write_image(root / "dog" / f"{i}.png")
+    with pytest.raises(UserError, match=r"most images of .* \(3 of 4\) lie higher in the tree than cat/old/0\.png"):
+        load(DataConfig(root=root))
+
+
+def test_a_level_too_many_gets_advice_that_keeps_the_domains(tree, tmp_path):
+    for domain in ("a", "b"):
+        for name in ("cat", "dog"):
+            write_image(tmp_path / "deep" / domain / name / "session1" / "0.png")
+    with pytest.raises(UserError, match=r"session1 is a folder where images were expected") as caught:
+        load(DataConfig(root=tmp_path / "deep"))
+    assert "as data.root" not in str(caught.value) and "Move the images up" in str(caught.value)
 
 
 # -- the config ----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 
 from disam_peft.config.data import DataConfig
 from disam_peft.data.load import load
-from disam_peft.data.splits import check_no_leak, leave_out, split_train_validation
+from disam_peft.data.splits import check_no_leak, leave_out, require_two_classes, split_train_validation
 from disam_peft.errors import UserError
 
 
@@ -42,6 +42,14 @@ def test_row_06_held_out_domain_empty(tree):
 def test_row_06_one_domain_leaves_nothing_to_train_on(tree):
     with pytest.raises(UserError, match="one domain, 'photo'"):
         leave_out(dataset_of(tree(["photo"], ["x"], 3)), "photo")
+
+
+@pytest.mark.parametrize(("classes", "policy"), [(["cat"], "identical"), (["cat", "dog"], "intersection")])
+def test_row_70_one_class_is_nothing_to_learn(tree, classes, policy):
+    root = tree({"a": dict.fromkeys(classes, 1), "b": {"cat": 1}})
+    with pytest.raises(UserError, match=r"has one class, 'cat': a classifier needs two or more"):
+        require_two_classes(dataset_of(root, classes=policy))
+    require_two_classes(dataset_of(tree(["a", "b"], ["cat", "dog"], 1, name="two")))
 
 
 def test_split_sizes_per_domain(tree):

@@ -80,13 +80,75 @@ def test_an_absolute_path_inside_the_root_is_fine(tree, tmp_path):
         (["a/cat/0.png,,a"], "row 0 of .* has no 'label'"),
         (["a/cat/0.png,cat,a", ",cat,a"], "row 1 of .* has no image"),
         (["a/cat/0.png,cat,a", "b/cat/0.png,cat,b", "./a/cat/0.png,cat,b"], "rows 0 and 2 .* both name"),
-        (["a/cat/0.png,cat"], "cannot be read"),
+        (["a/cat/0.png,cat"], "cannot be read: line 2 has 2 cells, but there are 3 columns"),
         ([], "no rows"),
     ],
 )
 def test_bad_rows(tree, rows, message):
     with pytest.raises(UserError, match=message):
         load(DataConfig(table=write_csv(tree, rows)))
+
+
+def test_row_72_a_column_twice(tree):
+    path = write_csv(tree, ["a/cat/0.png,cat,cat,a"], header="image,label,label,domain")
+    with pytest.raises(
+        UserError, match=r"t\.csv has the column 'label' more than once \(columns: image, label, label, "
+    ):
+        load(DataConfig(table=path))
+    path = write_csv(tree, ["a/cat/0.png,cat,a,1,2", "b/cat/0.png,cat,b,1,2"], header="image,label,domain,note,note")
+    assert len(load(DataConfig(table=path))) == 2  # nobody asks for the notes
+
+
+def test_all_missing_columns_are_told_at_once(tree):
+    path = write_csv(tree, header="path,class,style")
+    with pytest.raises(UserError) as caught:
+        load(DataConfig(table=path))
+    message = str(caught.value)
+    for setting in ("image_column='image'", "label_column='label'", "domain_column='domain'"):
+        assert f"data.{setting} is not a column" in message
+    assert "(columns: path, class, style)" in message
+
+
+def test_a_table_without_domains_is_one_unnamed_domain(tree):
+    path = write_csv(tree, ["a/cat/0.png,cat", "b/cat/0.png,cat"], header="image,label")
+    assert load(DataConfig(table=path)).domains == ("unnamed",)
+    with pytest.raises(UserError, match=r"domain_column='domain' is not a column"):
+        load(DataConfig(table=path, domain_column="domain"))
+    path = write_csv(tree, header="image,label,Domain")
+    with pytest.raises(UserError, match=r"domain_column='domain' is not a column.*did you mean 'Domain'"):
+        load(DataConfig(table=path))
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_separators_and_marks_are_recognised(tree, separator, encoding):
+    path = write_csv(tree)
+    text = path.read_text().replace(",", separator).replace("cat" + separator, f'"ca,t;"{separator}')
+    path.write_bytes(text.replace("\n", "\r\n").encode(encoding))
+    dataset = load(DataConfig(table=path))
+    assert dataset.keys == ("a/cat/0.png", "a/cat/1.png", "b/cat/0.png") and dataset.classes == ("ca,t;",)
+
+
+def test_windows_paths_are_read_here(tree):
+    path = write_csv(tree, ["a\\cat\\0.png,cat,a", ".\\a\\cat\\1.png,cat,a", "b/cat/0.png,cat,b"])
+    dataset = load(DataConfig(table=path))
+    assert dataset.keys == ("a/cat/0.png", "a/cat/1.png", "b/cat/0.png")
+    assert dataset.image(0).size == (12, 10)
+
+
+def test_quotes_after_a_blank_are_no_part_of_a_cell(tree):
+    path = write_csv(tree, ['a/cat/0.png, "cat", a', 'b/cat/0.png, "cat", "b"'])
+    dataset = load(DataConfig(table=path))
+    assert dataset.classes == ("cat",) and dataset.domains == ("a", "b")
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN"])
+def test_a_missing_domain_as_programs_write_it(tree, word):
+    path = write_csv(tree, ["a/cat/0.png,cat,a", f"b/cat/0.png,cat,{word}"])
+    with pytest.raises(
+        UserError, match=rf"row 1 of .* has the 'domain' '{word}', which is how a program writes a cell"
+    ):
+        load(DataConfig(table=path))
 
 
 def test_missing_column_and_other_kinds_of_file(tree):
