@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 SPLITS = {
     "source_validation": "source val.",
     "held_out": "held out",
-    "held_out_test": "its test part",
-    "given": "given",
+    "held_out_test": "held out test",
+    "seen_training": "trained on",
+    "seen_validation": "chosen by",
 }
+"""How splits are called in tables; others as they are."""
 _LISTED = 20
 VERDICT_COLOURS = {"ok": "green", "failed": "bold red", "not available": "yellow"}
 

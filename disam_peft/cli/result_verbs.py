@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -12,18 +13,24 @@ from disam_peft.cli.terminal import say
 
 
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="A run, or a folder of runs.")],
+    folder: Annotated[Path, typer.Argument(help="A run, or a folder with runs at any depth.")],
     overrides: Overrides = None,
-    data: Annotated[Path | None, typer.Option(help="Another folder of domains; short for data.root=FOLDER.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Other data: a folder of domains, an archive or a table.")] = None,
     sharpness: Annotated[bool, typer.Option("--sharpness", help="Also measure how sharp the loss is.")] = False,
 ) -> None:
-    """Reload the adapter of a run and evaluate it again."""
-    from disam_peft.config.recipe import load_recipe
+    """Reload the adapter of a run and evaluate it again. Only settings of data, evaluation and precision may change."""
+    from disam_peft.config.data import SOURCE_OF_SUFFIX
+    from disam_peft.config.evaluation_overrides import recipe_for_evaluation
     from disam_peft.experiments.run_folder import RECIPE, find_runs
 
-    given = [*(overrides or []), *([f"data.root={data}"] if data is not None else [])]
+    given = list(overrides or [])
+    if data is not None:
+        source = SOURCE_OF_SUFFIX.get(data.suffix.lower(), "root")
+        given.append(
+            f"data.{source}={json.dumps(str(data))}"
+        )  # quoted: YAML would read a path such as "a: b" as a list
     for cell in find_runs(folder):  # before the imports below, which take seconds
-        load_recipe(cell / RECIPE, given)
+        recipe_for_evaluation(cell / RECIPE, given)
     from disam_peft.cli.output import print_evaluation, print_sharpness
     from disam_peft.common.processes import is_main
     from disam_peft.common.records import SHARPNESS, read_results

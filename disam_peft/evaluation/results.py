@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.frozen_features import evaluation_store
+from disam_peft.common.prediction_table import PredictionTable
 from disam_peft.common.records import (
     CONFUSION,
     ERRORS,
@@ -21,10 +23,11 @@ from disam_peft.common.records import (
     write_list,
     write_results,
 )
+from disam_peft.common.run_images import size_as_content
 from disam_peft.config.evaluation import EvaluationConfig, SharpnessConfig
 from disam_peft.config.recipe import Recipe
 from disam_peft.data.dataset import DomainDataset
-from disam_peft.evaluation.metrics import NOT_FINITE, metrics_of_domains, pooled_metrics
+from disam_peft.evaluation.metrics import NOT_FINITE, metrics_of_domains, pooled_metrics, undefined_samples
 from disam_peft.evaluation.mistakes import confident_errors, confusion
 from disam_peft.evaluation.predict import Predictions, predict
 from disam_peft.evaluation.sharpness.rows import sharpness_rows
@@ -117,6 +120,38 @@ def result_rows(identity: Identity, predictions: Mapping[str, Predictions]) -> l
             of_pool = replace(like, domain=POOL_NAMES[pool], pooled=pool, n=len(by_domain))
             rows += [replace(of_pool, metric=metric, value=value) for metric, value in values.items()]
     return rows
+
+
+def prediction_table(
+    predictions: Mapping[str, Predictions], splits: Mapping[str, DomainDataset], classes: tuple[str, ...]
+) -> PredictionTable:
+    """What was predicted for every image of every split, to be read without torch.
+
+    Args:
+        predictions, splits: by split; both have the same images in the same order.
+        classes: the names of the classifier's classes.
+    """
+    found: dict[str, list[Any]] = {field.name: [] for field in fields(PredictionTable)}
+    for split, of_split in predictions.items():
+        dataset = splits[split]
+        known = (~undefined_samples(of_split.logits_NC)).tolist()
+        probability_NC = of_split.logits_NC.double().softmax(dim=1)
+        highest_N, predicted_N = probability_NC.max(dim=1)
+        of_label_N = probability_NC.gather(1, of_split.labels_N[:, None])[:, 0]
+        sizes = dataset.sizes_and_times[0].tolist()
+        found["key"] += dataset.keys
+        found["content"] += dataset.hashes if dataset.hashes is not None else map(size_as_content, sizes)
+        found["domain"] += [of_split.domain_names[number] for number in of_split.domains_N.tolist()]
+        found["split"] += [split] * len(dataset)
+        found["label"] += [classes[label] for label in of_split.labels_N.tolist()]
+        found["predicted"] += _where(known, [classes[number] for number in predicted_N.tolist()])
+        found["label_probability"] += _where(known, of_label_N.tolist())
+        found["predicted_probability"] += _where(known, highest_N.tolist())
+    return PredictionTable(**{name: tuple(values) for name, values in found.items()})
+
+
+def _where(known: list[bool], values: list[Any]) -> list[Any]:
+    return [value if is_known else None for is_known, value in zip(known, values, strict=True)]
 
 
 def write_mistakes(

@@ -2,67 +2,73 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from disam_peft.adapters.manifest import read_manifest
-from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.adapters.manifest import AdapterManifest, read_manifest
 from disam_peft.classification.saved_classifier import load_adapter
+from disam_peft.common.prediction_table import PREDICTIONS, write_predictions
 from disam_peft.common.records import RAW, RESULTS, ResultRow, read_results, write_results
+from disam_peft.config.evaluation_overrides import recipe_for_evaluation
 from disam_peft.config.recipe import Recipe, load_recipe
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.load import load
 from disam_peft.errors import UserError
-from disam_peft.evaluation.results import Evaluator, Identity, result_rows, write_sharpness
-from disam_peft.experiments.build import split_data
+from disam_peft.evaluation.results import Evaluator, Identity, prediction_table, result_rows, write_sharpness
 from disam_peft.experiments.run import Outcome
 from disam_peft.experiments.run_folder import ADAPTER, RECIPE, find_runs
+from disam_peft.experiments.seen_images import RunsImages
 from disam_peft.training.accelerator import start_accelerator
 
 EVALUATION = "evaluation.json"
 
 
 def evaluate(folder: Path, overrides: Sequence[str] = (), *, sharpness: bool = False) -> list[Outcome]:
-    """Reload the adapter of a finished run and evaluate it again; by default on its own data, with the same numbers.
+    """Reload the adapters of finished runs and evaluate them again; by default on their own data, with the same
+    numbers.
 
-    With other data (``data.root=...``) that lack the held-out domain, every domain there is evaluated, as split
-    ``given``. Writes ``evaluation.json`` beside ``results.json``.
+    Other data (``data.root=...``) are evaluated whole. Their rows say what the run had seen of them, by the content of
+    the images: ``seen_training``, ``seen_validation``, ``unseen``, or ``unknown`` where that cannot be told. Writes
+    ``evaluation.json`` beside ``results.json``, and ``predictions.parquet``.
 
     Args:
+        folder: a run, or a folder with runs at any depth.
+        overrides: settings that ``recipe_for_evaluation`` accepts.
         sharpness: also measure sharpness, as the recipe says or by default, and write it as training would have.
 
     Raises:
-        UserError: no run in ``folder``; data with classes that the adapter does not know; sharpness asked for on data
-            without the held-out domain or without sources.
+        UserError: no run in ``folder``; an override of what made the adapter; data with classes that the adapter does
+            not know; sharpness asked for on other data than the run's own.
     """
     outcomes = []
     for run in find_runs(folder):
-        recipe = load_recipe(run / RECIPE, overrides)
+        recipe = recipe_for_evaluation(run / RECIPE, overrides)
         accelerator = start_accelerator(recipe.train.mixed_precision, timeout_minutes=recipe.train.timeout_minutes)
-        with accelerator.main_process_first():
-            dataset = load(recipe.data)
         classifier = load_adapter(run / ADAPTER, device=accelerator.device)
-        splits = _splits(run, recipe, _in_classes_of(classifier, dataset))
-        if sharpness and "source_validation" not in splits:
-            left_out = recipe.protocol.held_out
-            beside = "" if left_out is None else f" and on {left_out!r}, which the run left out"
+        manifest = read_manifest(run / ADAPTER)
+        images = RunsImages(run, load_recipe(run / RECIPE))
+        with accelerator.main_process_first():
+            splits, is_own = _splits(images, recipe, overrides, classifier.class_names)
+        if sharpness and not is_own:
             raise UserError(
-                f"sharpness is measured on the sources{beside}, but {dataset.origin} has "
-                f"{', '.join(dataset.present_domains)}; evaluate on the run's own data, or "
-                "without --sharpness"
+                "sharpness is measured on the run's own data, which the data given here are not; evaluate without them, "
+                "or without --sharpness"
             )
         evaluator = Evaluator(recipe, accelerator.autocast)
         predictions = evaluator.predict_splits(classifier, splits, label=recipe.method.name)
-        weights = str(read_manifest(run / ADAPTER).trained_with.get("weights", RAW))
+        weights = str(manifest.trained_with.get("weights", RAW))
         rows = result_rows(Identity.of_trained(recipe, weights, chosen=True), predictions)
         is_main = accelerator.is_main_process
         if sharpness:
             write_sharpness(run, classifier, splits, recipe.evaluation, like=rows[-1], is_main=is_main)
         if is_main:
             write_results(run / EVALUATION, rows)
+            classes = _class_names(manifest, classifier.class_names)
+            write_predictions(run / PREDICTIONS, prediction_table(predictions, splits, classes))
         outcomes.append(Outcome(run, recipe.protocol.held_out, rows, None))
     return outcomes
 
@@ -73,28 +79,67 @@ def recorded_rows(run: Path) -> list[ResultRow]:
     return read_results(path) if path.is_file() else []
 
 
-def _splits(run: Path, recipe: Recipe, dataset: DomainDataset) -> dict[str, DomainDataset]:
-    """What to evaluate on: the run's own splits where the data have them, else every sample as ``given``."""
-    held_out, domains = recipe.protocol.held_out, dataset.present_domains
-    if held_out is None:
-        own = load_recipe(run / RECIPE).data == recipe.data
-        return split_data(recipe, dataset).by_split() if own else {"given": dataset}
-    if held_out in domains and len(domains) > 1:
-        return split_data(recipe, dataset).by_split()
-    return {"held_out" if domains == (held_out,) else "given": dataset}
+def _splits(
+    images: RunsImages, recipe: Recipe, overrides: Sequence[str], known: tuple[str, ...]
+) -> tuple[dict[str, DomainDataset], bool]:
+    """What to evaluate on, by split, with labels that count in the classes ``known`` to the adapter; and whether it is
+    what the run was trained on."""
+    try:
+        dataset = load(recipe.data)
+    except UserError:
+        if not overrides:
+            raise
+    else:
+        own = images.own_splits(recipe, dataset)
+        if own is not None and dataset.prompt_names == known:
+            return own, True
+        if not overrides:
+            warnings.warn(
+                f"{dataset.origin} is no longer what {images.run} was trained on: images, domains or classes were added, "
+                "removed or changed. It is evaluated as other data are",
+                stacklevel=3,
+            )
+    # The run's choice of domains, and how it made classes agree, were meant for its own data.
+    told = {override.partition("=")[0] for override in overrides}
+    ours, before = recipe.data, images.recipe.data
+    classes_told = "data.classes" in told or ours.classes != before.classes
+    domains_told = "data.domains" in told or ours.domains != before.domains
+    whole = {"classes": "union", "domains": ours.domains if domains_told else None}
+    dataset = load(ours.model_copy(update=whole))
+    shared = _in_classes(known, dataset, only_known=classes_told and ours.classes == "intersection")
+    return images.by_what_was_seen(shared), False
 
 
-def _in_classes_of(classifier: ClipClassifier, dataset: DomainDataset) -> DomainDataset:
-    """The same samples with labels that count in the classifier's classes, which may be more."""
-    known = classifier.class_names
+def _class_names(manifest: AdapterManifest, words: tuple[str, ...]) -> tuple[str, ...]:
+    """The classes as the data call them that the adapter was trained on."""
+    names = manifest.trained_with.get("classes")
+    if isinstance(names, list) and len(names) == len(words):
+        return tuple(map(str, names))
+    return words
+
+
+def _in_classes(known: tuple[str, ...], dataset: DomainDataset, *, only_known: bool) -> DomainDataset:
+    """The same samples with labels that count in the classes ``known`` to the adapter, which may be more.
+
+    Args:
+        only_known: leave out samples of other classes; otherwise these are an error.
+    """
     if dataset.prompt_names == known:
         return dataset
-    unknown = sorted(set(dataset.prompt_names) - set(known))
-    if unknown:
+    label_of = np.array([known.index(name) if name in known else -1 for name in dataset.prompt_names])
+    labels_N = label_of[dataset.labels]
+    unknown = sorted({dataset.prompt_names[label] for label in dataset.labels[labels_N < 0]})
+    if unknown and not only_known:
         raise UserError(
             f"{dataset.origin} has classes that the adapter was not trained for: {', '.join(unknown[:10])} "
-            f"(it knows {', '.join(known[:10])}{', ...' if len(known) > 10 else ''}); "
-            "leave them out, or map their names with data.class_names"
+            f"(it knows {', '.join(known[:10])}{', ...' if len(known) > 10 else ''}); map their names with "
+            "data.class_names, or evaluate the classes that both have with data.classes=intersection"
         )
-    label_of = np.array([known.index(name) for name in dataset.prompt_names])
-    return replace(dataset, labels=label_of[dataset.labels])
+    if unknown:
+        left_out = int((labels_N < 0).sum())
+        warnings.warn(
+            f"{left_out} of {len(dataset)} images are left out: the adapter does not know {', '.join(unknown[:10])}",
+            stacklevel=4,
+        )
+    kept = np.flatnonzero(labels_N >= 0)
+    return replace(dataset, labels=labels_N).select(kept)

@@ -83,15 +83,15 @@ def changed(recipe: Recipe) -> list[str]:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The run in ``folder``, or those one level below.
+    """The runs in ``folder`` and anywhere below it, by path.
 
     Raises:
         UserError: there is none.
     """
-    found = [cell for cell in [folder, *sorted(folder.glob("*/"))] if (cell / ADAPTER).is_dir()]
-    runs = [cell for cell in found if (cell / RECIPE).is_file()]
+    found = sorted(path.parent for path in folder.rglob(RECIPE) if (path.parent / ADAPTER).is_dir())
+    runs = [run for run in found if not any(part.startswith(".") for part in run.relative_to(folder).parts)]
     if not runs:
-        raise UserError(f"no finished run in {folder}: expected {RECIPE} and {ADAPTER}/ there or one folder below")
+        raise UserError(f"no finished run in {folder}: expected {RECIPE} and {ADAPTER}/ there or in a folder below")
     return runs
 
 
