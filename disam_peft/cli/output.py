@@ -21,14 +21,6 @@ if TYPE_CHECKING:
     from disam_peft.doctor.examine import Examination
     from disam_peft.report.comparison import Comparison, TextTable
 
-SPLITS = {
-    "source_validation": "source val.",
-    "held_out": "held out",
-    "held_out_test": "held out test",
-    "seen_training": "trained on",
-    "seen_validation": "chosen by",
-}
-"""How splits are called in tables; others as they are."""
 _LISTED = 20
 VERDICT_COLOURS = {"ok": "green", "failed": "bold red", "not available": "yellow"}
 
@@ -107,6 +99,10 @@ def _print_by_domain(shown: list[ResultRow], title: str, corner: str, console: C
     console.print(table)
 
 
+def _split_title(split: str) -> str:
+    return "source val." if split == "source_validation" else split.replace("_", " ")
+
+
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """What was measured and what can be said of it, measure by measure; then what failed."""
     from disam_peft.report.comparison import value_tables, verdict_table
@@ -170,7 +166,7 @@ def print_evaluation(
         if pooled in ("mean", "worst") and top1.n == 1:
             continue  # over one domain: the line above again
         table.add_row(
-            SPLITS.get(split, split),
+            _split_title(split),
             escape(domain if pooled is None else pool_title(pooled, [name for _, name, of in lines if of is None])),
             str(top1.n),
             _percent(top1.value),
@@ -206,7 +202,7 @@ def print_sharpness(rows: Iterable[ResultRow], console: Console | None = None) -
     table = Table(title="Sharpness", box=box.SIMPLE, title_justify="left", pad_edge=False)
     table.add_column("measure", no_wrap=True)
     for split, domain, n in places:
-        table.add_column(f"{SPLITS.get(split, split)}\n{escape(domain)}, n={n}", justify="right")
+        table.add_column(f"{_split_title(split)}\n{escape(domain)}, n={n}", justify="right")
     values = {(row.metric, row.split): row.value for row in found}
     for metric in dict.fromkeys(row.metric for row in found):
         numbers = [values.get((metric, split)) for split, _, _ in places]

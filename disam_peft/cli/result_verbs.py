@@ -26,9 +26,7 @@ def evaluate(
     given = list(overrides or [])
     if data is not None:
         source = SOURCE_OF_SUFFIX.get(data.suffix.lower(), "root")
-        given.append(
-            f"data.{source}={json.dumps(str(data))}"
-        )  # quoted: YAML would read a path such as "a: b" as a list
+        given.append(f"data.{source}={json.dumps(str(data))}")
     for cell in find_runs(folder):  # before the imports below, which take seconds
         recipe_for_evaluation(cell / RECIPE, given)
     from disam_peft.cli.output import print_evaluation, print_sharpness

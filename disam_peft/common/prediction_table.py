@@ -79,9 +79,7 @@ def read_predictions(path: Path) -> PredictionTable:
             table = file.read(columns=list(wanted))
         columns = {name: tuple(table.column(name).to_pylist()) for name in wanted}
     except FileNotFoundError as error:
-        raise UserError(
-            f"{path} does not exist; a run of version 0.1 has none, disam-peft evaluate writes it"
-        ) from error
+        raise UserError(f"{path} does not exist; runs of version 0.1 have none until they are evaluated") from error
     except (OSError, ValueError, pa.ArrowException) as error:
         if isinstance(error, UserError):
             raise

@@ -55,7 +55,7 @@ def evaluate(folder: Path, overrides: Sequence[str] = (), *, sharpness: bool = F
             splits, is_own = _splits(images, recipe, overrides, classifier.class_names)
         if sharpness and not is_own:
             raise UserError(
-                "sharpness is measured on the run's own data, which the data given here are not; evaluate without them, "
+                "sharpness is measured on the run's own data, which those given here are not; evaluate without them, "
                 "or without --sharpness"
             )
         evaluator = Evaluator(recipe, accelerator.autocast)
@@ -95,8 +95,8 @@ def _splits(
             return own, True
         if not overrides:
             warnings.warn(
-                f"{dataset.origin} is no longer what {images.run} was trained on: images, domains or classes were added, "
-                "removed or changed. It is evaluated as other data are",
+                f"{dataset.origin} is no longer what {images.run} was trained on: images, domains or classes were "
+                "added, removed or changed. It is evaluated as other data are",
                 stacklevel=3,
             )
     # The run's choice of domains, and how it made classes agree, were meant for its own data.

@@ -14,6 +14,7 @@ from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.domain_inference import InferredDomains, infer_domains
 from disam_peft.classification.saved_classifier import save_adapter
 from disam_peft.common.locks import locked
+from disam_peft.common.prediction_table import PREDICTIONS, write_predictions
 from disam_peft.common.processes import on_main
 from disam_peft.common.records import METRICS, RESULTS, ResultRow, append_event, read_results, write_results
 from disam_peft.common.run_images import IMAGES, write_images
@@ -28,6 +29,7 @@ from disam_peft.evaluation.protocols import held_out_domains
 from disam_peft.evaluation.results import (
     Evaluator,
     Identity,
+    prediction_table,
     result_rows,
     write_mistakes,
     write_sharpness,
@@ -145,6 +147,8 @@ def _train_one(
         _record_inferred(folder, recipe, inferred)
         if not (folder / IMAGES).is_file():  # a run of 0.1 that went on
             write_images(folder / IMAGES, images)
+        table = prediction_table(predictions, data.by_split(), dataset.classes)
+        write_predictions(folder / PREDICTIONS, table)
         split, judged = data.judged
         write_mistakes(folder, predictions[split], judged, classifier.class_names, recipe.evaluation)
         write_results(folder / RESULTS, rows)

@@ -8,9 +8,12 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from disam_peft.cli.app import main
+from disam_peft.common.prediction_table import read_predictions
 from disam_peft.common.records import read_events, read_results
+from disam_peft.common.run_images import read_images
 from disam_peft.experiments import run
 from disam_peft.experiments.run_folder import find_runs
 from tests.helpers.paths import PACS_MINI, ROOT
@@ -168,11 +171,90 @@ def test_evaluate_on_other_data_with_fewer_classes(cli, arguments, domains_folde
     assert code == 0, err
     assert "studio" in out
     rows = json.loads((folder / "art/evaluation.json").read_text())
-    assert {(row["split"], row["domain"], row["n"]) for row in rows} >= {("given", "studio", 16)}
+    n = {row["split"]: row["n"] for row in rows if row["pooled"] is None}
+    assert {(row["split"], row["domain"]) for row in rows if row["pooled"] is None} == {
+        ("seen_training", "studio"),
+        ("seen_validation", "studio"),
+    }, "photo was a source: copies of its images have been seen, whatever their names are now"
+    assert sum(n.values()) == 16
+    table = read_predictions(folder / "art/predictions.parquet")
+    assert {split: table.split.count(split) for split in n} == n
+    assert set(table.label) == {"blue", "red"} and set(table.domain) == {"studio"}
     (other / "studio/red").rename(other / "studio/purple")
     code, _, err = cli("evaluate", folder, "--data", other)
     assert code == 2
     assert "classes that the adapter was not trained for: purple" in err
+    code, _, err = cli("evaluate", folder, "--data", other, "data.classes=intersection")
+    assert code == 0 and "8 of 16 images are left out: the adapter does not know purple" in err
+    assert set(read_predictions(folder / "art/predictions.parquet").label) == {"blue"}
+
+
+def test_row_52_evaluate_on_other_data_with_the_domains_of_the_run(cli, arguments, domains_folder, tmp_path):
+    """Rows of half of the run's images, and of a new one: never "source validation" or "held out"."""
+    recipe = ROOT / "recipes/pacs/linear_probe_disam.yaml"
+    assert cli("train", recipe, "protocol.held_out=art", *arguments)[0] == 0
+    folder, other = tmp_path / "runs/pacs-linear-probe-disam/art", tmp_path / "other"
+    trained = read_predictions(folder / "predictions.parquet")
+    assert set(trained.split) == {"source_validation", "held_out"} and len(trained) > 32
+    known = read_images(folder / "images.parquet")
+    shutil.copytree(domains_folder, other)
+    for path in sorted(other.rglob("*.png"))[::2]:
+        path.unlink()
+    Image.effect_noise((32, 32), 60).convert("RGB").save(other / "photo/red/new.png")
+    code, out, err = cli("evaluate", tmp_path, "--data", other)
+    assert code == 0, err
+    assert "seen training" in out and "unseen" in out and "source val." not in out and "held out" not in out
+    table = read_predictions(folder / "predictions.parquet")
+    assert len(table) == 49, "evaluated whole"
+    part_of = dict(zip(known.content, known.part, strict=True))
+    names = {"training": "seen_training", "validation": "seen_validation", "held_out": "unseen", None: "unseen"}
+    assert [names[part_of.get(content)] for content in table.content] == list(table.split)
+    rows = read_results(folder / "evaluation.json")
+    for domain in ("art", "cartoon", "photo"):
+        for split in set(table.split):
+            places = [i for i in range(49) if (table.domain[i], table.split[i]) == (domain, split)]
+            values = [r.value for r in rows if (r.split, r.domain, r.pooled, r.metric) == (split, domain, None, "top1")]
+            right = [table.label[i] == table.predicted[i] for i in places]
+            assert values == ([sum(right) / len(right)] if right else [])
+    code, _, err = cli("evaluate", tmp_path, "--data", other, "--sharpness")
+    assert code == 2 and "sharpness is measured on the run's own data" in err
+
+
+def test_row_51_evaluate_refuses_what_made_the_adapter(cli, arguments, tmp_path):
+    recipe = ROOT / "recipes/pacs/linear_probe_disam.yaml"
+    assert cli("train", recipe, "protocol.held_out=art", *arguments)[0] == 0
+    folder = tmp_path / "runs/pacs-linear-probe-disam/art"
+    for override in ("protocol.held_out=photo", "seed=7", "backbone.name=ViT-L-14", "adapter.rank=64"):
+        code, _, err = cli("evaluate", folder, override)
+        assert code == 2 and "What may be given here is data.*, evaluation.*" in err, override
+        assert not (folder / "evaluation.json").exists()
+
+
+def test_row_49_domains_called_mean_worst_and_pooled(cli, arguments, domains_folder, tmp_path):
+    data = tmp_path / "data"
+    for name, domain in zip(("mean", "pooled", "worst"), ("art", "cartoon", "photo"), strict=True):
+        shutil.copytree(domains_folder / domain, data / name)
+    recipe, quick = ROOT / "recipes/pacs/linear_probe_disam.yaml", [*arguments, f"data.root={data}"]
+    sharpness = "evaluation.sharpness={samples: 6, ascent_steps: 1, hessian_iterations: 3, slice_points: 0}"
+    code, out, err = cli("train", recipe, "protocol.held_out=all", *quick, sharpness)
+    assert code == 0, err
+    assert "mean over domains" in out
+    runs = tmp_path / "runs/pacs-linear-probe-disam"
+    rows = read_results(runs / "mean/results.json")
+    n = {(r.split, r.domain, r.pooled): r.n for r in rows if r.metric == "top1" and r.method == "disam"}
+    assert n["held_out", "mean", None] == 32 and n["held_out", "mean", "mean"] == 1
+    assert n["source_validation", "worst", None] > 2 == n["source_validation", "worst", "worst"]
+    sharp = read_results(runs / "pooled/sharpness.json")
+    assert {(r.split, r.domain, r.pooled) for r in sharp} == {
+        ("source_validation", "pooled", "all"),
+        ("held_out", "pooled", None),
+    }
+    assert cli("evaluate", runs)[0] == 0
+    assert read_results(runs / "mean/evaluation.json") == [row for row in rows if row.method == "disam"]
+    code, _, err = cli("report", tmp_path / "runs", "--output", tmp_path / "report.html")
+    assert code == 0, err
+    markdown = (tmp_path / "report_figures/tables.md").read_text()
+    assert all(f"\n| {name} | " in markdown for name in ("mean", "pooled", "worst", "mean over domains"))
 
 
 def test_row_06_a_misspelt_held_out_domain(cli, arguments):
