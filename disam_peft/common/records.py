@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from disam_peft.common.files import write_atomically
+from disam_peft.common.strict_json import read_bytes
+from disam_peft.common.typed_json import read_typed, typed
+from disam_peft.errors import UserError
 
 METRICS = "metrics.jsonl"
 RESULTS = "results.json"
@@ -26,6 +29,8 @@ Pool = Literal["mean", "worst", "all"]
 POOL_NAMES: dict[Pool, str] = {"mean": "mean", "worst": "worst", "all": "pooled"}
 """What stands in place of a domain in a pooled row. A domain of the data may have the same name: ``ResultRow.pooled``
 tells them apart, not this word."""
+MAX_EVENT_BYTES = 2**30
+"""Of ``metrics.jsonl``: 100,000 recorded steps of 60 domains fit."""
 _POOLED_METRICS = ("top1", "macro_accuracy", "nll", "ece")
 
 
@@ -120,6 +125,26 @@ class ExampleError:
     """A thumbnail, base64; empty where the image could not be read."""
 
 
+@dataclass(frozen=True)
+class _Event:
+    """What every line of ``metrics.jsonl`` has: whatever else an event has, it has a name."""
+
+    event: str
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class _StepEvent:
+    """What reports read of the event of a step. Numbers that are not finite are None."""
+
+    step: int
+    loss: float | None = None
+    domain_loss: dict[str, float | None] = field(default_factory=dict)
+    domain_weight: dict[str, float | None] = field(default_factory=dict)
+    domain_share: dict[str, float] = field(default_factory=dict)
+    ascent_cosine: float | None = None
+
+
 def write_results(path: Path, rows: Iterable[ResultRow]) -> None:
     """Replace ``path`` by these rows; a reader sees the old file or the new one, never half of it."""
     write_json(path, [_plain(asdict(row)) for row in rows])
@@ -129,17 +154,22 @@ def read_results(path: Path) -> list[ResultRow]:
     """The rows of a ``results.json``.
 
     Raises:
-        ValueError: not a list of such rows.
+        UserError: as ``read_list``.
     """
     return read_list(path, ResultRow)
 
 
-def _as_written_now(values: dict[str, Any]) -> dict[str, Any]:
-    """A row of 0.1, where a word in place of the domain was all that marked a pooled row. ``mean`` and ``worst`` stood
+def _as_written_now(rows: Any) -> Any:
+    """Rows of 0.1, where a word in place of the domain was all that marked a pooled row. ``mean`` and ``worst`` stood
     in ``results.json``, ``pooled`` in ``sharpness.json``, whose metrics have other names."""
-    words = ("mean", "worst") if values["metric"] in _POOLED_METRICS else ("pooled",)
-    pool = next((pool for pool, word in POOL_NAMES.items() if word in words and word == values["domain"]), None)
-    return {**values, "pooled": pool}
+
+    def pool(row: dict[str, Any]) -> Pool | None:
+        words = ("mean", "worst") if row.get("metric") in _POOLED_METRICS else ("pooled",)
+        return next((pool for pool, word in POOL_NAMES.items() if word in words and word == row.get("domain")), None)
+
+    if not isinstance(rows, list):
+        return rows
+    return [{**row, "pooled": pool(row)} if isinstance(row, dict) and "pooled" not in row else row for row in rows]
 
 
 def read_list(path: Path, kind: type[Record]) -> list[Record]:
@@ -148,16 +178,12 @@ def read_list(path: Path, kind: type[Record]) -> list[Record]:
     A file that an older version wrote lacks the fields that came later: these take their defaults.
 
     Raises:
-        ValueError: it holds something else; a record lacks a field without a default, or has one that is not known.
+        UserError: no such file; it holds something else; a record lacks a field without a default, or has one that is
+            not known or of another type. Names the file and the line.
     """
-    known = {f.name for f in fields(kind)}
-    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(rows, list) or any(not isinstance(row, dict) or not needed <= set(row) <= known for row in rows):
-        raise ValueError(f"{path} is not a list of rows with the keys {', '.join(sorted(known))}")
-    if kind is ResultRow:
-        rows = [row if "pooled" in row else _as_written_now(row) for row in rows]
-    return [kind(**row) for row in rows]
+    keys = ", ".join(sorted(field.name for field in fields(kind)))
+    before = _as_written_now if kind is ResultRow else None
+    return read_typed(path, list[kind], f"a list of rows with the keys {keys}", before=before)  # type: ignore[valid-type]
 
 
 def write_list(path: Path, records: Iterable[LossSlice | Confusion | ExampleError]) -> None:
@@ -176,21 +202,26 @@ def read_events(path: Path, event: str | None = None) -> list[dict[str, Any]]:
     """The events of a ``metrics.jsonl``, or those of one kind. A last line that a crash has cut off is left out.
 
     Raises:
-        ValueError: an earlier line is damaged; names the line.
+        UserError: no such file; a line that is damaged or no event. Names the file and the line.
     """
-    events = []
+    try:
+        content = read_bytes(path, max_bytes=MAX_EVENT_BYTES)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
     # As bytes: a crash may cut a line inside a character, and str.splitlines would also split at U+2028 in a name.
-    lines = path.read_bytes().split(b"\n")
-    if not lines[-1]:
-        lines.pop()  # What follows the end of the last line is not a line.
-    for number, line in enumerate(lines, start=1):
-        try:
-            events.append(json.loads(line))
-        except ValueError as error:  # no JSON, or no UTF-8
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: {error}") from error
+    # What follows the last line break is no line, or one that was cut off.
+    lines = content.split(b"\n")[:-1]
+    events = [_event(line, path, number) for number, line in enumerate(lines, start=1)]
     return [e for e in events if event is None or e["event"] == event]
+
+
+def _event(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    name = typed(line, _Event, str(path), "an event", first_line=number).event
+    if name == "step":
+        typed(line, _StepEvent, str(path), "the event of a step", first_line=number)
+    return json.loads(line)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from disam_peft.common.strict_json import parse_json
+from disam_peft.common.strict_json import JsonFault, parse_json
 from disam_peft.data.sources.columns import Columns, Numbering, read_columns
 from disam_peft.data.sources.samples import Samples
 from disam_peft.errors import UserError, did_you_mean
@@ -98,8 +98,8 @@ def _object(line: bytes, number: int, path: Path) -> dict[str, Any]:
         raise UserError(f"{where} is empty; expected one JSON object per line; remove the line")
     try:
         found = parse_json(line)
-    except ValueError as error:
-        raise UserError(f"{where} is no JSON ({error}); expected one JSON object per line, in UTF-8") from error
+    except JsonFault as fault:
+        raise UserError(f"{where} is no JSON ({fault.reason}); expected one JSON object per line, in UTF-8") from fault
     if not isinstance(found, dict):
         raise UserError(
             f"{where} holds a {type(found).__name__}; expected one JSON object per line, as "
