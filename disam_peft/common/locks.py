@@ -6,25 +6,62 @@ import json
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from disam_peft.common import processes
 from disam_peft.errors import Notice, UserError
 
 # A killed process may leave worker processes behind, which keep its lock until they notice that it is gone.
 ORPHANS_SECONDS = 20.0
+WAIT_SECONDS = 1.0
 
 
 @contextmanager
-def one_at_a_time(lock_file: Path) -> Iterator[None]:
-    """Wait until no other process is inside for the same ``lock_file``, then go inside. The file stays."""
-    from filelock import FileLock
+def one_at_a_time(lock_file: Path, what: str = "") -> Iterator[None]:
+    """Wait until no other process is inside for the same ``lock_file``, then go inside. The file stays.
 
-    with FileLock(lock_file):
+    Args:
+        what: another process may be doing there, for a notice after a second of waiting; empty: none is given.
+    """
+    with _entered(lock_file, what, lambda attempt: attempt()):
         yield
+
+
+@contextmanager
+def one_run_at_a_time(lock_file: Path, what: str) -> Iterator[None]:
+    """``one_at_a_time`` for a run of several processes, which go inside together: the main process waits for the other
+    run, and the others for the main process."""
+    with _entered(lock_file, what, processes.on_main):
+        yield
+
+
+@contextmanager
+def _entered(lock_file: Path, what: str, on_one: Callable[[Callable[[], bool]], bool]) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(lock_file)
+
+    def attempt() -> bool:
+        try:
+            lock.acquire(timeout=WAIT_SECONDS, poll_interval=0.05)
+        except Timeout:
+            return False
+        return True
+
+    told = not what
+    # in short attempts: the other processes of a run that waits long would give up in the middle of one long one
+    while not on_one(attempt):
+        if not told:
+            warnings.warn(f"another process is {what}; this one waits for it", Notice, stacklevel=4)
+            told = True
+    try:
+        yield
+    finally:
+        lock.release()  # on a process that does not hold it, nothing is done
 
 
 @contextmanager

@@ -80,6 +80,30 @@ def on_main(action: Callable[[], Result]) -> Result:
     return sent[0]
 
 
+def all_or_none(action: Callable[[], Result]) -> Result:
+    """The result of ``action()``, which every process calls. Where one of them fails all of them do, so that nobody
+    waits for a process that is gone.
+
+    Raises:
+        UserError: ``action`` raised a UserError on this process, or else any error on another one.
+    """
+    if world_size() == 1:
+        return action()
+    result: Any = None
+    failure: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    texts = from_all(None if failure is None else str(failure) or repr(failure))
+    if failure is not None:
+        raise failure
+    failed = next((text for text in texts if text is not None), None)
+    if failed is not None:
+        raise UserError(f"another process failed: {failed}")
+    return result
+
+
 def largest(number: int, device: torch.device) -> int:
     """The largest of all processes' numbers, the same on each.
 

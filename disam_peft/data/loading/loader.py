@@ -219,11 +219,11 @@ class _StoredSamples(Dataset):
         assert dataset.pixel_plan is not None
         self._labels, self._domains = torch.from_numpy(dataset.labels), torch.from_numpy(dataset.domain_ids)
         self._positions = _positions(dataset.rows, dataset.pixel_plan.whole.rows)
-        self._store, self._augment = store, augment
+        self._store, self._augment, self._whole = store, augment, dataset.pixel_plan.whole
 
     def __getitems__(self, pairs: list[tuple[int, int]]) -> dict[str, Tensor]:
         indices, epochs = map(list, zip(*pairs, strict=True))
-        images, sizes_B2 = self._store.read(self._positions[indices])
+        images, sizes_B2 = self._store.read(self._positions[indices], self._whole)
         return {
             "pixels": images if self._augment is None else self._augment(images, indices, epochs, sizes_B2),
             "labels": self._labels[indices],

@@ -1,14 +1,14 @@
 """The feature store: the output of a model's frozen part for every image, so that each image is encoded once.
 
 Its numbers depend on the weights, the split, the precision, the transform and the data, which make up its key. It is
-built in chunks, and each finished chunk is ticked off in a file: after a kill, building goes on where it stopped, with
-any number of processes. The numbers are memory-mapped. N images, V views of each.
+built in chunks by all processes of one run, each with its share, and after a kill building goes on where it stopped.
+Another run that needs the same store waits. The numbers are memory-mapped and checked when a chunk is first read; a
+damaged chunk is encoded again. N images, V views of each.
 """
 
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, pairwise
@@ -21,16 +21,32 @@ from PIL import Image
 from torch import Tensor
 
 from disam_peft.common import processes
+from disam_peft.common.cache import use
+from disam_peft.common.locks import one_run_at_a_time
 from disam_peft.common.progress import track
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.loading.loader import make_train_loader
-from disam_peft.data.stores.store import StoreKey, read_record, require_room, store_folder, write_record
+from disam_peft.data.stores.store import (
+    StoreKey,
+    claimed,
+    discard_damaged,
+    draft_folder,
+    publish,
+    read_record,
+    record_digest,
+    require_room,
+    store_folder,
+    write_record,
+)
+from disam_peft.data.stores.stored_rows import Damaged, DraftRows, Remake, StoredRows, chunk_rows
 from disam_peft.errors import UserError
 
 FORMAT = 2  # 1: numbers of before the last block's products were reordered, other in their last digits
 CHUNK = 64  # images: what is encoded at once, and what a kill can cost
 SPARE_DISK = 0.05
 BLANK = 64
+ROWS = "features.bin"
+_REMEDY = "set features.folder, or DISAM_PEFT_CACHE, to a folder that can be written, or leave out features.store"
 
 Item = TypeVar("Item")
 
@@ -69,22 +85,43 @@ def data_identity(dataset: DomainDataset) -> str:
 
 
 class FeatureStore:
-    """A complete store, for reading with ``rows``. The views of a training set are its augmented versions."""
+    """A complete store, for reading with ``rows``. The views of a training set are its augmented versions.
 
-    def __init__(self, folder: Path, key: FeatureKey) -> None:
+    Args:
+        remake: encodes the rows of a damaged chunk again; without it, damage is an error.
+
+    Raises:
+        UserError: there is no such store in ``folder``, or it is damaged as a whole.
+    """
+
+    def __init__(self, folder: Path, key: FeatureKey, remake: Remake | None = None) -> None:
         header = _read_header(folder, key)
-        if header is None:
-            raise UserError(f"{folder} is no complete feature store for this model and data; build it first")
-        self.views, self.count = key.views, int(header["count"])
-        self._shape, self._dtype = tuple(header["shape"]), getattr(torch, header["dtype"])
-        self._bytes = np.memmap(folder / "features.bin", np.uint8, "r", shape=(self.views * self.count, header["row"]))
+        try:
+            if header is None:
+                raise Damaged("no header")
+            self.views, self.count = key.views, int(header["count"])
+            self._shape, self._dtype = tuple(header["shape"]), getattr(torch, header["dtype"])
+            total, row_bytes = self.views * self.count, header["row"]
+            chunk, checksums = header.get("chunk", CHUNK), header.get("checksums")
+            self._rows = StoredRows(folder / ROWS, total, row_bytes, chunk, checksums)
+        except (Damaged, OSError) as error:
+            text = f"{folder} is no complete feature store for this model and data; build it first"
+            raise UserError(text) from error
+        self._remake = remake
 
     def __len__(self) -> int:
         return self.count
 
     def rows(self, indices: Sequence[int] | np.ndarray, views: Sequence[int] | np.ndarray | int = 0) -> Tensor:
-        """The stored tensors (B, ...) of these images. View numbers are taken modulo V, so an epoch may be given."""
-        stored = self._bytes[self.places(indices, views)]
+        """The stored tensors (B, ...) of these images. View numbers are taken modulo V, so an epoch may be given.
+
+        Raises:
+            UserError: a chunk is damaged, and the store does not know how to encode it again.
+        """
+        try:
+            stored = self._rows.read(self.places(indices, views), self._remake)
+        except Damaged as error:
+            raise UserError(f"{error}; delete {self._rows.file.parent}, and it will be built again") from error
         return torch.from_numpy(stored).view(self._dtype).reshape(-1, *self._shape)
 
     def places(self, indices: Sequence[int] | np.ndarray, views: Sequence[int] | np.ndarray | int = 0) -> np.ndarray:
@@ -102,82 +139,106 @@ def open_or_build(
     workers: int | str = "auto",
 ) -> FeatureStore:
     """The store of ``key``, built first if it is not there. All processes of a run call this together: each encodes its
-    share of the images, into one folder that they all see.
+    share of the images, into one folder that they all see. While another run builds the store, this one waits.
 
     Args:
         transform: image, index and view to pixels.
-        encode: pixels (B, 3, H, W) on the CPU to the frozen part's output (B, ...), on any device.
+        encode: pixels (B, 3, H, W) on the CPU to the frozen part's output (B, ...), on any device. It is kept with the
+            store, for chunks that turn out to be damaged.
         folder: of all stores; the default is ``features`` in the package's cache.
 
     Raises:
-        UserError: not enough room on the disk (says how much is needed and what would need less).
+        UserError: not enough room on the disk (says how much is needed and what would need less), or a folder that
+            cannot be written.
         BadImage: an image that cannot be decoded.
     """
     place = store_folder(key, "features", folder)
-    if _read_header(place, key) is None:
-        # The output for a blank image: only its shape, dtype and device matter, and no file is decoded for them.
-        sample = encode(transform(Image.new("RGB", (BLANK, BLANK)), 0, 0)[None])[0]
-        processes.on_main(lambda: _prepare(place, key, len(dataset), sample))
-        _fill(place, key, dataset, transform, encode, sample, workers)
-        processes.wait()
-        processes.on_main(lambda: _finish(place, key, len(dataset), sample))
-    return FeatureStore(place, key)
+    use(place, dataset.origin)  # before it is looked for: from now on nobody removes it
+    work = _Encoding(key, dataset, transform, encode)
+    # decided by one process: another run may finish the store between two looks
+    if not processes.on_main(lambda: _is_complete(place, key)):
+        with claimed(place, "feature store", _REMEDY, turns=one_run_at_a_time):
+            if not processes.on_main(lambda: _is_complete(place, key)):
+                _build(place, work, workers)
+    return FeatureStore(place, key, work.rows)
 
 
-def _row_bytes(sample: Tensor) -> int:
-    return sample.numel() * sample.element_size()
+class _Encoding:
+    """How the rows of a store are made."""
+
+    def __init__(
+        self,
+        key: FeatureKey,
+        dataset: DomainDataset,
+        transform: Callable[[Image.Image, int, int], Tensor],
+        encode: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.key, self.dataset, self.transform, self.encode = key, dataset, transform, encode
+
+    @property
+    def total(self) -> int:
+        return self.key.views * len(self.dataset)
+
+    def blank(self) -> Tensor:
+        """The output for a blank image: only its shape, dtype and device matter, and no file is decoded for them."""
+        return self.encode(self.transform(Image.new("RGB", (BLANK, BLANK)), 0, 0)[None])[0]
+
+    def batches(self, spans: Sequence[range], workers: Any, *, pin: bool = False) -> Iterator[Tensor]:
+        """The frozen part's output of the rows of each span, (B, ...)."""
+        count = len(self.dataset)
+        places: Any = [[(row % count, row // count) for row in span] for span in spans]
+        loader = make_train_loader(self.dataset, places, self.transform, workers=workers, pin_memory=pin)
+        return (self.encode(batch["pixels"]) for batch in loader)
+
+    def rows(self, span: range) -> np.ndarray:
+        """The rows of a chunk that is damaged."""
+        [encoded] = self.batches([span], workers=0)
+        return _as_bytes(encoded.cpu(), len(span))
 
 
-def _prepare(place: Path, key: FeatureKey, count: int, sample: Tensor) -> None:
-    """Create a file of the right size and a list of chunks, none of them done. What an earlier try of the same size has
-    left is kept."""
-    place.mkdir(parents=True, exist_ok=True)
-    needed = key.views * count * _row_bytes(sample)
-    data, done = place / "features.bin", place / "chunks.done"
-    chunks = -(-key.views * count // CHUNK)
-    if data.exists() and done.exists() and (data.stat().st_size, done.stat().st_size) == (needed, chunks):
-        return
-    data.unlink(missing_ok=True)  # of another size: of no use, and its room is needed
-    try:
-        require_room(
-            place,
-            round(needed / (1 - SPARE_DISK)),
-            f"a feature store of {count} images x {key.views} views",
-            "use fewer features.views, train fewer blocks, or set features.folder",
-        )
-    except UserError:
-        shutil.rmtree(place)
-        raise
-    for path, size in ((data, needed), (done, chunks)):
-        with open(path, "wb") as file:
-            file.truncate(size)
+def _build(place: Path, work: _Encoding, workers: Any) -> None:
+    """Build the store in its draft folder, all processes of this run together. The store is claimed."""
+    sample = work.blank()
+    row_bytes = sample.numel() * sample.element_size()
+    draft = draft_folder(place)
+    rows = DraftRows(draft / ROWS, work.total, row_bytes, CHUNK)
+
+    def prepare() -> list[int]:
+        discard_damaged(place, "feature store")
+        _require_room(draft, rows, work.key)
+        draft.mkdir(exist_ok=True)
+        rows.prepare()
+        return rows.todo()
+
+    todo = processes.on_main(prepare)
+    processes.all_or_none(lambda: _fill(rows, todo, work, sample, workers))
+    processes.on_main(lambda: _finish(draft, place, work, rows, sample))
 
 
-def _fill(
-    place: Path,
-    key: FeatureKey,
-    dataset: DomainDataset,
-    transform: Callable[[Image.Image, int, int], Tensor],
-    encode: Callable[[Tensor], Tensor],
-    sample: Tensor,
-    workers: Any,
-) -> None:
+def _require_room(draft: Path, rows: DraftRows, key: FeatureKey) -> None:
+    written = sum(file.stat().st_blocks * 512 for file in draft.glob("*") if hasattr(file.stat(), "st_blocks"))
+    images = rows.count // key.views
+    require_room(
+        draft.parent,
+        round((rows.count * rows.row_bytes - written) / (1 - SPARE_DISK)),
+        f"a feature store of {images} images x {key.views} views",
+        "use fewer features.views, train fewer blocks, or set features.folder",
+    )
+
+
+def _fill(rows: DraftRows, todo: list[int], work: _Encoding, sample: Tensor, workers: Any) -> None:
     """Encode this process's share of the chunks that are not done yet."""
-    count, total = len(dataset), key.views * len(dataset)
-    rows = np.memmap(place / "features.bin", np.uint8, "r+", shape=(total, _row_bytes(sample)))
-    done = np.memmap(place / "chunks.done", np.uint8, "r+")
-    mine = [chunk for chunk in range(processes.rank(), len(done), processes.world_size()) if not done[chunk]]
-    spans = [range(chunk * CHUNK, min(total, (chunk + 1) * CHUNK)) for chunk in mine]
-    batches: Any = [[(row % count, row // count) for row in span] for span in spans]
+    mine = todo[processes.rank() :: processes.world_size()]
+    spans = [chunk_rows(rows, chunk) for chunk in mine]
     on_gpu = sample.device.type == "cuda"
-    loader = make_train_loader(dataset, batches, transform, workers=workers, pin_memory=on_gpu)
-    copies = (_start_copy(encode(batch["pixels"]).to(sample.dtype)) for batch in loader)
-    todo = zip(mine, spans, _one_behind(copies) if on_gpu else copies, strict=True)
-    for chunk, span, copy in track(todo, "storing features", total=len(mine)):
-        rows[span.start : span.stop] = copy().reshape(len(span), -1).contiguous().view(torch.uint8).numpy()
-        rows.flush()  # the features reach the disk before the tick that says so
-        done[chunk] = 1
-        done.flush()
+    copies = (_start_copy(encoded.to(sample.dtype)) for encoded in work.batches(spans, workers, pin=on_gpu))
+    batches = zip(mine, spans, _one_behind(copies) if on_gpu else copies, strict=True)
+    for chunk, span, copy in track(batches, "storing features", total=len(mine)):
+        rows.write(chunk, _as_bytes(copy(), len(span)))
+
+
+def _as_bytes(encoded: Tensor, count: int) -> np.ndarray:
+    return encoded.reshape(count, -1).contiguous().view(torch.uint8).numpy()
 
 
 def _start_copy(encoded: Tensor) -> Callable[[], Tensor]:
@@ -202,24 +263,34 @@ def _one_behind(items: Iterator[Item]) -> Iterator[Item]:
     return (item for item, _ in pairwise(chain(items, [None])))  # type: ignore[misc]
 
 
-def _finish(place: Path, key: FeatureKey, count: int, sample: Tensor) -> None:
+def _finish(draft: Path, place: Path, work: _Encoding, rows: DraftRows, sample: Tensor) -> None:
     header = {
-        "key": asdict(key),
-        "count": count,
+        "key": asdict(work.key),
+        "count": len(work.dataset),
         "shape": list(sample.shape),
         "dtype": str(sample.dtype).removeprefix("torch."),
-        "row": _row_bytes(sample),
+        "row": rows.row_bytes,
+        "chunk": rows.chunk,
+        "checksums": rows.finished(),
     }
-    write_record(place / "store.json", header)
-    (place / "chunks.done").unlink(missing_ok=True)
+    write_record(draft / "store.json", {**header, "digest": record_digest(header)})
+    publish(draft, place)
+
+
+def _is_complete(place: Path, key: FeatureKey) -> bool:
+    try:
+        FeatureStore(place, key)
+    except UserError:
+        return False
+    return True
 
 
 def _read_header(place: Path, key: FeatureKey) -> dict[str, Any] | None:
-    """The header of a complete, matching store; None otherwise."""
+    """The header of a matching store; None where it is missing, damaged or another store's."""
     header = read_record(place / "store.json")
-    try:
-        size = (place / "features.bin").stat().st_size
-        fits = header["key"] == asdict(key) and size == key.views * header["count"] * header["row"]
-    except (OSError, KeyError, TypeError):
+    if not isinstance(header, dict) or header.get("key") != asdict(key):
         return None
-    return header if fits else None
+    digest = header.pop("digest", None)
+    if digest is None:  # version 0.1
+        return header if {"count", "shape", "dtype", "row"} <= set(header) else None
+    return header if digest == record_digest(header) else None

@@ -8,6 +8,7 @@
 | sharpness             | an image larger than S x S loses detail that a small random crop would have shown          |
 | key                   | the data's content and order, S, the filter, Pillow's version                              |
 | a kill while building | costs at most one chunk; the folder gets its name only when it is complete                 |
+| damage                | chunks have checksums; a damaged one is decoded again when it is first read                |
 
 Stores are memory-mapped. They lie in ``pixels/`` of the package's cache folder and may be deleted at any time. N images
 of side S.
@@ -15,33 +16,43 @@ of side S.
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 import PIL
 from PIL import Image
 from torch import Tensor, from_numpy
 
-from disam_peft.common.locks import one_at_a_time
+from disam_peft.common.cache import use
 from disam_peft.common.progress import track
 from disam_peft.data.dataset import DomainDataset
-from disam_peft.data.stores.store import StoreKey, read_record, require_room, store_folder, write_record
+from disam_peft.data.stores.store import (
+    StoreKey,
+    claimed,
+    discard_damaged,
+    draft_folder,
+    publish,
+    read_record,
+    record_digest,
+    require_room,
+    store_folder,
+    write_record,
+)
+from disam_peft.data.stores.stored_rows import Damaged, DraftRows, StoredRows, chunk_rows
 from disam_peft.data.transforms.resize import Interpolation
 from disam_peft.errors import UserError
 
 FORMAT = 1
 MAX_ASPECT = 2.0
 CHUNK = 256  # images: what a kill can cost
-_RECORDS, _HEADER, _PROGRESS = "records.bin", "header.json", "progress.json"
+_RECORDS, _HEADER = "records.bin", "header.json"
+_REMEDY = "make room or set DISAM_PEFT_CACHE to a folder that can be written, or leave out data.pixel_store"
 
 
 @dataclass(frozen=True)
@@ -75,31 +86,44 @@ class PixelStore:
     def __init__(self, folder: Path, key: PixelKey) -> None:
         """
         Raises:
-            UserError: there is none in ``folder``, or it is damaged or belongs to another key.
+            UserError: there is none in ``folder``, or it is damaged as a whole or belongs to another key.
         """
-        if not _is_complete(folder, key):
-            raise UserError(f"{folder} is no complete pixel store of these images; build it first")
         self.folder, self.key = folder, key
-        self._map: np.memmap | None = None
+        header = _read_header(folder, key)
+        try:
+            if header is None:
+                raise Damaged("no header")
+            chunk, checksums = header.get("chunk", CHUNK), header.get("checksums")
+            self._rows = StoredRows(folder / _RECORDS, key.count, key.record.itemsize, chunk, checksums)
+        except (Damaged, OSError) as error:
+            raise UserError(f"{folder} is no complete pixel store of these images; build it first") from error
 
     def __len__(self) -> int:
         return self.key.count
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_map": None}  # a map would be sent as all of its bytes
-
-    def read(self, places: Sequence[int] | np.ndarray) -> tuple[Tensor, np.ndarray]:
+    def read(self, places: Sequence[int] | np.ndarray, whole: DomainDataset | None = None) -> tuple[Tensor, np.ndarray]:
         """(B, 3, S, S) uint8, channels last in memory, and (B, 2) height and width from before squeezing.
 
+        Args:
+            whole: the dataset of the store, from which damaged chunks are decoded again; without it, damage is an
+                error.
+
         Raises:
-            UserError: a record was never written.
+            UserError: a chunk is damaged, or a record was never written.
         """
-        if self._map is None:
-            self._map = np.memmap(self.folder / _RECORDS, self.key.record, "r", shape=(self.key.count,))
-        records = self._map[np.asarray(places, dtype=np.int64)]
+        remake = None if whole is None else _Decoding(whole, self.key).rows
+        try:
+            rows = self._rows.read(np.asarray(places, dtype=np.int64), remake)
+        except Damaged as error:
+            raise UserError(f"{error}: {self._damaged}") from error
+        records = rows.view(self.key.record)[:, 0]
         if not records["size"].all():
-            raise UserError(f"the pixel store {self.folder} is damaged; delete it, and it will be built again")
+            raise UserError(self._damaged)
         return from_numpy(records["pixels"]).permute(0, 3, 1, 2), records["size"]
+
+    @property
+    def _damaged(self) -> str:
+        return f"the pixel store {self.folder} is damaged; delete it, and it will be built again"
 
 
 def open_or_build(
@@ -118,64 +142,59 @@ def open_or_build(
     """
     key = PixelKey(dataset.content_identity, len(dataset), side, interpolation)
     place = store_folder(key, "pixels", folder)
+    use(place, dataset.origin)  # before it is looked for: from now on nobody removes it
     if not _is_complete(place, key):
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with one_at_a_time(place.with_suffix(".lock")):
-                if not _is_complete(place, key):
-                    _build(place, key, dataset)
-        except OSError as error:
-            raise UserError(_cannot_write(place, error)) from error
+        with claimed(place, "pixel store", _REMEDY):
+            if not _is_complete(place, key):
+                _build(place, key, dataset)
     return PixelStore(place, key)
 
 
+class _Decoding:
+    """How the records of a store are made."""
+
+    def __init__(self, dataset: DomainDataset, key: PixelKey) -> None:
+        self.dataset, self.key = dataset, key
+
+    def record(self, index: int) -> bytes:
+        pixels, size = squeezed(self.dataset.image(index), self.key.side, self.key.interpolation)
+        return pixels.tobytes() + np.asarray(size, dtype="<i4").tobytes()
+
+    def rows(self, span: range) -> np.ndarray:
+        """The records of a chunk that is damaged."""
+        return np.frombuffer(b"".join(map(self.record, span)), np.uint8)
+
+
 def _build(place: Path, key: PixelKey, dataset: DomainDataset) -> None:
-    if place.exists():
-        warnings.warn(f"the pixel store {place} is damaged or incomplete and is built again", stacklevel=4)
-        shutil.rmtree(place)
-    draft = place.with_suffix(".partial")
+    """Build the store in its draft folder. The store is claimed."""
+    discard_damaged(place, "pixel store")
+    draft = draft_folder(place)
     draft.mkdir(exist_ok=True)
-    done = _progress(draft, key)
-    missing = key.count - done
+    rows = DraftRows(draft / _RECORDS, key.count, key.record.itemsize, CHUNK)
+    rows.prepare()
+    todo = rows.todo()
+    missing = sum(len(chunk_rows(rows, chunk)) for chunk in todo)
     require_room(
         draft,
         missing * key.record.itemsize,
         f"storing {missing} images of {key.side} x {key.side} pixels",
         "make room, set DISAM_PEFT_CACHE to a larger disk, choose a smaller data.pixel_store, or leave it out",
     )
-    try:
-        with open(draft / _RECORDS, "r+b" if done else "wb") as file:
-            file.truncate(done * key.record.itemsize)  # what came after the last tick may be half written
-            file.seek(0, os.SEEK_END)
-            for written in _written(file, key, dataset, done):
-                write_record(draft / _PROGRESS, {"digest": key.digest, "done": written})
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            shutil.rmtree(draft, ignore_errors=True)  # leave no full disk behind
-        raise
-    write_record(draft / _HEADER, {"key": asdict(key), "digest": key.digest})
-    (draft / _PROGRESS).unlink()
-    os.replace(draft, place)
+    _fill(rows, todo, _Decoding(dataset, key), missing)
+    header = {"key": asdict(key), "digest": key.digest, "chunk": rows.chunk, "checksums": rows.finished()}
+    write_record(draft / _HEADER, {**header, "header": record_digest(header)})
+    publish(draft, place)
 
 
-def _written(file: BinaryIO, key: PixelKey, dataset: DomainDataset, done: int) -> Iterator[int]:
-    """Write all records from ``done`` on; gives the number that is safe on the disk, chunk by chunk."""
-
-    def record(index: int) -> bytes:
-        pixels, size = squeezed(dataset.image(index), key.side, key.interpolation)
-        return pixels.tobytes() + np.asarray(size, dtype="<i4").tobytes()
-
+def _fill(rows: DraftRows, todo: list[int], work: _Decoding, missing: int) -> None:
     # Threads: Pillow decodes and resizes without the interpreter's lock, and nothing has to be sent to a process.
     with ThreadPoolExecutor((os.cpu_count() or 1) + 1) as pool:
-        starts = range(done, key.count, CHUNK)  # a future per image of a large set would fill memory
-        chunks = (pool.map(record, range(start, min(start + CHUNK, key.count))) for start in starts)
-        bar = track(chain.from_iterable(chunks), "storing pixels", total=key.count - done)
-        for written, data in enumerate(bar, start=done + 1):
-            file.write(data)
-            if written % CHUNK == 0 or written == key.count:
-                file.flush()
-                os.fsync(file.fileno())
-                yield written
+        # chunk by chunk: a future per image of a large set would fill memory
+        chunks = (pool.map(work.record, chunk_rows(rows, chunk)) for chunk in todo)
+        records = track(chain.from_iterable(chunks), "storing pixels", total=missing)
+        for chunk in todo:
+            data = b"".join(islice(records, len(chunk_rows(rows, chunk))))
+            rows.write(chunk, np.frombuffer(data, np.uint8))
 
 
 def squeezed(image: Image.Image, side: int, interpolation: Interpolation) -> tuple[np.ndarray, tuple[int, int]]:
@@ -193,28 +212,19 @@ def squeezed(image: Image.Image, side: int, interpolation: Interpolation) -> tup
 
 
 def _is_complete(place: Path, key: PixelKey) -> bool:
-    """The header is ours and whole, and the records are as long as it says."""
     try:
-        size = (place / _RECORDS).stat().st_size
-    except OSError:
+        PixelStore(place, key)
+    except UserError:
         return False
-    expected = {"key": asdict(key), "digest": key.digest}  # the digest is the header's checksum, too
-    return read_record(place / _HEADER) == expected and size == key.count * key.record.itemsize
+    return True
 
 
-def _progress(draft: Path, key: PixelKey) -> int:
-    """How many records of an interrupted building are safe."""
-    progress = read_record(draft / _PROGRESS)
-    try:
-        size = (draft / _RECORDS).stat().st_size
-        done = int(progress["done"]) if progress["digest"] == key.digest else 0
-    except (OSError, ValueError, TypeError, KeyError):
-        return 0
-    return done if 0 <= done <= key.count and size >= done * key.record.itemsize else 0
-
-
-def _cannot_write(place: Path, error: OSError) -> str:
-    return (
-        f"the pixel store {place} cannot be written ({error.strerror or error}); make room or set DISAM_PEFT_CACHE to "
-        "a folder that can be written, or leave out data.pixel_store"
-    )
+def _read_header(place: Path, key: PixelKey) -> dict[str, Any] | None:
+    """The header of a store of this key; None where it is missing, damaged or another store's."""
+    header = read_record(place / _HEADER)
+    if not isinstance(header, dict) or header.get("key") != asdict(key) or header.get("digest") != key.digest:
+        return None
+    digest = header.pop("header", None)
+    if digest is None:  # version 0.1
+        return header if header.keys() == {"key", "digest"} else None
+    return header if digest == record_digest(header) else None

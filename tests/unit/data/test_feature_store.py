@@ -58,8 +58,8 @@ def test_each_rank_builds_its_share_and_all_read_the_same(dataset, tmp_path):
                 assert torch.equal(store.rows(range(IMAGES), number), whole[number])
 
     fork_ranks(2, work)
-    [place] = (tmp_path / "together").iterdir()
-    assert sorted(os.listdir(place)) == ["features.bin", "store.json"]
+    [place] = (tmp_path / "together").glob("*/")
+    assert sorted(os.listdir(place)) == ["checksums.bin", "features.bin", "store.json"]
     again, encoded = build(dataset, tmp_path / "together")
     assert encoded == [] and torch.equal(again.rows(range(IMAGES), 1), whole[1])
 
@@ -75,4 +75,4 @@ def test_a_disk_without_room_is_an_error_on_every_rank(dataset, tmp_path, monkey
             assert processes.from_all(rank) == [0, 1], "nobody is left waiting"
 
     fork_ranks(2, work)
-    assert os.listdir(tmp_path / "full") == []
+    assert list((tmp_path / "full").glob("*/")) == []

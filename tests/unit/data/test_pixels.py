@@ -27,6 +27,8 @@ from disam_peft.data.loading.sampler import DomainBatches
 from disam_peft.data.splits import leave_out
 from disam_peft.data.stores import pixels
 from disam_peft.data.stores.pixels import PixelStore, auto_side, open_or_build, squeezed
+from disam_peft.data.stores.store import write_record
+from disam_peft.data.stores.stored_rows import DraftRows
 from disam_peft.data.transforms.augment import TrainTransform
 from disam_peft.data.transforms.batch_augment import BatchAugment
 from disam_peft.data.transforms.decode import BadImage
@@ -139,7 +141,7 @@ def test_a_killed_build_goes_on(dataset, decoded, monkeypatch, own_cache):
     with pytest.raises(KeyboardInterrupt):
         store_of(dataset)
     draft = partial_folder(own_cache)
-    assert json.loads((draft / "progress.json").read_text())["done"] == 8
+    assert DraftRows(draft / "records.bin", 12, 16 * 16 * 3 + 8, 4).todo() == [2]
     with open(draft / "records.bin", "ab") as file:
         file.write(b"half a record")
     monkeypatch.setattr(DomainDataset, "image", watched)
@@ -150,8 +152,8 @@ def test_a_killed_build_goes_on(dataset, decoded, monkeypatch, own_cache):
     assert not list((own_cache / "pixels").glob("*.partial"))
 
 
-@pytest.mark.parametrize("lost", ["progress", "records"])
-def test_progress_that_does_not_fit_the_records_is_no_progress(dataset, decoded, monkeypatch, own_cache, lost):
+@pytest.mark.parametrize("lost", ["checksums", "records"])
+def test_checksums_that_do_not_fit_the_records_are_no_progress(dataset, decoded, monkeypatch, own_cache, lost):
     monkeypatch.setattr(pixels, "CHUNK", 4)
     path = dataset.source(9)
     content = Path(path).read_bytes()
@@ -159,8 +161,8 @@ def test_progress_that_does_not_fit_the_records_is_no_progress(dataset, decoded,
     with pytest.raises(BadImage, match=r"c/x/1\.png"):
         store_of(dataset)
     draft = partial_folder(own_cache)
-    if lost == "progress":
-        (draft / "progress.json").write_text('{"digest": 3')
+    if lost == "checksums":
+        (draft / "checksums.bin").write_text("3" * 40)
     else:
         os.truncate(draft / "records.bin", 5)
     Path(path).write_bytes(content)
@@ -232,14 +234,24 @@ def test_a_damaged_store_is_built_again(dataset, decoded, damage):
     assert sorted(decoded) == list(range(12)) and (again.folder / "records.bin").read_bytes() == before
 
 
-def test_an_empty_record_is_not_an_image(dataset):
+def test_an_empty_record_is_not_an_image(dataset, monkeypatch):
+    """In a store of version 0.1, which has no checksums, and without the images to decode it again."""
+    monkeypatch.setattr(pixels, "CHUNK", 5)
     store = store_of(dataset)
+    (store.folder / "checksums.bin").unlink()
+    header = json.loads((store.folder / "header.json").read_text())
+    write_record(store.folder / "header.json", {name: header[name] for name in ("key", "digest")})
     with open(store.folder / "records.bin", "r+b") as file:
         file.seek(5 * store.key.record.itemsize)
         file.write(bytes(store.key.record.itemsize))
-    assert store.read([4, 6])[0].shape == (2, 3, 16, 16)
+    store = PixelStore(store.folder, store.key)
+    assert store.read([3, 4])[0].shape == (2, 3, 16, 16)
     with pytest.raises(UserError, match="damaged; delete it"):
         store.read([4, 5])
+    assert torch.equal(
+        store.read([5], dataset)[0],
+        torch.from_numpy(squeezed(dataset.image(5), 16, "bicubic")[0])[None].permute(0, 3, 1, 2),
+    )
 
 
 def test_a_store_can_be_sent(dataset):
