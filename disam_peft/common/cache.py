@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from disam_peft.common.files import cache_folder
+from disam_peft.common.locks import inside_if_free
 from disam_peft.errors import UserError
 
 try:
@@ -183,18 +184,17 @@ def _locked_note(note: Path) -> int:
 @contextmanager
 def _alone(entry: Path) -> Iterator[bool]:
     """Whether no process uses or builds an entry; none begins to do so inside."""
-    from filelock import FileLock, Timeout
-
     with ExitStack() as held:
         builder = builder_lock(entry)
+        if builder.exists() and not held.enter_context(inside_if_free(builder)):
+            yield False
+            return
         try:
-            if builder.exists():
-                held.enter_context(FileLock(builder).acquire(timeout=0))
             if fcntl is not None and _note(entry).exists():
                 descriptor = os.open(_note(entry), os.O_RDWR)
                 held.callback(os.close, descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (OSError, Timeout):
+        except OSError:
             yield False
             return
         yield True

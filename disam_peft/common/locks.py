@@ -40,6 +40,23 @@ def one_run_at_a_time(lock_file: Path, what: str) -> Iterator[None]:
 
 
 @contextmanager
+def inside_if_free(lock_file: Path) -> Iterator[bool]:
+    """Go inside at once where no other process is there, and say whether; nothing is waited for."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(timeout=0)
+    except (OSError, Timeout, NotImplementedError):
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+@contextmanager
 def _entered(lock_file: Path, what: str, on_one: Callable[[Callable[[], bool]], bool]) -> Iterator[None]:
     from filelock import FileLock, Timeout
 

@@ -53,6 +53,7 @@ HOMES = {
     "jinja2": ("report",),
     "scipy": ("report", "evaluation", "classification.domain_inference"),
     "filelock": ("common.locks",),
+    "xxhash": ("data.stores.stored_rows",),
     "yaml": ("config", "experiments.run_folder"),
     "typer": ("cli",),
 }
