@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,8 +37,9 @@ from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.adapters.registry import ADAPTERS, build_adapter
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.families import load_backbone
+from disam_peft.backbones.fingerprint import differences
 from disam_peft.common.strict_json import json_bytes
-from disam_peft.errors import UserError
+from disam_peft.errors import Notice, UserError
 
 _UNREAD = "It was not read; export the adapter again where it was trained"
 _SLACK = 4  # tensors that are a little too small are reported one by one, after building
@@ -96,12 +98,7 @@ def read_adapter(
     state = _read_tensors(directory, manifest)
     if backbone is None:
         backbone = load_backbone(manifest.backbone.config())
-    if backbone.base_hash != manifest.backbone.sha256:
-        raise UserError(
-            f"the adapter in {directory} was trained on {manifest.backbone.name} with weights "
-            f"{manifest.backbone.sha256}, but {backbone.config.name} has {backbone.base_hash}; load the backbone that "
-            "it was trained on"
-        )
+    _require_same_backbone(directory, manifest, backbone)
     if device is not None:
         backbone.to(device)
     _check_companions(directory, manifest, backbone)
@@ -141,6 +138,40 @@ def _read_tensors(directory: Path, manifest: AdapterManifest) -> dict[str, Tenso
         )
         raise UserError(f"{path} does not hold the tensors that {MANIFEST_NAME} lists: {', '.join(differing[:5])}")
     return tensors
+
+
+def _require_same_backbone(directory: Path, manifest: AdapterManifest, backbone: ClipBackbone) -> None:
+    """
+    Raises:
+        UserError: the backbone has other weights than the recorded one, or computes something else with them.
+    """
+    record = manifest.backbone
+    if record.fingerprint is not None:
+        changes = differences(record.fingerprint, backbone.fingerprint)
+        unknown = [name for name in backbone.fingerprint if name not in record.fingerprint]
+    else:
+        changes = differences({"QuickGELU": record.quick_gelu}, {"QuickGELU": backbone.quick_gelu})
+        unknown = list(backbone.fingerprint)
+    listed = "".join(f"\n  {change}" for change in changes)
+    if backbone.base_hash != record.sha256:
+        raise UserError(
+            f"the adapter in {directory} was trained on {record.name} with weights {record.sha256}, but "
+            f"{backbone.config.name} has {backbone.base_hash}; load the backbone that it was trained on"
+            + (f". It also differs in:{listed}" if changes else "")
+        )
+    if changes:
+        raise UserError(
+            f"the adapter in {directory} was trained on {record.name}, and {backbone.config.name} has its weights but "
+            f"computes something else with them; load the backbone as it was. It differs in:{listed}"
+        )
+    if unknown:
+        warnings.warn(
+            f"the adapter in {directory} was saved by version {manifest.versions.get('disam_peft', 'unknown')}, which "
+            f"recorded less of its backbone: its weights are the same, but these could not be compared: "
+            f"{', '.join(unknown)}",
+            Notice,
+            stacklevel=4,
+        )
 
 
 def _check_companions(directory: Path, manifest: AdapterManifest, backbone: ClipBackbone) -> None:

@@ -26,11 +26,14 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class BackboneEntry(BackboneConfig):
-    """``ClipBackbone.describe()``: the config of the backbone, and the fingerprint of the weights that were loaded."""
+    """``ClipBackbone.describe()``: the config of the backbone, and what its output depends on, as it was loaded."""
 
     sha256: Sha256
+    """Of its weights."""
     quick_gelu: bool
     embed_dim: int
+    fingerprint: dict[str, JsonValue] | None = None
+    """Everything else, in named parts. Version 0.1 recorded none."""
 
     def config(self) -> BackboneConfig:
         return BackboneConfig(**self.model_dump(include=set(BackboneConfig.model_fields)))

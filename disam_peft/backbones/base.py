@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from disam_peft.backbones.blocks import BlockParts
-from disam_peft.backbones.fingerprint import weights_hash
+from disam_peft.backbones.fingerprint import (
+    Fingerprint,
+    identity,
+    model_parts,
+    tokenizer_parts,
+    tower_parts,
+    weights_hash,
+)
 from disam_peft.backbones.packed_prompts import PackedPrompts
 from disam_peft.backbones.pass_cache import PassCache
 from disam_peft.common.preprocessing import Preprocessing
@@ -52,6 +59,7 @@ class ClipBackbone(ABC):
         model: the whole CLIP as its family builds it (open_clip: with attention split into Linear layers).
         config: what was asked for.
         base_hash: sha256 over the base weights as loaded, hex; adapters are bound to it.
+        fingerprint: everything else that features and logits depend on, in named parts, as loaded.
         image_blocks, text_blocks: number of transformer blocks of each tower; 0 where a tower cannot be split.
         embed_dim: E.  token_width: W.  context_length: the most tokens of a prompt.
         preprocessing: size and normalisation of images, and the model's own transform.
@@ -69,14 +77,35 @@ class ClipBackbone(ABC):
     preprocessing: Preprocessing
     quick_gelu: bool
     base_hash: str
+    fingerprint: Fingerprint
 
     def _freeze(self) -> None:
-        """Called once by each family after loading: freeze, set eval mode, remember and hash the base weights."""
+        """Called once by each family after loading: freeze, set eval mode, remember the base weights, take their hash
+        and the fingerprint."""
         self.model.requires_grad_(False)
         self.model.eval()
         # Parameter objects, not copies: attaching an adapter renames them, but they stay the same objects.
         self._base = dict(self.model.named_parameters())
         self.base_hash = self.current_hash()
+        bias = self.logit_bias
+        self.fingerprint = {
+            **tower_parts(self._root("image"), "image"),
+            **tower_parts(self._root("text"), "text"),
+            "causal text": self._is_causal_text(),
+            "end of text": self._text_pooling(),
+            "context length": self.context_length,
+            **tokenizer_parts(self._vocabulary(), self.tokenize),
+            "preprocessing": self.preprocessing.describe(),
+            "logit scale": float(f"{float(self.logit_scale):.5g}"),  # its last bit depends on the machine's exp
+            "logit bias": None if bias is None else float(bias),
+            **model_parts(self.model),
+        }
+
+    @property
+    def identity(self) -> str:
+        """sha256, hex, over the weights and the fingerprint: equal exactly if the same images and texts give the same
+        features and logits. Stores of features are kept under it."""
+        return identity({"weights": self.base_hash, **self.fingerprint})
 
     def current_hash(self) -> str:
         """sha256 of the base weights as they are now: equal to ``base_hash`` for as long as nobody touched them."""
@@ -212,6 +241,18 @@ class ClipBackbone(ABC):
         """The position (C,) whose output is each prompt's feature; None where that is not a single known one."""
 
     @abstractmethod
+    def _text_pooling(self) -> str:
+        """Which token's output is a prompt's feature, in words; for the fingerprint."""
+
+    @abstractmethod
+    def _vocabulary(self) -> Mapping[str, int]:
+        """The number of every token."""
+
+    @abstractmethod
+    def _root(self, tower: TowerName) -> nn.Module:
+        """The module that holds a tower."""
+
+    @abstractmethod
     def _text_parts(self) -> list[BlockParts] | None:
         """The blocks of the text tower; None unless all of them are standard."""
 
@@ -246,6 +287,7 @@ class ClipBackbone(ABC):
             "sha256": self.base_hash,
             "quick_gelu": self.quick_gelu,
             "embed_dim": self.embed_dim,
+            "fingerprint": self.fingerprint,
         }
 
     @abstractmethod

@@ -104,7 +104,7 @@ def _store(
         active = torch.is_autocast_enabled(like.device.type)
         precision = f"{like.dtype}/{torch.get_autocast_dtype(like.device.type) if active else 'no'}"
     key = FeatureKey(
-        backbone=classifier.backbone.base_hash,
+        backbone=classifier.backbone.identity,
         split=classifier.image_split,
         precision=precision,
         transform=json.dumps({**views.name, **classifier.backbone.preprocessing.describe()}, sort_keys=True),

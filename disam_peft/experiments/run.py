@@ -221,9 +221,14 @@ def _checkpoints(
     return CheckpointConfig(
         folder / CHECKPOINTS,
         resume=plan == "continue",
-        provenance={**content_by_cell(dataset), "weights of the backbone": backbone.base_hash},
+        provenance={**content_by_cell(dataset), **_of_backbone(backbone)},
         records=folder / METRICS,
     )
+
+
+def _of_backbone(backbone: ClipBackbone) -> dict[str, str]:
+    parts = {f"{name} of the backbone": json.dumps(value) for name, value in backbone.fingerprint.items()}
+    return {"weights of the backbone": backbone.base_hash, **parts}
 
 
 def _record_inferred(folder: Path, recipe: Recipe, inferred: InferredDomains) -> None:

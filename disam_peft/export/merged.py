@@ -9,6 +9,7 @@ import torch
 from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.families import folder_config, load_backbone
+from disam_peft.backbones.fingerprint import WITH_WEIGHTS, differences
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.common.files import published
 from disam_peft.errors import UserError
@@ -67,10 +68,11 @@ def _difference(classifier: ClipClassifier, folder: Path) -> float:
 
 
 def _require_same_inputs(source: ClipBackbone, again: ClipBackbone) -> None:
-    for name in ("preprocessing", "context_length", "quick_gelu"):
-        if getattr(source, name) != getattr(again, name):
-            raise UserError(
-                f"the merged checkpoint of {source.config.name} would have another {name}: "
-                f"{getattr(again, name)} instead of {getattr(source, name)}; nothing was published. "
-                "Export the adapter itself (--to peft) and report this"
-            )
+    """Everything but the weights must be as it was: random images show neither a transform nor a tokenizer."""
+    kept = {name: value for name, value in source.fingerprint.items() if name not in WITH_WEIGHTS}
+    changes = differences(kept, again.fingerprint)
+    if changes:
+        raise UserError(
+            f"the merged checkpoint of {source.config.name} would be another model in more than its weights; nothing "
+            f"was published. Export the adapter itself (--to peft) and report this. It differs in: {'; '.join(changes)}"
+        )

@@ -8,7 +8,7 @@ checkpoint's own layout. Shapes: B images, C prompts, L tokens, W token width, E
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ class OpenClipBackbone(ClipBackbone):
 
     def blocks(self, tower: TowerName) -> list[nn.Module]:
         splits = self._visual_splits if tower == "image" else self._text_splits
-        root: Any = self.model.visual if tower == "image" else self.model.text
+        root: Any = self._root(tower)
         return list(root.transformer.resblocks) if splits else []
 
     # -- text ------------------------------------------------------------------------------------------------
@@ -185,6 +185,18 @@ class OpenClipBackbone(ClipBackbone):
             position = 0 if text.pool_type == "first" else tokens_CL.shape[1] - 1
             return tokens_CL.new_full((len(tokens_CL),), position)
         return None
+
+    def _text_pooling(self) -> str:
+        text: Any = self.model.text
+        rule = getattr(text, "pool_type", None) or "the tower's own"
+        return f"token {text.eos_id}" if rule == "eos" else str(rule)
+
+    def _vocabulary(self) -> Mapping[str, int]:
+        tokenizer = self._tokenizer
+        return tokenizer.tokenizer.get_vocab() if isinstance(tokenizer, HFTokenizer) else tokenizer.encoder
+
+    def _root(self, tower: TowerName) -> nn.Module:
+        return self.model.get_submodule("visual" if tower == "image" else "text")
 
     def _text_parts(self) -> list[BlockParts] | None:
         parts = [_parts(block) for block in self._text_tower().transformer.resblocks]

@@ -7,7 +7,7 @@ width.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ class HfBackbone(ClipBackbone):
         return self._project("visual_projection", head(pixel_values=hidden).pooler_output)
 
     def blocks(self, tower: TowerName) -> list[nn.Module]:
-        root: Any = self.model.vision_model if tower == "image" else self.model.text_model
+        root: Any = self._root(tower)
         return list(root.encoder.layers)
 
     # -- text ------------------------------------------------------------------------------------------------
@@ -158,6 +158,16 @@ class HfBackbone(ClipBackbone):
         if end == 2:  # old configs have a wrong id; transformers takes the highest then
             return tokens_CL.argmax(dim=1)
         return (tokens_CL == end).int().argmax(dim=1)
+
+    def _text_pooling(self) -> str:
+        text: Any = self.model.text_model
+        return "argmax" if text.eos_token_id == 2 else f"token {text.eos_token_id}"
+
+    def _vocabulary(self) -> Mapping[str, int]:
+        return self._tokenizer.get_vocab()
+
+    def _root(self, tower: TowerName) -> nn.Module:
+        return self.model.get_submodule("vision_model" if tower == "image" else "text_model")
 
     def _text_parts(self) -> list[BlockParts] | None:
         text: Any = self.model.text_model

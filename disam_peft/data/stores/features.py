@@ -56,7 +56,7 @@ class FeatureKey(StoreKey):
     """Everything that stored numbers depend on."""
 
     backbone: str
-    """sha256 of the base weights."""
+    """``ClipBackbone.identity``: sha256 of the base weights and of all else that its output depends on."""
     split: int | None
     """Frozen blocks of the image tower; None: all of it."""
     precision: str

@@ -92,6 +92,7 @@ def test_what_a_checkpoint_says_about_itself(openclip_name: str) -> None:
         "sha256": backbone.base_hash,
         "quick_gelu": False,
         "embed_dim": 16,
+        "fingerprint": backbone.fingerprint,
     }
 
 

@@ -167,6 +167,19 @@ def test_row_38_changed_data_is_refused_with_the_difference(make_recipe, cut, do
         run.train(recipe, resume=True)
 
 
+def test_row_53_a_run_goes_on_with_the_same_backbone_only(make_recipe, cut, openclip_name, tmp_path):
+    folder = tmp_path / "clip"
+    shutil.copytree(openclip_name.removeprefix("local-dir:"), folder)
+    recipe = make_recipe(backbone={"name": f"local-dir:{folder}"})
+    cut(recipe)
+    config = folder / "open_clip_config.json"
+    content = json.loads(config.read_text())
+    content["model_cfg"]["vision_cfg"]["head_width"] //= 2
+    config.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"differs in:\n  heads of the image tower of the backbone: \[2\] -> \[4\]$"):
+        run.train(recipe, resume=True)
+
+
 def test_what_the_content_of_data_is_made_of(domains_folder):
     checked, trusted = (load(DataConfig(root=domains_folder, verify=verify)) for verify in (True, False))
     cells = content_by_cell(checked)
