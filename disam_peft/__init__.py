@@ -86,7 +86,7 @@ _HOMES = {
     "export_merged": "disam_peft.export.merged",
     "export_peft": "disam_peft.export.peft",
     # whole runs
-    "Outcome": "disam_peft.experiments.run",
+    "Outcome": "disam_peft.experiments.outcome",
     "train": "disam_peft.experiments.run",
     "evaluate": "disam_peft.experiments.evaluate",
     "build_report": "disam_peft.report.page",
@@ -150,7 +150,7 @@ if TYPE_CHECKING:  # the same names, for type checkers; a test compares them wit
     from disam_peft.evaluation.predict import predict as predict
     from disam_peft.evaluation.protocols import validation_score as validation_score
     from disam_peft.experiments.evaluate import evaluate as evaluate
-    from disam_peft.experiments.run import Outcome as Outcome
+    from disam_peft.experiments.outcome import Outcome as Outcome
     from disam_peft.experiments.run import train as train
     from disam_peft.export.merged import export_merged as export_merged
     from disam_peft.export.peft import export_peft as export_peft

@@ -15,7 +15,7 @@ from disam_peft.cli.options import Overrides, names, numbers
 from disam_peft.cli.terminal import say
 
 if TYPE_CHECKING:
-    from disam_peft.experiments.run import Outcome
+    from disam_peft.experiments.outcome import Outcome
 
 
 def train(
@@ -30,9 +30,16 @@ def train(
     from disam_peft.config.recipe import load_recipe
 
     checked = load_recipe(recipe, overrides or [])
-    from disam_peft.experiments import run
+    from disam_peft.experiments.kept_runs import kept_runs
+    from disam_peft.experiments.run_cache import RunCache
 
-    _print_outcomes(run.train(checked, overwrite=overwrite, resume=resume))
+    cache = RunCache()
+    outcomes = None if overwrite else kept_runs(checked, cache)
+    if outcomes is None:
+        from disam_peft.experiments import run
+
+        outcomes = run.train(checked, overwrite=overwrite, resume=resume, cache=cache)
+    _print_outcomes(outcomes)
 
 
 def _print_outcomes(outcomes: list[Outcome]) -> None:

@@ -67,6 +67,12 @@ def write_through(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def wait_for_disk(path: Path) -> None:
+    """Return when the content of a file is on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Wait until the names of the files in ``folder`` are on the disk. Windows has no such call; nothing is done."""
     if os.name == "nt":

@@ -28,7 +28,15 @@ OURS = frozenset(
         "wandb",
         "report_figures",
         *("recipe.yaml", "metrics.jsonl", "tracking.jsonl", "report.html", "images.parquet", "predictions.parquet"),
-        *("results.json", "evaluation.json", "confusion.json", "errors.json", "sharpness.json", "loss_slice.json"),
+        *(
+            "results.json",
+            "evaluation.json",
+            "finished.json",
+            "confusion.json",
+            "errors.json",
+            "sharpness.json",
+            "loss_slice.json",
+        ),
     }
 )
 """What a run, or several runs of one name, keep in their folders under a name of its own."""

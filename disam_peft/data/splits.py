@@ -7,9 +7,11 @@ import warnings
 
 import numpy as np
 
+from disam_peft.config.protocol import ALL, DOMAIN_PREFIX
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.duplicates import same_content
-from disam_peft.errors import UserError
+from disam_peft.data.sources.samples import UNNAMED_DOMAIN
+from disam_peft.errors import UserError, did_you_mean
 
 FEW_VALIDATION_SAMPLES = 5
 
@@ -26,6 +28,34 @@ def require_two_classes(dataset: DomainDataset) -> None:
             f"{dataset.origin} has one class, {found}: a classifier needs two or more. Expected folders are "
             "root/<domain>/<class>/*.jpg; where data.classes is intersection, set it to union to keep every class"
         )
+
+
+def held_out_domains(held_out: str | None, domains: tuple[str, ...]) -> list[str] | list[None]:
+    """The domains to hold out, one run each; None where nothing is held out.
+
+    ``all`` is each domain in turn, also where one of them is called ``all``; ``domain:all`` is that domain.
+
+    Raises:
+        UserError: no such domain (names the close ones); fewer than two domains where one is to be held out.
+    """
+    if held_out is None:
+        return [None]
+    if len(domains) < 2:
+        raise UserError(
+            f"leaving one domain out needs two domains or more, found {', '.join(domains) or 'none'}"
+            + (" (the data do not say which domain an image belongs to)" if domains == (UNNAMED_DOMAIN,) else "")
+            + "; protocol=all trains on every domain and holds nothing out"
+        )
+    if held_out == ALL:
+        return list(domains)
+    if held_out not in domains:
+        held_out = held_out.removeprefix(DOMAIN_PREFIX)
+    if held_out not in domains:
+        raise UserError(
+            f"protocol.held_out={held_out!r} is not a domain of the data{did_you_mean(held_out, [*domains, ALL])} "
+            f"(found: {', '.join(domains)}; 'all' takes each in turn)"
+        )
+    return [held_out]
 
 
 def leave_out(dataset: DomainDataset, held_out: str) -> tuple[DomainDataset, DomainDataset]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from disam_peft.common.progress import track
-from disam_peft.common.records import RESULTS, write_json
+from disam_peft.common.records import write_json
 from disam_peft.common.worker_pool import Finished, spread
 from disam_peft.config.recipe import Recipe
 from disam_peft.errors import Notice, UserError
@@ -66,7 +66,7 @@ def run_plan(plan: StudyPlan, output: Path, *, jobs: int | None = None, overwrit
     jobs = default_jobs() if jobs is None else jobs
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: at least one process has to do the work")
-    todo = [cell for cell in plan.cells if overwrite or not is_finished(cell.recipe)]
+    todo = _unfinished(plan.cells, overwrite)
     ended: dict[tuple[str, str, str | None, int], Done] = {}
     work = _here(todo, overwrite) if jobs == 1 else _elsewhere(todo, overwrite, jobs)
     for cell, done in track(work, f"{len(plan.cells) - len(todo)} of {len(plan.cells)} runs kept", total=len(todo)):
@@ -86,9 +86,20 @@ def default_jobs() -> int:
     return 1 if torch.cuda.is_available() else cores
 
 
-def is_finished(recipe: Recipe) -> bool:
-    """Whether the run's folder holds this very run, complete."""
-    return _is_ours(recipe) and (recipe.folder(recipe.protocol.held_out) / RESULTS).is_file()
+def is_finished(recipe: Recipe, cache: RunCache) -> bool:
+    """Whether the run's folder holds this very run, complete and of the data that are there now."""
+    folder = recipe.folder(recipe.protocol.held_out)
+    if not run_folder.is_finished(folder) or not _is_ours(recipe):
+        return False
+    try:
+        return not run_folder.compared_data(recipe, lambda: cache.dataset(recipe.data)).differences
+    except UserError:  # of data that are not there any more, for example: told when it is this cell's turn
+        return False
+
+
+def _unfinished(cells: Sequence[Cell], overwrite: bool) -> list[Cell]:
+    cache = RunCache()  # of its own: the images that it holds are let go before processes are started
+    return [cell for cell in cells if overwrite or not is_finished(cell.recipe, cache)]
 
 
 def run_cell(cell: Cell, cache: RunCache, overwrite: bool) -> Done:

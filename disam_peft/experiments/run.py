@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -17,15 +16,14 @@ from disam_peft.common.locks import locked
 from disam_peft.common.prediction_table import PREDICTIONS, write_predictions
 from disam_peft.common.processes import on_main
 from disam_peft.common.records import METRICS, RESULTS, ResultRow, append_event, read_results, write_results
-from disam_peft.common.run_images import IMAGES, write_images
+from disam_peft.common.run_images import IMAGES, RunImages, read_images, write_images
 from disam_peft.config.average import kept_averages
 from disam_peft.config.recipe import Recipe, as_dict
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.duplicates import check_duplicates
-from disam_peft.data.splits import check_no_leak, require_two_classes
+from disam_peft.data.splits import check_no_leak, held_out_domains, require_two_classes
 from disam_peft.evaluation.metrics import metrics_of_domains
 from disam_peft.evaluation.predict import Predictions
-from disam_peft.evaluation.protocols import held_out_domains
 from disam_peft.evaluation.results import (
     Evaluator,
     Identity,
@@ -35,10 +33,13 @@ from disam_peft.evaluation.results import (
     write_sharpness,
 )
 from disam_peft.experiments import run_folder
-from disam_peft.experiments.build import SplitData, holding_out, load_pretrained, split_data
+from disam_peft.experiments.build import load_pretrained
+from disam_peft.experiments.kept_runs import say_what_it_rests_on
+from disam_peft.experiments.outcome import Outcome, write_joint_results
 from disam_peft.experiments.run_cache import RunCache
 from disam_peft.experiments.run_data import content_by_cell, images_of
 from disam_peft.experiments.run_folder import ADAPTER, CHECKPOINTS
+from disam_peft.experiments.split_data import SplitData, holding_out, split_data
 from disam_peft.training.accelerator import start_accelerator
 from disam_peft.training.checkpoint.manager import CheckpointConfig
 from disam_peft.training.selection import Validation, put_into, validation
@@ -47,25 +48,15 @@ from disam_peft.training.trackers.tracking import require_tracker, tracking
 from disam_peft.training.trainer import FitResult, fit
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One run. ``held_out`` is None where it held nothing out, ``fit`` where a finished run was found and kept."""
-
-    folder: Path
-    held_out: str | None
-    rows: list[ResultRow]
-    fit: FitResult | None
-
-
 def train(
     recipe: Recipe, *, overwrite: bool = False, resume: bool = False, cache: RunCache | None = None
 ) -> list[Outcome]:
     """Train and evaluate the recipe's adapter, once for each domain to hold out, or once on all domains.
 
-    A finished run of the very same recipe is kept as it is. Files of a run, in ``recipe.folder(held_out)``:
+    A finished run of the very same recipe and data is kept as it is. Files of a run, in ``recipe.folder(held_out)``:
     ``recipe.yaml`` (resolved), ``images.parquet`` (which images, by content), ``metrics.jsonl``, ``adapter/`` (the best
-    state by source validation), ``results.json``; until it is finished also ``checkpoints/``, from which ``resume``
-    goes on, to the same bits.
+    state by source validation), ``results.json``, and last of all ``finished.json``; until then also ``checkpoints/``,
+    from which ``resume`` goes on, to the same bits.
 
     Args:
         cache: handed to several calls, so that what they have in common is done once.
@@ -84,13 +75,14 @@ def train(
     held_out = held_out_domains(recipe.protocol.held_out, dataset.present_domains)
     runs = [holding_out(recipe, domain) for domain in held_out]
     with ExitStack() as locks:
-        plans = on_main(lambda: _claim(runs, locks, overwrite=overwrite, resume=resume))
+        planned = on_main(lambda: _claim(runs, dataset, locks, overwrite=overwrite, resume=resume))
+        say_what_it_rests_on(planned)
         outcomes = [
             _keep_finished(run, accelerator) if plan == "keep" else _train_one(run, dataset, accelerator, plan, cache)
-            for run, plan in zip(runs, plans, strict=True)
+            for run, (plan, _) in zip(runs, planned, strict=True)
         ]
-    if len(outcomes) > 1 and accelerator.is_main_process:
-        write_results(recipe.output / recipe.name / RESULTS, [row for outcome in outcomes for row in outcome.rows])
+    if accelerator.is_main_process:
+        write_joint_results(outcomes)
     return outcomes
 
 
@@ -138,14 +130,14 @@ def _train_one(
             validate=validate,
             on_best=save_best if is_main else None,
             on_event=lambda event, **values: append_event(folder / METRICS, event, **values),
-            checkpoints=_checkpoints(folder, plan, dataset, pretrained.backbone),
+            checkpoints=_checkpoints(folder, plan, images, pretrained.backbone),
         )
 
     trained_rows, predictions = _judge_all_weights(classifier, fitted, data, evaluator)
     rows += trained_rows
     if is_main:
         _record_inferred(folder, recipe, inferred)
-        if not (folder / IMAGES).is_file():  # a run of 0.1 that went on
+        if not (folder / IMAGES).is_file():  # a run of 0.1 that went on; before the results, see is_finished
             write_images(folder / IMAGES, images)
         table = prediction_table(predictions, data.by_split(), dataset.classes)
         write_predictions(folder / PREDICTIONS, table)
@@ -156,7 +148,7 @@ def _train_one(
     if recipe.evaluation.sharpness is not None:
         write_sharpness(folder, classifier, data.by_split(), recipe.evaluation, like=rows[-1], is_main=is_main)
     if is_main:
-        run_folder.clear(folder)
+        run_folder.finish(folder)
     accelerator.wait_for_everyone()
     return Outcome(folder, recipe.protocol.held_out, rows, fitted)
 
@@ -165,17 +157,19 @@ def _folder(recipe: Recipe) -> Path:
     return recipe.folder(recipe.protocol.held_out)
 
 
-def _claim(runs: list[Recipe], locks: ExitStack, *, overwrite: bool, resume: bool) -> list[run_folder.Plan]:
+def _claim(
+    runs: list[Recipe], dataset: DomainDataset, locks: ExitStack, *, overwrite: bool, resume: bool
+) -> list[run_folder.Planned]:
     """Lock the folders of all runs, then say for each what is to be done there. Nothing is changed yet."""
     for run in runs:
         locks.enter_context(locked(_folder(run)))
-    return [run_folder.plan(run, overwrite=overwrite, resume=resume) for run in runs]
+    return [run_folder.plan(run, lambda: dataset, overwrite=overwrite, resume=resume) for run in runs]
 
 
 def _keep_finished(recipe: Recipe, accelerator: Accelerator) -> Outcome:
     folder = _folder(recipe)
     if accelerator.is_main_process:
-        run_folder.clear(folder)  # the run may have been killed between writing its results and doing this
+        run_folder.clear(folder)  # the run may have been killed between saying that it is finished and doing this
     return Outcome(folder, recipe.protocol.held_out, read_results(folder / RESULTS), None)
 
 
@@ -214,14 +208,14 @@ def _judge_all_weights(
     return rows, predictions
 
 
-def _checkpoints(
-    folder: Path, plan: run_folder.Plan, dataset: DomainDataset, backbone: ClipBackbone
-) -> CheckpointConfig:
+def _checkpoints(folder: Path, plan: run_folder.Plan, images: RunImages, backbone: ClipBackbone) -> CheckpointConfig:
     """Where training saves its state, and what must be the same when it goes on from there."""
+    if (folder / IMAGES).is_file():  # the same images, but the run may have looked closer at them, or less close
+        images = read_images(folder / IMAGES)
     return CheckpointConfig(
         folder / CHECKPOINTS,
         resume=plan == "continue",
-        provenance={**content_by_cell(dataset), **_of_backbone(backbone)},
+        provenance={**content_by_cell(images), **_of_backbone(backbone)},
         records=folder / METRICS,
     )
 

@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from disam_peft.common.files import is_draft, write_atomically
+from disam_peft import __version__
+from disam_peft.common.files import is_draft, wait_for_disk, write_atomically
 from disam_peft.common.records import RESULTS
-from disam_peft.common.run_images import IMAGES, RunImages, write_images
-from disam_peft.config.identity import is_harmless
+from disam_peft.common.run_images import IMAGES, RunImages, read_images, write_images
+from disam_peft.config.identity import COMPUTED_FROM_DATA, is_harmless
 from disam_peft.config.recipe import WRITTEN_BY_US, Recipe, as_yaml, differences, effective, load_recipe
 from disam_peft.errors import Notice, UserError
+from disam_peft.experiments.run_data import DataComparison, compare_data
+
+if TYPE_CHECKING:
+    from disam_peft.data.dataset import DomainDataset
 
 RECIPE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
+FINISHED = "finished.json"
+"""Written last. A run is finished where this file and its results are there."""
 Plan = Literal["start", "continue", "keep"]
 
 
-def plan(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Plan:
+class Planned(NamedTuple):
+    """What to do with the folder of a run; and where a finished run is kept, what that rests on, if not on the content
+    of every image as it is now."""
+
+    plan: Plan
+    basis: str = ""
+
+
+def plan(
+    recipe: Recipe, data: Callable[[], DomainDataset], *, overwrite: bool = False, resume: bool = False
+) -> Planned:
     """What to do with the folder of a run that holds one domain out. Nothing is changed yet.
+
+    Args:
+        data: loads the recipe's data. It is called where a run in the folder recorded which images it had.
 
     Raises:
         UserError: it holds something else, or a run that did not finish, and nobody said what to do with it.
@@ -33,21 +55,30 @@ def plan(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Pl
     if _is_free(folder):
         if resume:
             warnings.warn(f"nothing to go on with in {folder}; it is started", Notice, stacklevel=2)
-        return "start"
+        return Planned("start")
     if not (folder / RECIPE).is_file():
         raise UserError(f"{folder} holds files that are no run of disam-peft; choose another output or name")
     if overwrite:
-        return "start"
+        return Planned("start")
     changes = changed(recipe)
     if changes:
-        listed = "\n  ".join(changes)
-        what = "holds another run, which cannot be continued so" if resume else "holds another run"
-        raise UserError(f"{folder} {what}; choose another name, or --overwrite it. It differs in:\n  {listed}")
-    if (folder / RESULTS).is_file():
-        return "keep"
+        raise UserError(_other_run(folder, "another run", changes, resume=resume))
+    compared = compared_data(recipe, data)
+    if compared.differences:
+        raise UserError(_other_run(folder, "a run of other data", compared.differences, resume=resume))
+    if is_finished(folder):
+        return Planned("keep", compared.basis)
     if not resume:
         raise UserError(f"{folder} holds a run that did not finish; --resume continues it, --overwrite starts it again")
-    return "continue"
+    return Planned("continue")
+
+
+def _other_run(folder: Path, what: str, differences: Sequence[str], *, resume: bool) -> str:
+    verb = f"holds {what}, which cannot be continued so" if resume else f"holds {what}"
+    first = "" if what == "another run" else "bring its data back, "
+    return f"{folder} {verb}; {first}choose another name, or --overwrite it. It differs in:\n  " + "\n  ".join(
+        differences
+    )
 
 
 def _is_free(folder: Path) -> bool:
@@ -61,25 +92,71 @@ def _is_free(folder: Path) -> bool:
     return not held
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether the folder holds a run with all that belongs to it. Version 0.1 wrote nothing after the results; its runs
+    are those that did not record their images."""
+    if not (folder / RESULTS).is_file():
+        return False
+    return (folder / FINISHED).is_file() or not (folder / IMAGES).is_file()
+
+
 def changed(recipe: Recipe) -> list[str]:
     """``key: old -> new`` for every setting that makes ``recipe`` another run than the one in its folder.
 
     A setting that the folder's recipe lacks has its default, so that a run of an older version, which did not know
     the setting, stays the same run. Values are compared as they take effect: one average is the same written alone or
-    as a list of one. A recipe that cannot be read is a difference as well.
+    as a list of one. A recipe that cannot be read is a difference as well. Where the data come from makes no
+    difference where the run recorded its images, which ``compared_data`` compares, or is bound to a checkpoint.
 
     Raises:
         OSError: there is none.
     """
-    path = recipe.folder(recipe.protocol.held_out) / RECIPE
-    if not path.is_file():
-        raise FileNotFoundError(path)
+    folder = recipe.folder(recipe.protocol.held_out)
+    if not (folder / RECIPE).is_file():
+        raise FileNotFoundError(folder / RECIPE)
     try:
-        before = load_recipe(path)
+        before = load_recipe(folder / RECIPE)
     except UserError as error:
         return [str(error).replace("\n", "\n  ")]
+    knows_images = (folder / IMAGES).is_file() and not _both_painted(before, recipe)
+    place_matters = is_finished(folder) and not knows_images and not _same_place(before.data.root, recipe.data.root)
+
+    def counts(key: str) -> bool:
+        if key == "data.root":
+            return place_matters
+        if key.startswith("data.") and knows_images:
+            return key in COMPUTED_FROM_DATA
+        return not is_harmless(key)
+
     lines = differences(effective(before), effective(recipe))
-    return [line for line in lines if not is_harmless(line.split(":")[0])]
+    return [line for line in lines if counts(line.split(":")[0])]
+
+
+def compared_data(recipe: Recipe, data: Callable[[], DomainDataset]) -> DataComparison:
+    """How the recipe's data compare with those of the run in its folder, whose settings are the same.
+
+    Raises:
+        UserError: what the run recorded of its images cannot be read; data that cannot be loaded.
+    """
+    folder = recipe.folder(recipe.protocol.held_out)
+    if _both_painted(load_recipe(folder / RECIPE), recipe):
+        return DataComparison()  # painted from the same settings
+    if not (folder / IMAGES).is_file():
+        return DataComparison(
+            basis="a version that did not record which images its runs have wrote it: it is kept as its recipe agrees, "
+            "with the place of its data"
+        )
+    return compare_data(read_images(folder / IMAGES), recipe, data())
+
+
+def _both_painted(before: Recipe, recipe: Recipe) -> bool:
+    return before.data.shapes is not None and recipe.data.shapes is not None
+
+
+def _same_place(before: Path | None, now: Path | None) -> bool:
+    return before == now or (
+        before is not None and now is not None and os.path.realpath(before) == os.path.realpath(now)
+    )
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -118,6 +195,17 @@ def prepare(recipe: Recipe, images: RunImages, *, anew: bool) -> None:
     write_atomically(folder / RECIPE, as_yaml(recipe))
     if anew:
         write_images(folder / IMAGES, images)
+
+
+def finish(folder: Path) -> None:
+    """Say that the run is complete, after all its other files are on the disk. It then needs no checkpoints."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and CHECKPOINTS not in path.parts]
+    for path in files:
+        wait_for_disk(path)
+    images = read_images(folder / IMAGES)
+    about = {"disam_peft_version": __version__, "images": len(images), "data": images.identity}
+    write_atomically(folder / FINISHED, json.dumps(about, indent=1) + "\n", durable=True)
+    clear(folder)
 
 
 def clear(folder: Path) -> None:

@@ -12,8 +12,8 @@ from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.load import load
 from disam_peft.data.transforms.decode import BadImage
 from disam_peft.errors import Notice, UserError
-from disam_peft.experiments.build import split_data
 from disam_peft.experiments.run_data import images_of
+from disam_peft.experiments.split_data import split_data
 
 SEEN_TRAINING, SEEN_VALIDATION, UNSEEN, UNKNOWN = "seen_training", "seen_validation", "unseen", "unknown"
 

@@ -26,12 +26,12 @@ from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.duplicates import check_duplicates
 from disam_peft.data.load import load
 from disam_peft.data.loading.sampler import DomainBatches
-from disam_peft.data.splits import require_two_classes
+from disam_peft.data.splits import held_out_domains, require_two_classes
 from disam_peft.errors import UserError
 from disam_peft.evaluation.metrics import metrics_of_domains
 from disam_peft.evaluation.predict import Predictions
-from disam_peft.evaluation.protocols import held_out_domains
-from disam_peft.experiments.build import SplitData, holding_out, load_pretrained, split_data
+from disam_peft.experiments.build import load_pretrained
+from disam_peft.experiments.split_data import SplitData, holding_out, split_data
 from disam_peft.training import selection
 from disam_peft.training.accelerator import start_accelerator
 from disam_peft.training.stacked_probes import ProbeSetting, ProbeStack, ProbeTrial, fit_probes, probe_features

@@ -18,8 +18,8 @@ from disam_peft.data.load import load
 from disam_peft.data.sources.given_splits import WORDS
 from disam_peft.data.splits import split_train_validation
 from disam_peft.errors import UserError
-from disam_peft.experiments.build import split_data
 from disam_peft.experiments.run_data import images_of
+from disam_peft.experiments.split_data import split_data
 from tests.helpers.tiny_images import write_image
 
 DOMAINS, CLASSES = ("photo", "sketch"), ("cat", "dog")

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
+from disam_peft.data.splits import held_out_domains
 from disam_peft.errors import UserError
 from disam_peft.evaluation.metrics import metrics, metrics_by_domain
 from disam_peft.evaluation.predict import Predictions
-from disam_peft.evaluation.protocols import held_out_domains, validation_score
+from disam_peft.evaluation.protocols import validation_score
 
 
 def logits(rows):

@@ -11,12 +11,12 @@ from disam_peft.cli.output import print_held_out
 from disam_peft.common.records import Confusion, read_list, read_results
 from disam_peft.config.recipe import Recipe, load_recipe
 from disam_peft.data.load import load
+from disam_peft.data.splits import held_out_domains
 from disam_peft.errors import UserError
-from disam_peft.evaluation.protocols import held_out_domains
 from disam_peft.experiments import run
-from disam_peft.experiments.build import split_data
 from disam_peft.experiments.evaluate import evaluate
 from disam_peft.experiments.export_run import export_run
+from disam_peft.experiments.split_data import split_data
 from disam_peft.experiments.study import load_plan
 from disam_peft.experiments.sweep import best_command, sweep
 from disam_peft.report.page import build_report

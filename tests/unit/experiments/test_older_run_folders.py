@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from disam_peft.config.recipe import Recipe, save_recipe
+from disam_peft.data.dataset import DomainDataset
 from disam_peft.errors import Notice, UserError
 from disam_peft.experiments import run_folder
 
@@ -24,6 +25,10 @@ def make_recipe(output: Path, **changes: Any) -> Recipe:
         **changes,
     }
     return Recipe.model_validate(values)
+
+
+def not_loaded() -> DomainDataset:
+    pytest.fail("the data were loaded, though a run that did not record its images cannot be compared with them")
 
 
 def saved(recipe: Recipe) -> Path:
@@ -106,20 +111,20 @@ def test_row_61_a_recipe_that_cannot_be_read_is_another_run(tmp_path: Path, text
     [difference] = run_folder.changed(recipe)
     assert str(path) in difference
     with pytest.raises(UserError, match="holds another run; choose another name, or --overwrite it"):
-        run_folder.plan(recipe)
-    assert run_folder.plan(recipe, overwrite=True) == "start"
+        run_folder.plan(recipe, not_loaded)
+    assert run_folder.plan(recipe, not_loaded, overwrite=True).plan == "start"
 
 
 def test_the_recipe_of_a_run_that_never_began_is_in_nobodys_way(tmp_path: Path) -> None:
     path = saved(make_recipe(tmp_path))
     other = make_recipe(tmp_path, seed=3)
-    assert run_folder.plan(other) == "start"
+    assert run_folder.plan(other, not_loaded).plan == "start"
     with pytest.warns(Notice, match="nothing to go on with"):
-        assert run_folder.plan(other, resume=True) == "start"
+        assert run_folder.plan(other, not_loaded, resume=True).plan == "start"
     (path.parent / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
     with pytest.raises(UserError, match="seed: 0 -> 3"):
-        run_folder.plan(other)
+        run_folder.plan(other, not_loaded)
     (path.parent / "metrics.jsonl").unlink()
     path.write_text("name: a recipe that somebody wrote\n", encoding="utf-8")
     with pytest.raises(UserError, match="holds another run"):
-        run_folder.plan(other)
+        run_folder.plan(other, not_loaded)

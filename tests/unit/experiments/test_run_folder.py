@@ -1,21 +1,29 @@
 """What a folder may hold when a run comes to it: nothing, the same run, half of it, another one, somebody's thesis."""
 
 import json
+import os
 import re
 import shutil
 import sys
+import warnings
+from functools import cached_property
 
 import pytest
 
 from disam_peft.cli.app import main
 from disam_peft.common.records import read_events, read_results
+from disam_peft.common.run_images import read_images
 from disam_peft.config.data import DataConfig
 from disam_peft.config.identity import HARMLESS
 from disam_peft.config.recipe import Recipe, as_dict, differences
+from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.load import load
 from disam_peft.errors import Notice, UserError
 from disam_peft.experiments import run, run_folder
-from disam_peft.experiments.run_data import content_by_cell
+from disam_peft.experiments.kept_runs import kept_runs
+from disam_peft.experiments.run_cache import RunCache
+from disam_peft.experiments.run_data import content_by_cell, images_of
+from disam_peft.experiments.split_data import split_data
 
 
 class Cut(Exception):
@@ -31,7 +39,7 @@ def make_recipe(domains_folder, openclip_name, tmp_path):
             "output": output,
             "backbone": {"name": openclip_name},
             "adapter": {"kind": "linear_probe"},
-            "data": {"root": data},
+            "data": data if isinstance(data, dict) else {"root": data},
             "protocol": {"held_out": held_out},
             "train": train,
             "evaluation": {"workers": 0},
@@ -138,7 +146,8 @@ def test_row_38_harmless_keys_may_change(make_recipe, cut, domains_folder, tmp_p
     faster = {"workers": 1, "log_every": 2, "save_every": 1, "keep_checkpoints": 1, "timeout_minutes": 5.0}
     other = make_recipe(output=moved, data=tmp_path / "copy", train=faster, evaluation={"workers": 1, "batch_size": 32})
     changed = [line.split(":")[0] for line in differences(as_dict(recipe), as_dict(other))]
-    assert set(changed) == HARMLESS.keys() - {"name", "features.folder", "train.tracker", "data.verify"}
+    unchanged = {"name", "features.folder", "train.tracker", "data.verify", "data.duplicates"}
+    assert set(changed) == HARMLESS.keys() - unchanged
     with pytest.warns(Notice, match="going on after step 2"):
         [outcome] = run.train(other, resume=True)
     assert read_results(outcome.folder / "results.json") == expected
@@ -146,25 +155,63 @@ def test_row_38_harmless_keys_may_change(make_recipe, cut, domains_folder, tmp_p
     assert outcome.fit is not None
 
 
-def test_row_38_changed_data_is_refused_with_the_difference(make_recipe, cut, domains_folder, tmp_path):
-    images = tmp_path / "images"
-    shutil.copytree(domains_folder, images)
-    recipe = make_recipe(data=images)
-    cut(recipe)
+@pytest.fixture
+def images(domains_folder, tmp_path):
+    """A copy of the data, to be changed."""
+    shutil.copytree(domains_folder, tmp_path / "images")
+    return tmp_path / "images"
+
+
+def change(images):
+    """Take an image away and replace another one; gives a function that brings both back."""
     gone, other = images / "art/red/0.png", images / "cartoon/blue/1.png"
     content = gone.read_bytes(), other.read_bytes()
     gone.unlink()
     other.write_bytes((images / "cartoon/blue/2.png").read_bytes())
+
+    def bring_back():
+        gone.write_bytes(content[0])
+        other.write_bytes(content[1])
+
+    return bring_back
+
+
+CHANGED = (
+    r"images of art/red: 8 -> 7 \(gone: art/red/0\.png\)\n"
+    r"  images of cartoon/blue: 8 -> 8 \(changed: cartoon/blue/1\.png\)$"
+)
+
+
+def test_row_38_changed_data_are_refused_with_the_difference(make_recipe, cut, images):
+    recipe = make_recipe(data=images)
+    cut(recipe)
+    bring_back = change(images)
+    with pytest.raises(UserError, match=r"photo holds a run of other data, which cannot be continued so") as caught:
+        run.train(recipe, resume=True)
+    assert re.search(CHANGED, str(caught.value))
+    assert str(caught.value).count("->") == 2
+    bring_back()
+    with pytest.warns(Notice, match="going on after step 2"):
+        run.train(recipe, resume=True)
+
+
+def test_row_38_where_images_were_not_recorded_the_checkpoint_knows_their_content(make_recipe, cut, images):
+    """As for a run that version 0.1 began."""
+    recipe = make_recipe(data=images)
+    cut(recipe)
+    (recipe.folder("photo") / "images.parquet").unlink()
+    bring_back = change(images)
     with pytest.raises(UserError, match=r"step-000002 was made with something else than what is there now") as caught:
         run.train(recipe, resume=True)
     hashed = r"\(sha256 [0-9a-f]{16}\)"
     assert re.search(rf"images of art/red: 8 {hashed} -> 7 {hashed}", str(caught.value))
     assert re.search(rf"images of cartoon/blue: 8 {hashed} -> 8 {hashed}", str(caught.value))
     assert str(caught.value).count("->") == 2
-    gone.write_bytes(content[0])
-    other.write_bytes(content[1])
+    bring_back()
     with pytest.warns(Notice, match="going on after step 2"):
-        run.train(recipe, resume=True)
+        [outcome] = run.train(recipe, resume=True)
+    assert len(read_images(outcome.folder / "images.parquet")) == 96
+    assert run.train(recipe)[0].fit is None
 
 
 def test_row_53_a_run_goes_on_with_the_same_backbone_only(make_recipe, cut, openclip_name, tmp_path):
@@ -180,15 +227,127 @@ def test_row_53_a_run_goes_on_with_the_same_backbone_only(make_recipe, cut, open
         run.train(recipe, resume=True)
 
 
-def test_what_the_content_of_data_is_made_of(domains_folder):
+def test_a_run_may_look_closer_at_its_images_when_it_goes_on(make_recipe, cut, domains_folder):
+    cut(make_recipe(data={"root": domains_folder, "verify": False}))
+    with pytest.warns(Notice, match="going on after step 2"):
+        [outcome] = run.train(make_recipe(), resume=True)
+    assert not read_images(outcome.folder / "images.parquet").is_hashed
+    with pytest.warns(Notice, match="images were compared by name and size alone"):
+        assert run.train(make_recipe())[0].fit is None
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}])
+def test_a_finished_run_is_not_the_result_for_other_data(make_recipe, images, options):
+    recipe = make_recipe(data=images)
+    run.train(recipe)
+    before = (recipe.folder("photo") / "results.json").read_bytes()
+    bring_back = change(images)
+    with pytest.raises(UserError, match=r"photo holds a run of other data.*; bring its data back, choose") as caught:
+        run.train(recipe, **options)
+    assert re.search(CHANGED, str(caught.value))
+    with pytest.raises(UserError, match="holds a run of other data"):
+        kept_runs(recipe, RunCache())
+    assert (recipe.folder("photo") / "results.json").read_bytes() == before
+    bring_back()
+    assert run.train(recipe, **options)[0].fit is None
+    change(images)
+    assert run.train(recipe, overwrite=True)[0].fit is not None
+
+
+def test_the_same_images_elsewhere_are_the_same_run_and_others_are_not(make_recipe, images, domains_folder, tmp_path):
+    assert run.train(make_recipe())[0].fit is not None
+    elsewhere = make_recipe(data=images)
+    assert run.train(elsewhere)[0].fit is None
+    rows = [f"{p},{p.parent.parent.name},{p.parent.name}" for p in sorted(images.glob("*/*/*.png"))]
+    (images / "list.csv").write_text("\n".join(["image,domain,label", *(r.replace(f"{images}/", "") for r in rows)]))
+    assert run.train(make_recipe(data={"table": images / "list.csv"}))[0].fit is None, "listed, not found"
+    (images / "list.csv").write_text(
+        "\n".join(["image,domain,label", *(r.replace(f"{images}/", "") for r in rows[1:])])
+    )
+    with pytest.raises(UserError, match=r"images of art/blue: 8 -> 7 \(gone: art/blue/0\.png\)"):
+        run.train(make_recipe(data={"table": images / "list.csv"}))
+    (tmp_path / "words.yaml").write_text("red: crimson\n")
+    with pytest.raises(UserError, match=r"differs in:\n  class red: red -> crimson$"):
+        run.train(make_recipe(data={"root": images, "class_names": tmp_path / "words.yaml"}))
+
+
+def test_all_domains_are_compared_when_all_are_held_out_in_turn(make_recipe, images):
+    recipe = make_recipe(held_out="all", data=images)
+    run.train(recipe)
+    assert [outcome.fit for outcome in run.train(recipe)] == [None] * 3
+    assert [outcome.held_out for outcome in kept_runs(recipe, RunCache())] == ["art", "cartoon", "photo"]
+    joint = recipe.output / "probe/results.json"
+    before = joint.read_bytes()
+    joint.unlink()
+    kept_runs(recipe, RunCache())
+    assert joint.read_bytes() == before
+    change(images)
+    with pytest.raises(UserError, match=r"probe/art holds a run of other data"):
+        run.train(recipe)
+
+
+def test_row_65_a_replaced_image_is_noticed_though_its_size_and_time_are_the_same(make_recipe, images, monkeypatch):
+    recipe = make_recipe(data=images)
+    run.train(recipe)
+    with pytest.warns(Notice, match="no image was read again: .* no size, time of change or inode is new"):
+        run.train(recipe)
+    replaced = images / "cartoon/blue/1.png"
+    twin = replaced.read_bytes()
+    status = replaced.stat()
+    other = bytearray(twin)
+    other[-5] ^= 1  # in the checksum of the last chunk, which no decoder reads
+    replaced.write_bytes(other)
+    os.utime(replaced, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(UserError, match=r"cartoon/blue: 8 -> 8 \(changed: cartoon/blue/1\.png\)"):
+        run.train(recipe)
+    # a file system without inodes and times of change of its notes: only reading helps
+    replaced.write_bytes(twin)
+    states = DomainDataset.__dict__["file_states_N4"].func
+    blind = cached_property(lambda dataset: states(dataset) * [1, 1, 0, 0])
+    blind.__set_name__(DomainDataset, "file_states_N4")
+    monkeypatch.setattr(DomainDataset, "file_states_N4", blind)
+    os.utime(replaced, ns=(status.st_atime_ns, status.st_mtime_ns))
+    run.train(recipe)
+    replaced.write_bytes(other)
+    os.utime(replaced, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.warns(Notice, match="data.verify=full reads every file"):
+        assert run.train(recipe)[0].fit is None
+    with pytest.raises(UserError, match=r"cartoon/blue: 8 -> 8 \(changed: cartoon/blue/1\.png\)"):
+        run.train(make_recipe(data={"root": images, "verify": "full"}))
+    replaced.write_bytes(twin)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Notice)
+        assert run.train(make_recipe(data={"root": images, "verify": "full"}))[0].fit is None
+
+
+def test_a_damaged_record_of_the_images_is_an_error_that_names_it(make_recipe):
+    recipe = make_recipe()
+    run.train(recipe)
+    (recipe.folder("photo") / "images.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"photo/images\.parquet cannot be read"):
+        run.train(recipe)
+
+
+def test_row_63_a_finished_run_that_recorded_no_images_is_kept_with_a_note_where_its_data_lie(make_recipe, images):
+    recipe = make_recipe()
+    run.train(recipe)
+    for name in ("images.parquet", "finished.json"):
+        (recipe.folder("photo") / name).unlink()
+    with pytest.warns(Notice, match="did not record which images its runs have"):
+        assert run.train(recipe)[0].fit is None
+    with pytest.raises(UserError, match=r"holds another run[\s\S]*data\.root: .*domains0.* -> .*images"):
+        run.train(make_recipe(data=images))
+
+
+def test_what_the_content_of_data_is_made_of(make_recipe, domains_folder):
     checked, trusted = (load(DataConfig(root=domains_folder, verify=verify)) for verify in (True, False))
-    cells = content_by_cell(checked)
+    cells, sizes = (content_by_cell(images_of(split_data(make_recipe(), dataset))) for dataset in (checked, trusted))
     assert len(cells) == 12 + 1
     assert cells["images of art/red"].startswith("8 (sha256 ")
     assert cells["class names"].startswith("4 (sha256 ")
     assert len(set(cells.values())) == 13
-    assert content_by_cell(trusted).keys() == cells.keys()
-    assert content_by_cell(trusted) != cells, "by sizes, where nobody looked into the files"
+    assert sizes.keys() == cells.keys()
+    assert sizes != cells, "by sizes, where nobody looked into the files"
 
 
 def test_resume_keeps_what_is_finished_continues_what_began_and_starts_the_rest(make_recipe, cut):
@@ -218,8 +377,10 @@ def test_what_kills_left_behind_is_cleared(make_recipe, cut):
         "adapter",
         "confusion.json",
         "errors.json",
+        "finished.json",
         "images.parquet",
         "metrics.jsonl",
+        "predictions.parquet",
         "recipe.yaml",
         "results.json",
     ]
@@ -246,6 +407,7 @@ def test_the_command_line_says_notes_and_exit_codes(make_recipe, cut, monkeypatc
         raise Stopped("stopped by a signal after step 3 of 4", 15)
 
     monkeypatch.setattr(run, "train", stopped)
+    sys.argv[-1] = "--overwrite"
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 143

@@ -13,9 +13,9 @@ from disam_peft.config.data import DataConfig
 from disam_peft.config.recipe import Recipe
 from disam_peft.data.load import load
 from disam_peft.errors import Notice
-from disam_peft.experiments.build import split_data
 from disam_peft.experiments.run_data import images_of
 from disam_peft.experiments.seen_images import RunsImages
+from disam_peft.experiments.split_data import split_data
 
 
 def paint(folder, domains=("art", "photo", "sketch"), count=5):

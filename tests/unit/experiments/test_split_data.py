@@ -11,7 +11,8 @@ from disam_peft.config.recipe import Recipe
 from disam_peft.data.load import load
 from disam_peft.data.splits import split_train_validation
 from disam_peft.experiments import run
-from disam_peft.experiments.build import load_pretrained, split_data
+from disam_peft.experiments.build import load_pretrained
+from disam_peft.experiments.split_data import split_data
 from disam_peft.training.trainer import fit
 
 
