@@ -13,6 +13,7 @@ from typing import Annotated, TextIO
 import typer
 
 from disam_peft import __version__
+from disam_peft.cli.cache_verbs import cache
 from disam_peft.cli.data_verbs import check_data
 from disam_peft.cli.demo_verbs import demo, doctor
 from disam_peft.cli.result_verbs import evaluate, export, report
@@ -24,6 +25,7 @@ from disam_peft.errors import Notice, Stopped, UserError
 app = typer.Typer(name="disam-peft", no_args_is_help=True, pretty_exceptions_enable=False)
 for verb in (check_data, train, sweep, compare, evaluate, export, report, demo, doctor):
     app.command()(verb)
+app.add_typer(cache)
 
 
 def _print_version(wanted: bool) -> None:

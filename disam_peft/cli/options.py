@@ -28,3 +28,33 @@ def numbers(option: str, text: str) -> list[float]:
         return [float(part) for part in names(text)]
     except ValueError as error:
         raise UserError(f"{option} {text!r} is not a list of numbers such as 0.02,0.05,0.1") from error
+
+
+_SECONDS = {"h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
+_BYTES = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+
+
+def seconds(option: str, text: str | None) -> float | None:
+    """The seconds of ``12h``, ``30d`` or ``2w``; None where the option was not given.
+
+    Raises:
+        UserError: no such time; the message names the ``option``.
+    """
+    return None if text is None else _quantity(option, text, _SECONDS, "a time such as 12h, 30d or 2w")
+
+
+def num_bytes(option: str, text: str | None) -> int | None:
+    """The bytes of ``500MB`` or ``20GB`` (10^9); None where the option was not given.
+
+    Raises:
+        UserError: no such size; the message names the ``option``.
+    """
+    return None if text is None else int(_quantity(option, text, _BYTES, "a size such as 500MB or 20GB"))
+
+
+def _quantity(option: str, text: str, units: dict[str, float], what: str) -> float:
+    for unit, factor in units.items():
+        number = text.strip()[: -len(unit)]
+        if text.strip().lower().endswith(unit.lower()) and number.replace(".", "", 1).strip().isdecimal():
+            return float(number) * factor
+    raise UserError(f"{option} {text!r} is not {what}")

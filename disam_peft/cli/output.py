@@ -16,6 +16,7 @@ from disam_peft.common.records import RAW, Pool, ResultRow, pool_title
 from disam_peft.errors import printable
 
 if TYPE_CHECKING:
+    from disam_peft.common.cache import Kept
     from disam_peft.data.check import DataReport
     from disam_peft.doctor.check_result import CheckResult
     from disam_peft.doctor.examine import Examination
@@ -289,3 +290,33 @@ def _measured(value: float | None) -> str:
     if value is None:
         return "-"
     return str(int(value)) if math.isfinite(value) and value == int(value) else f"{value:.1e}"
+
+
+def print_cache(entries: list[Kept], folder: str, now: float, console: Console | None = None) -> None:
+    """What is kept in the cache, the longest unused first, and how much it is together."""
+    table = Table(title=f"{escape(folder)}: {in_bytes(sum(e.size for e in entries))}", box=box.SIMPLE_HEAD)
+    table.add_column("name", overflow="fold")
+    for heading in ("size", "unused for"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("data", overflow="fold")
+    for entry in entries:
+        name = f"{entry.kind}/{entry.path.name[:12]}" + (".partial" if entry.path.suffix == ".partial" else "")
+        age = _age(max(0.0, now - entry.used))
+        table.add_row(escape(name), in_bytes(entry.size), age, entry.state, escape(", ".join(entry.data) or "?"))
+    (console or Terminal()).print(table)
+
+
+def in_bytes(size: int) -> str:
+    """``3.2 GB`` (10^9)."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} bytes"
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return "now"

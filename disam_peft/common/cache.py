@@ -62,9 +62,11 @@ def use(entry: Path, data: str) -> None:
     is there: it may be removed until then. In a cache that cannot be written nothing is noted.
 
     Args:
-        data: names the data set, as a user would recognise it.
+        data: names the data set, as a user would recognise it; a path is noted from the root on.
     """
     note = _note(entry)
+    if data and os.path.exists(data):
+        data = os.path.abspath(data)
     with suppress(OSError):
         if entry not in _held:
             note.parent.mkdir(parents=True, exist_ok=True)

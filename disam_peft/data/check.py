@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from disam_peft.common.cache import use
 from disam_peft.common.files import cache_folder, write_atomically
 from disam_peft.common.progress import track
 from disam_peft.data.dataset import DomainDataset, Skipped
@@ -177,7 +178,11 @@ def examine(dataset: DomainDataset, *, progress: bool = True) -> list[CheckedFil
 def remembered(dataset: DomainDataset) -> list[CheckedFile] | None:
     """The findings of an earlier check of the same files: no name, size, time of change or inode is new since. None
     where there are none."""
-    return _read_findings(_cache_file(dataset), len(dataset))
+    cache_file = _cache_file(dataset)
+    found = _read_findings(cache_file, len(dataset))
+    if found is not None:
+        use(cache_file, dataset.origin)
+    return found
 
 
 def _examine_files(dataset: DomainDataset, *, progress: bool) -> list[CheckedFile]:
@@ -187,6 +192,7 @@ def _examine_files(dataset: DomainDataset, *, progress: bool) -> list[CheckedFil
     # A file that could not be read may become readable without a change of its size or time, so it is checked again.
     if all(finding.sha256 for finding in findings):
         _write_findings(cache_file, findings)
+        use(cache_file, dataset.origin)
     return findings
 
 

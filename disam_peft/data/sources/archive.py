@@ -27,6 +27,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from disam_peft.common.cache import use
 from disam_peft.common.files import cache_folder, write_atomically
 from disam_peft.common.locks import one_at_a_time
 from disam_peft.common.progress import track
@@ -84,11 +85,14 @@ def unpacked(archive: Path, *, max_gb: float, max_files: int, folder: Path | Non
         digest_file = _digest_file(archive, folder)
         digest = _digest(archive, digest_file)
         place = folder / digest
-        if not place.is_dir():
+        if place.is_dir():
+            use(place, str(archive))
+        if not place.is_dir():  # never unpacked, or removed before it was noted that it is in use
             folder.mkdir(parents=True, exist_ok=True)
             with one_at_a_time(folder / ".lock"):
                 if not place.is_dir():
                     _build(archive, place, int(max_gb * 1e9), max_files)
+                use(place, str(archive))
                 digest_file.parent.mkdir(exist_ok=True)
                 write_atomically(digest_file, digest)
     except OSError as error:
