@@ -19,7 +19,8 @@ def check_data(
 ) -> None:
     """Census of domains and classes, bad files, duplicates. Exits with 1 if a file cannot be used."""
     from disam_peft.cli.output import print_data_report
-    from disam_peft.common.records import write_json
+    from disam_peft.common.files import write_output
+    from disam_peft.common.records import json_text
     from disam_peft.config.data import SOURCE_OF_SUFFIX, DataConfig
     from disam_peft.data.check import inspect
     from disam_peft.data.load import load
@@ -32,7 +33,7 @@ def check_data(
     report = inspect(dataset)
     print_data_report(report)
     if json_file is not None:
-        write_json(json_file, report.to_dict())
+        write_output(json_file, json_text(report.to_dict()))
     if held_out is not None:
         check_no_leak(*leave_out(dataset, held_out))
         say(f"no file of '{held_out}' is in another domain")

@@ -37,12 +37,13 @@ def doctor(
 
     checked = None if recipe is None else load_recipe(recipe, overrides or [])
     from disam_peft.cli.output import print_examination
-    from disam_peft.common.records import write_json
+    from disam_peft.common.files import write_output
+    from disam_peft.common.records import json_text
     from disam_peft.doctor.examine import demo_recipe, examine
 
     examination = examine(demo_recipe() if checked is None else checked, seconds=seconds)
     print_examination(examination)
     if json_file is not None:
-        write_json(json_file, examination.as_dict())
+        write_output(json_file, json_text(examination.as_dict()))
     if examination.failed:
         raise typer.Exit(1)

@@ -18,8 +18,7 @@ DRAFT_SUFFIX = ".tmp"
 def write_atomically(path: Path, content: bytes | str, *, durable: bool = False) -> None:
     """Replace the file ``path`` by ``content``. Whoever reads it sees the old file or the new one, never a part.
 
-    A link stays a link, and the file that it leads to is replaced. What is no file, such as a pipe or ``/dev/stdout``,
-    cannot be replaced and is written to.
+    For the program's own files, which are no links: ``write_output`` is for paths that the user gave.
 
     Args:
         content: text is written as UTF-8.
@@ -27,13 +26,11 @@ def write_atomically(path: Path, content: bytes | str, *, durable: bool = False)
             them back.
 
     Raises:
+        UserError: ``path`` is a link, which somebody else made.
         OSError: the file cannot be written. The old file is then untouched, and no draft is left behind.
     """
+    require_no_link(path)
     data = content.encode() if isinstance(content, str) else content
-    if path.exists() and not path.is_file() and not path.is_dir():
-        path.write_bytes(data)
-        return
-    path = Path(os.path.realpath(path))
     # A name of its own for every attempt: other processes, on other machines too, may write the same file now. It is
     # cut, because a name of the greatest length that is allowed has no room for more.
     draft = path.with_name(f".{path.name[:60]}.{secrets.token_hex(4)}{DRAFT_SUFFIX}")
@@ -48,6 +45,66 @@ def write_atomically(path: Path, content: bytes | str, *, durable: bool = False)
         raise
     if durable:
         sync_folder(path.parent)
+
+
+def require_no_link(path: Path) -> None:
+    """Pass if ``path`` is no symbolic link, or is not there.
+
+    Raises:
+        UserError: it is one. What is written to it would replace a file elsewhere.
+    """
+    if path.is_symlink():
+        raise UserError(
+            f"{path} is a link to {os.readlink(path)}, and our own files are not written through links; remove the "
+            "link, or choose another output"
+        )
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file of the program's own, which is made where it is missing.
+
+    Raises:
+        UserError: ``path`` is a link.
+        OSError: the file cannot be written.
+    """
+    require_no_link(path)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def write_output(path: Path, content: bytes | str) -> None:
+    """Write a file to a path that the user gave: as ``write_atomically``, but a link stays a link, and the file that it
+    leads to is replaced. What is no file, such as a pipe or ``/dev/stdout``, is written to. Folders are made.
+
+    Raises:
+        UserError: it cannot be written; names the path and the cause.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            path.write_bytes(data)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(Path(os.path.realpath(path)), data)
+    except OSError as error:
+        raise _not_writable(path, error) from error
+
+
+def output_folder(path: Path) -> Path:
+    """The folder ``path`` that the user gave, which is made where it is missing.
+
+    Raises:
+        UserError: it cannot be made; names the path and the cause.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(path, error) from error
+    return path
+
+
+def _not_writable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be written ({error.strerror or error}); choose another place")
 
 
 def is_draft(path: Path) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from disam_peft.common import processes
+from disam_peft.common.files import require_no_link
 from disam_peft.errors import Notice, UserError
 
 # A killed process may leave worker processes behind, which keep its lock until they notice that it is gone.
@@ -96,6 +97,8 @@ def locked(folder: Path) -> Iterator[None]:
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        for path in (note, Path(lock.lock_file)):
+            require_no_link(path)
         try:
             lock.acquire(timeout=0)
         except Timeout:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from disam_peft.common.files import write_atomically
+from disam_peft.common.files import append_line, write_atomically
 from disam_peft.common.strict_json import read_bytes
 from disam_peft.common.typed_json import read_typed, typed
 from disam_peft.errors import UserError
@@ -194,8 +194,7 @@ def write_list(path: Path, records: Iterable[LossSlice | Confusion | ExampleErro
 def append_event(path: Path, event: str, **values: Any) -> None:
     """Append one line ``{"event": event, ...}``; numbers that JSON cannot express become null."""
     line = json.dumps(_plain({"event": event, **values}), ensure_ascii=False)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    append_line(path, line)
 
 
 def read_events(path: Path, event: str | None = None) -> list[dict[str, Any]]:
@@ -226,7 +225,12 @@ def _event(line: bytes, path: Path, number: int) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace ``path`` by this value as JSON; a reader sees the old file or the new one, never half of it."""
-    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """``value`` as the text of a JSON file."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from disam_peft.common.files import output_folder
 from disam_peft.common.progress import track
 from disam_peft.common.records import write_json
 from disam_peft.common.worker_pool import Finished, spread
@@ -74,7 +75,7 @@ def run_plan(plan: StudyPlan, output: Path, *, jobs: int | None = None, overwrit
     for text in dict.fromkeys(text for done in ended.values() for text in done.warnings):
         warnings.warn(text, stacklevel=2)
     comparison = _collected(plan, output, {key: done.error for key, done in ended.items() if done.error})
-    output.mkdir(parents=True, exist_ok=True)
+    output_folder(output)
     write_json(output / COMPARISON, asdict(comparison))
     write_comparison(comparison, output)
     return comparison

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from disam_peft.common.files import output_folder
 from disam_peft.common.records import ResultRow
 from disam_peft.config.adapters import LastBlocks, LoraAdapterConfig
 from disam_peft.config.backbone import BackboneConfig
@@ -58,7 +59,7 @@ def demo(
     Raises:
         UserError: ``held_out`` is no domain; ``output`` holds a demo with other settings.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    output_folder(output)
     recipes = [demo_recipe(output, method, held_out, steps, images_per_class) for method in METHODS]
     sheet = domain_sheet(load(recipes[0].data))
     (output / "domains.png").write_bytes(sheet)

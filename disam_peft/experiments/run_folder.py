@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from disam_peft import __version__
-from disam_peft.common.files import is_draft, wait_for_disk, write_atomically
+from disam_peft.common.files import is_draft, require_no_link, wait_for_disk, write_atomically
 from disam_peft.common.records import RESULTS
 from disam_peft.common.run_images import IMAGES, RunImages, read_images, write_images
 from disam_peft.config.identity import COMPUTED_FROM_DATA, is_harmless
@@ -52,6 +52,7 @@ def plan(
     if overwrite and resume:
         raise UserError("--overwrite starts again and --resume goes on; choose one of them")
     folder = recipe.folder(recipe.protocol.held_out)
+    _refuse_links(folder)
     if _is_free(folder):
         if resume:
             warnings.warn(f"nothing to go on with in {folder}; it is started", Notice, stacklevel=2)
@@ -79,6 +80,18 @@ def _other_run(folder: Path, what: str, differences: Sequence[str], *, resume: b
     return f"{folder} {verb}; {first}choose another name, or --overwrite it. It differs in:\n  " + "\n  ".join(
         differences
     )
+
+
+def _refuse_links(folder: Path) -> None:
+    """Pass if the folder and the files in it are no links: what a run writes stays in its folder.
+
+    Raises:
+        UserError: one is; names it and where it leads.
+    """
+    for place in (folder, folder / CHECKPOINTS, folder / ADAPTER):
+        require_no_link(place)
+        for path in place.iterdir() if place.is_dir() else ():
+            require_no_link(path)
 
 
 def _is_free(folder: Path) -> bool:

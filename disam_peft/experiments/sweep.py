@@ -18,6 +18,7 @@ from disam_peft.adapters.base import Autocast
 from disam_peft.adapters.linear_probe import LinearProbeAdapter
 from disam_peft.classification.domain_inference import infer_domains
 from disam_peft.classification.frozen_features import evaluation_store, training_store
+from disam_peft.common.files import output_folder
 from disam_peft.common.records import write_json
 from disam_peft.config.data import FeatureConfig
 from disam_peft.config.recipe import Recipe
@@ -106,7 +107,7 @@ def sweep(
         check_duplicates(data.source_parts(), recipe.data.duplicates, target=data.target)
         found = _sweep_sources(recipe, data, held_out, settings, accelerator.device, accelerator.autocast)
         folder = recipe.output / recipe.name
-        folder.mkdir(parents=True, exist_ok=True)
+        output_folder(folder)
         write_json(folder / f"sweep-{recipe.folder(held_out).name}.json", [vars(row) for row in found])
         rows += found
     return rows

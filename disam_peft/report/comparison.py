@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from disam_peft.common.records import pool_title
+from disam_peft.common.typed_json import read_typed
 from disam_peft.errors import UserError
 from disam_peft.report.result_tables import METHOD_TITLES, SeedMean, latex_text, markdown_text
 from disam_peft.report.run_measures import DIAGNOSTICS, MEASURES, Measure
@@ -134,23 +134,16 @@ class TextTable:
 
 
 def read_comparison(folder: Path) -> Comparison:
-    """The comparison that was written to ``folder``.
+    """The comparison that was written to ``folder``. What another version wrote is read as far as this one knows it:
+    fields that came later have their defaults, and further ones are passed over.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none; it holds something else. Names the file and the line.
     """
     path = folder / COMPARISON
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"no comparison in {folder}: expected {COMPARISON}, which disam-peft compare writes")
-    values = json.loads(path.read_text(encoding="utf-8"))
-    values["pairs"] = [tuple(pair) for pair in values["pairs"]]
-    for name, kind in (("rows", MeasureRow), ("runs", RunPlace), ("failed", Failure)):
-        values[name] = [kind(**row) for row in values[name]]
-    values["verdicts"] = {
-        metric: [Judgement(one["condition"], PairedComparison(**one["result"])) for one in found]
-        for metric, found in values["verdicts"].items()
-    }
-    return Comparison(**values)
+    return read_typed(path, Comparison, "a comparison")
 
 
 def judge(comparison: Comparison) -> dict[str, list[Judgement]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from disam_peft.common.files import write_atomically
+from disam_peft.common.files import output_folder, write_atomically, write_output
 from disam_peft.report.drawing import draw
 from disam_peft.report.figures import accuracy_bars
 from disam_peft.report.groups import group_runs
@@ -67,10 +67,10 @@ def build_report(
         tables=list(zip(tables, bars, strict=True)),
         groups=groups,
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, page)
+    output_folder(output.parent)
+    write_output(output, page)
     folder = figures if figures is not None else output.with_name(f"{output.stem}_figures")
-    folder.mkdir(parents=True, exist_ok=True)
+    output_folder(folder)
     for drawing in [*bars, *(drawing for group in groups for drawing in group.drawings)]:
         drawing.save(folder)
     every = [*tables, *(group.sharpness for group in groups if group.sharpness is not None)]

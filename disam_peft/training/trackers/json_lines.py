@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate.tracking import GeneralTracker
 
-from disam_peft.common.files import write_atomically
+from disam_peft.common.files import append_line, write_atomically
 from disam_peft.config.trackers import JsonLinesConfig
 from disam_peft.training.trackers.base import TrackedRun, Tracker
 
@@ -56,8 +56,7 @@ class JsonLinesTracker(GeneralTracker):
             self._take_out_from(step)
             self._is_cut = True
         line = {"step": step, **{name: _json_value(value) for name, value in values.items()}}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        append_line(self.path, json.dumps(line, ensure_ascii=False, allow_nan=False))
 
     def _take_out_from(self, step: int) -> None:
         """Keep the lines of earlier steps.

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from disam_peft.common.files import is_draft, published, write_atomically, write_through
+from disam_peft.common.files import (
+    append_line,
+    is_draft,
+    output_folder,
+    published,
+    write_atomically,
+    write_output,
+    write_through,
+)
 from disam_peft.errors import UserError
 
 
@@ -35,17 +43,45 @@ def test_a_link_stays_a_link_and_its_file_is_replaced(tmp_path: Path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "folder" / "file")
     for content in ("first", "second"):
-        write_atomically(tmp_path / "link", content)
+        write_output(tmp_path / "link", content)
         assert (tmp_path / "link").is_symlink()
         assert (tmp_path / "folder" / "file").read_text() == content
     assert os.listdir(tmp_path / "folder") == ["file"]
 
 
+@pytest.mark.parametrize("write", [write_atomically, append_line])
+@pytest.mark.parametrize("target", ["victim", "nowhere"])
+def test_row_64_our_own_files_are_not_written_through_links(tmp_path: Path, write, target: str):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / target)
+    with pytest.raises(UserError, match=f"link is a link to .*{target}, .*remove the link"):
+        write(tmp_path / "link", "text")
+    assert sorted(os.listdir(tmp_path)) == ["link", "victim"]
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+@pytest.mark.parametrize("make", [lambda path: write_output(path, "text"), output_folder])
+def test_row_72_a_path_of_the_user_that_cannot_be_written_is_an_error(tmp_path: Path, make):
+    (tmp_path / "file").write_text("no folder")
+    for path in (tmp_path / "file" / "x", tmp_path / ("a" * 300), Path("/proc/nope/x")):
+        with pytest.raises(UserError, match=r"cannot be written \(.*\); choose another place"):
+            make(path)
+    with pytest.raises(UserError, match="cannot be written"):
+        write_output(tmp_path, "text")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_folders_on_the_way_to_a_path_of_the_user_are_made(tmp_path: Path):
+    write_output(tmp_path / "a" / "b.json", "text")
+    assert (tmp_path / "a" / "b.json").read_text() == "text"
+    assert output_folder(tmp_path / "c" / "d").is_dir()
+
+
 def test_standard_output_is_written_to_and_stays(tmp_path: Path):
     before = os.lstat("/dev/stdout")
     code = (
-        "from pathlib import Path; from disam_peft.common.files import write_atomically;"
-        "write_atomically(Path('/dev/stdout'), 'text')"
+        "from pathlib import Path; from disam_peft.common.files import write_output;"
+        "write_output(Path('/dev/stdout'), 'text')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "text"

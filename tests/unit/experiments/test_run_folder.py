@@ -15,7 +15,7 @@ from disam_peft.common.records import read_events, read_results
 from disam_peft.common.run_images import read_images
 from disam_peft.config.data import DataConfig
 from disam_peft.config.identity import HARMLESS
-from disam_peft.config.recipe import Recipe, as_dict, differences
+from disam_peft.config.recipe import Recipe, as_dict, as_yaml, differences
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.load import load
 from disam_peft.errors import Notice, UserError
@@ -412,3 +412,38 @@ def test_the_command_line_says_notes_and_exit_codes(make_recipe, cut, monkeypatc
         main()
     assert caught.value.code == 143
     assert "stopped by a signal after step 3 of 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["recipe.yaml", "metrics.jsonl", "results.json", "adapter", "checkpoints", "adapter/disam_peft.json", "."]
+)
+@pytest.mark.parametrize("options", [{"overwrite": True}, {"resume": True}, {}], ids=str)
+def test_row_64_a_folder_with_links_in_place_of_its_files_is_refused(make_recipe, tmp_path, name, options):
+    recipe = make_recipe()
+    folder = recipe.folder("photo")
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "recipe.yaml").write_text(as_yaml(recipe))
+    if name == ".":
+        folder.parent.mkdir(parents=True)
+        folder.symlink_to(victim)
+    else:
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).symlink_to(victim / "recipe.yaml" if "." in name else victim)
+    with pytest.raises(UserError, match=r"is a link to .*victim.*; remove the link, or choose another output"):
+        run.train(recipe, **options)
+    assert [path.name for path in victim.iterdir()] == ["recipe.yaml"]
+    assert (victim / "recipe.yaml").read_text() == as_yaml(recipe)
+
+
+def test_row_64_locks_are_not_written_through_links(make_recipe, tmp_path):
+    recipe = make_recipe()
+    for name in (".photo.lock", ".photo.owner.json"):
+        (tmp_path / "victim").write_text("precious")
+        folder = recipe.folder("photo").parent
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / name).symlink_to(tmp_path / "victim")
+        with pytest.raises(UserError, match=f"{name} is a link to"):
+            run.train(recipe)
+        assert (tmp_path / "victim").read_text() == "precious"

@@ -1,12 +1,24 @@
 """Tables of a comparison as text, and on a terminal that is too narrow for them."""
 
 import io
-from dataclasses import replace
+from dataclasses import asdict, replace
 
+import pytest
 from rich.console import Console
 
 from disam_peft.cli.output import print_comparison
-from disam_peft.report.comparison import Comparison, MeasureRow, TextTable, judge, value_tables
+from disam_peft.common.records import write_json
+from disam_peft.errors import UserError
+from disam_peft.report.comparison import (
+    COMPARISON,
+    Comparison,
+    MeasureRow,
+    RunPlace,
+    TextTable,
+    judge,
+    read_comparison,
+    value_tables,
+)
 from disam_peft.report.run_measures import training_measures
 
 TABLE = TextTable("a_b", ("held out", "SAM"), (("art|x", "50.0 ± 1.0"), ("mean", "50.0 ± 1.0")))
@@ -65,3 +77,34 @@ def test_spread_and_weights_by_hand():
     assert found["negative_weights"] == 1 / 6
     assert abs(found["weight_shift"] - (4 * 0.1 + 2 * 0.7) / 6) < 1e-12
     assert training_measures([])["loss_spread"] is None
+
+
+def test_row_63_a_comparison_of_another_version_is_read_as_far_as_it_is_known(tmp_path):
+    found = comparison(["sam", "disam"])
+    found = replace(found, pairs=[("disam", "sam")], runs=[RunPlace("", "sam", "art", 0, "runs/sam")])
+    found.verdicts.update(judge(found))
+    write_json(tmp_path / COMPARISON, asdict(found))
+    assert read_comparison(tmp_path) == found
+
+    values = asdict(found)
+    del values["verdicts"]
+    write_json(tmp_path / COMPARISON, {**values, "later": 1, "rows": [{**row, "later": []} for row in values["rows"]]})
+    assert read_comparison(tmp_path) == replace(found, verdicts={})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": None}, "rows: Input should be a valid"),
+        ({"rows": [{"condition": "", "arm": 1}]}, r"rows\[0\]\.arm: Input should be a valid string"),
+        ({"pairs": [["disam"]]}, r"pairs\[0\]\[1\]: Field required"),
+        ({"seeds": ["0"]}, r"seeds\[0\]: Input should be a valid integer"),
+    ],
+)
+def test_row_61_a_comparison_that_is_none_is_an_error_with_its_line(tmp_path, change, message):
+    write_json(tmp_path / COMPARISON, {**asdict(comparison(["sam", "disam"])), **change})
+    with pytest.raises(UserError, match=rf"comparison\.json, line \d+: is not a comparison: {message}"):
+        read_comparison(tmp_path)
+    (tmp_path / COMPARISON).write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"comparison\.json, line 1: is damaged or no JSON: nested too deeply"):
+        read_comparison(tmp_path)
