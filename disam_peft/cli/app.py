@@ -19,6 +19,7 @@ from disam_peft.cli.demo_verbs import demo, doctor
 from disam_peft.cli.result_verbs import evaluate, export, report
 from disam_peft.cli.terminal import say
 from disam_peft.cli.training_verbs import compare, sweep, train
+from disam_peft.common import progress
 from disam_peft.common.processes import is_main
 from disam_peft.errors import Notice, Stopped, UserError
 
@@ -43,6 +44,10 @@ def _options(
     """Fine-tune CLIP on new domains with DISAM, and judge it on the domain it has not seen."""
 
 
+_shown: set[str] = set()
+"""The texts of the warnings of this command so far: several places, or runs, may have the same to say."""
+
+
 def _show_warning(
     message: Warning | str,
     category: type[Warning],
@@ -51,15 +56,18 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """One line; where the code stands that warned is of no use to who typed a command."""
-    if is_main():
+    """One line, once for each text; where the code stands that warned is of no use to who typed a command."""
+    if is_main() and str(message) not in _shown:
+        _shown.add(str(message))
         kind, colour = ("note", "cyan") if issubclass(category, Notice) else ("warning", "yellow")
         say(f"{kind}: {message}", err=True, colour=colour)
 
 
 def main() -> None:
     """Entry point: a user's mistake is a message and exit code 2, not a traceback; a signal's is 143 or 130."""
+    _shown.clear()
     warnings.showwarning = _show_warning
+    progress.write_lines(True)
     try:
         app()
     except UserError as error:
@@ -70,3 +78,5 @@ def main() -> None:
         if is_main():
             say(stopped, err=True, colour="yellow")
         sys.exit(stopped.exit_code)
+    finally:
+        progress.write_lines(False)

@@ -13,6 +13,7 @@ import typer
 
 from disam_peft.cli.options import Overrides, names, numbers
 from disam_peft.cli.terminal import say
+from disam_peft.errors import UserError
 
 if TYPE_CHECKING:
     from disam_peft.experiments.outcome import Outcome
@@ -25,11 +26,30 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with runs that did not finish, from their last checkpoints.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Stop before the first step; show the plan, and estimate time and memory.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and the results.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also say every recorded step, and more.")] = False,
 ) -> None:
-    """Train an adapter without the held-out domain, and judge it there beside zero-shot CLIP."""
+    """Train an adapter without the held-out domain, and judge it there beside zero-shot CLIP; or on all domains."""
     from disam_peft.config.recipe import load_recipe
 
+    if quiet and verbose:
+        raise UserError("--quiet says less and --verbose says more; choose one of them")
     checked = load_recipe(recipe, overrides or [])
+    from disam_peft.common import progress
+
+    if quiet and not dry_run:
+        progress.silence()
+    told = None if quiet and not dry_run else say
+    if dry_run:
+        from disam_peft.experiments import run
+        from disam_peft.experiments.narrator import Narrator
+
+        narrator = Narrator(told, verbose=verbose)
+        run.dry_run(checked, overwrite=overwrite, resume=resume, narrator=narrator)
+        return
     from disam_peft.experiments.kept_runs import kept_runs
     from disam_peft.experiments.run_cache import RunCache
 
@@ -37,14 +57,17 @@ def train(
     outcomes = None if overwrite else kept_runs(checked, cache)
     if outcomes is None:
         from disam_peft.experiments import run
+        from disam_peft.experiments.narrator import Narrator
 
-        outcomes = run.train(checked, overwrite=overwrite, resume=resume, cache=cache)
-    _print_outcomes(outcomes)
+        narrator = Narrator(told, verbose=verbose)
+        outcomes = run.train(checked, overwrite=overwrite, resume=resume, cache=cache, narrator=narrator)
+    _print_outcomes(outcomes, quiet=quiet)
 
 
-def _print_outcomes(outcomes: list[Outcome]) -> None:
+def _print_outcomes(outcomes: list[Outcome], *, quiet: bool) -> None:
     from disam_peft.cli.output import print_held_out
     from disam_peft.common.processes import is_main
+    from disam_peft.common.records import RESULTS
 
     if not is_main():
         return
@@ -61,7 +84,14 @@ def _print_outcomes(outcomes: list[Outcome]) -> None:
                 + (f", {fit.skipped_steps} steps skipped" if fit.skipped_steps else "")
             )
     first = outcomes[0].folder
+    if quiet:
+        return
+    say(f"results: {first / RESULTS}, the adapter in {first / 'adapter'}" + _and_more(outcomes))
     say(f"next: disam-peft evaluate {first}   |   disam-peft export {first} --to peft --output DIR")
+
+
+def _and_more(outcomes: list[Outcome]) -> str:
+    return "" if len(outcomes) == 1 else f"; likewise in the folders of the other {len(outcomes) - 1}"
 
 
 def sweep(

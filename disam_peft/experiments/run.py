@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -20,8 +22,7 @@ from disam_peft.common.run_images import IMAGES, RunImages, read_images, write_i
 from disam_peft.config.average import kept_averages
 from disam_peft.config.recipe import Recipe, as_dict
 from disam_peft.data.dataset import DomainDataset
-from disam_peft.data.duplicates import check_duplicates
-from disam_peft.data.splits import check_no_leak, held_out_domains, require_two_classes
+from disam_peft.data.splits import held_out_domains, require_two_classes
 from disam_peft.evaluation.metrics import metrics_of_domains
 from disam_peft.evaluation.predict import Predictions
 from disam_peft.evaluation.results import (
@@ -34,14 +35,17 @@ from disam_peft.evaluation.results import (
 )
 from disam_peft.experiments import run_folder
 from disam_peft.experiments.build import load_pretrained
+from disam_peft.experiments.dry_run import Estimate, rehearse_runs
 from disam_peft.experiments.kept_runs import say_what_it_rests_on
+from disam_peft.experiments.narrator import Narrator
 from disam_peft.experiments.outcome import Outcome, write_joint_results
 from disam_peft.experiments.run_cache import RunCache
 from disam_peft.experiments.run_data import content_by_cell, images_of
 from disam_peft.experiments.run_folder import ADAPTER, CHECKPOINTS
-from disam_peft.experiments.split_data import SplitData, holding_out, split_data
+from disam_peft.experiments.split_data import SplitData, checked_split, holding_out
 from disam_peft.training.accelerator import start_accelerator
 from disam_peft.training.checkpoint.manager import CheckpointConfig
+from disam_peft.training.rehearsal import rehearse
 from disam_peft.training.selection import Validation, put_into, validation
 from disam_peft.training.trackers.base import TrackedRun
 from disam_peft.training.trackers.tracking import require_tracker, tracking
@@ -49,7 +53,12 @@ from disam_peft.training.trainer import FitResult, fit
 
 
 def train(
-    recipe: Recipe, *, overwrite: bool = False, resume: bool = False, cache: RunCache | None = None
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    cache: RunCache | None = None,
+    narrator: Narrator | None = None,
 ) -> list[Outcome]:
     """Train and evaluate the recipe's adapter, once for each domain to hold out, or once on all domains.
 
@@ -60,42 +69,76 @@ def train(
 
     Args:
         cache: handed to several calls, so that what they have in common is done once.
+        narrator: is told what happens; unset: nothing is said.
 
     Raises:
         UserError: data, recipe or device that cannot be used; a folder that holds another run, or that another process
             works in; with ``resume``, a checkpoint that is damaged, or data that changed since.
         Stopped: by SIGTERM or Ctrl-C in the middle of training, after saving.
     """
-    cache = cache or RunCache()
-    require_tracker(recipe.train.tracker)
-    accelerator = start_accelerator(recipe.train.mixed_precision, timeout_minutes=recipe.train.timeout_minutes)
-    with accelerator.main_process_first():  # the first process checks the files, the others read its findings
-        dataset = cache.dataset(recipe.data)
-    require_two_classes(dataset)
-    held_out = held_out_domains(recipe.protocol.held_out, dataset.present_domains)
-    runs = [holding_out(recipe, domain) for domain in held_out]
+    narrator = narrator or Narrator()
+    accelerator, dataset, runs, cache = _begin(recipe, cache or RunCache(), narrator)
     with ExitStack() as locks:
         planned = on_main(lambda: _claim(runs, dataset, locks, overwrite=overwrite, resume=resume))
         say_what_it_rests_on(planned)
         outcomes = [
-            _keep_finished(run, accelerator) if plan == "keep" else _train_one(run, dataset, accelerator, plan, cache)
-            for run, (plan, _) in zip(runs, planned, strict=True)
+            _keep_finished(run, accelerator)
+            if plan == "keep"
+            else _train_one(run, dataset, accelerator, plan, cache, narrator, place=(number, len(runs)))
+            for number, (run, (plan, _)) in enumerate(zip(runs, planned, strict=True), start=1)
         ]
     if accelerator.is_main_process:
         write_joint_results(outcomes)
     return outcomes
 
 
+def dry_run(
+    recipe: Recipe, *, overwrite: bool = False, resume: bool = False, narrator: Narrator | None = None
+) -> list[Estimate]:
+    """What ``train`` would do and what it would take, told to the narrator. It stops before the first step: nothing is
+    trained, and nothing is written to the folder of a run. (The data check may remember its findings in the cache.)
+
+    Raises:
+        UserError: as ``train``, as far as it is known before the first step.
+    """
+    narrator = narrator or Narrator()
+    accelerator, dataset, runs, _ = _begin(recipe, RunCache(), narrator)
+    planned = on_main(
+        lambda: [run_folder.plan(run, lambda: dataset, overwrite=overwrite, resume=resume) for run in runs]
+    )
+    measure = partial(rehearse, accelerator=accelerator)
+    about = (accelerator.device, accelerator.num_processes)
+    return rehearse_runs(runs, [plan for plan, _ in planned], dataset, measure, *about, narrator)
+
+
+def _begin(
+    recipe: Recipe, cache: RunCache, narrator: Narrator
+) -> tuple[Accelerator, DomainDataset, list[Recipe], RunCache]:
+    """The processes, the data and the recipe of every run."""
+    require_tracker(recipe.train.tracker)
+    accelerator = start_accelerator(recipe.train.mixed_precision, timeout_minutes=recipe.train.timeout_minutes)
+    with accelerator.main_process_first():  # the first process checks the files, the others read its findings
+        dataset = cache.dataset(recipe.data)
+    narrator.data(dataset)
+    require_two_classes(dataset)
+    held_out = held_out_domains(recipe.protocol.held_out, dataset.present_domains)
+    return accelerator, dataset, [holding_out(recipe, domain) for domain in held_out], cache
+
+
 def _train_one(
-    recipe: Recipe, dataset: DomainDataset, accelerator: Accelerator, plan: run_folder.Plan, cache: RunCache
+    recipe: Recipe,
+    dataset: DomainDataset,
+    accelerator: Accelerator,
+    plan: run_folder.Plan,
+    cache: RunCache,
+    narrator: Narrator,
+    place: tuple[int, int],
 ) -> Outcome:
     """One run from the data to its files; the recipe names the one domain to hold out, or holds nothing out."""
     folder, is_main = _folder(recipe), accelerator.is_main_process
-    data = split_data(recipe, dataset)
-    if data.target is not None:
-        check_no_leak(data.sources, data.target)
-    check_duplicates(data.source_parts(), recipe.data.duplicates, target=data.target)
+    data = checked_split(recipe, dataset)
     images = images_of(data)
+    narrator.run(folder, data, recipe.protocol.held_out, place)
 
     pretrained = load_pretrained(recipe, dataset.prompt_names, accelerator.device)
     evaluator = Evaluator(recipe, accelerator.autocast)
@@ -105,6 +148,9 @@ def _train_one(
     )
 
     classifier = pretrained.with_new_adapter()
+    narrator.inferred(recipe.domains, inferred)
+    narrator.model(recipe, classifier)
+    narrator.training(recipe, data, accelerator.device, accelerator.num_processes)
     on_main(lambda: run_folder.prepare(recipe, images, anew=plan == "start"))
     trained_with = {"recipe": as_dict(recipe), "held_out": recipe.protocol.held_out, "classes": list(dataset.classes)}
 
@@ -114,6 +160,10 @@ def _train_one(
 
     def save_best(weights: str) -> None:
         save_adapter(folder / ADAPTER, classifier, trained_with={**trained_with, "weights": weights})
+
+    def record(event: str, **values: Any) -> None:
+        append_event(folder / METRICS, event, **values)
+        narrator.event(event, **values)
 
     with tracking(recipe.train.tracker, TrackedRun(folder, as_dict(recipe)), accelerator):
         fitted = fit(
@@ -129,7 +179,7 @@ def _train_one(
             accelerator=accelerator,
             validate=validate,
             on_best=save_best if is_main else None,
-            on_event=lambda event, **values: append_event(folder / METRICS, event, **values),
+            on_event=record,
             checkpoints=_checkpoints(folder, plan, images, pretrained.backbone),
         )
 

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 from disam_peft.config.recipe import Recipe
+from disam_peft.config.training import TrainConfig
 from disam_peft.data.dataset import DomainDataset
-from disam_peft.data.splits import given_test_part, leave_out, split_train_validation, without_test_part
+from disam_peft.data.duplicates import check_duplicates
+from disam_peft.data.splits import (
+    check_no_leak,
+    given_test_part,
+    leave_out,
+    split_train_validation,
+    without_test_part,
+)
+from disam_peft.errors import Notice
+
+MANY_PASSES, USUAL_PASSES = 1000, 100
+"""Through the training images: from how many on a run gets a note, and how many the note speaks of."""
 
 
 @dataclass(frozen=True)
@@ -71,3 +84,38 @@ def split_data(recipe: Recipe, dataset: DomainDataset) -> SplitData:
     training, validation = split_train_validation(sources, recipe.protocol.validation_fraction, recipe.seed)
     test = given_test_part(dataset if target is None else target)
     return SplitData(without_test_part(sources), training, validation, target, test)
+
+
+def checked_split(recipe: Recipe, dataset: DomainDataset) -> SplitData:
+    """``split_data`` for a run that will train: the parts share no image, and what is unusual about them is said.
+
+    Raises:
+        UserError: as ``split_data``; an image of the held-out domain that is also in a source; duplicates that
+            ``data.duplicates`` refuses.
+    """
+    data = split_data(recipe, dataset)
+    if data.target is not None:
+        check_no_leak(data.sources, data.target)
+    check_duplicates(data.source_parts(), recipe.data.duplicates, target=data.target)
+    _note_sizes(recipe.train, len(data.training))
+    return data
+
+
+def _note_sizes(config: TrainConfig, images: int) -> None:
+    """Say what is unusual about the number of steps and the size of their batches beside the number of images."""
+    if config.batch_size > images:
+        warnings.warn(
+            f"train.batch_size={config.batch_size} is more than the {images} training images: every step has images "
+            f"twice or more, which costs time and changes little; use at most {images}",
+            Notice,
+            stacklevel=3,
+        )
+    passes = config.steps * config.batch_size / max(1, images)
+    if passes > MANY_PASSES:
+        fewer = max(1, round(USUAL_PASSES * images / config.batch_size))
+        warnings.warn(
+            f"train.steps={config.steps} of {config.batch_size} images go {passes:,.0f} times through the {images} "
+            f"training images; train.steps={fewer} would be {USUAL_PASSES} times, which is plenty for most adapters",
+            Notice,
+            stacklevel=3,
+        )

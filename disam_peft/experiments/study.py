@@ -51,8 +51,8 @@ class Cell:
         return json.dumps([self.recipe.data.model_dump(mode="json"), self.held_out, self.seed])
 
     def __str__(self) -> str:
-        held_out = "all domains" if self.held_out is None else self.held_out
-        return f"{self.condition + ', ' if self.condition else ''}{self.arm}, {held_out}, seed {self.seed}"
+        parts = [*([self.condition] if self.condition else []), self.arm, self.held_out or "all domains"]
+        return f"{', '.join(parts)}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -156,11 +156,10 @@ class _Planner:
 
     def _metrics(self, cells: Sequence[Cell]) -> list[str]:
         """The measures of the study. Where no run holds a domain out, what is measured there is no measure."""
-        study = self.study
-        metrics = [study.metric] if isinstance(study.metric, str) else study.metric
+        metrics = [self.study.metric] if isinstance(self.study.metric, str) else self.study.metric
         if not cells or any(cell.held_out is not None for cell in cells):
             return metrics
-        if "metric" not in study.model_fields_set:
+        if "metric" not in self.study.model_fields_set:
             return ["source_top1"]
         self.mistakes += [
             f"metric: {name} is measured on the held-out domain, and with protocol=all nothing is held out; use "

@@ -33,6 +33,13 @@ class Validation:
     score: tuple[float, ...]
     numbers: Mapping[str, float]
 
+    @property
+    def words(self) -> str:
+        """The number that one looks at: the accuracy where it is known, else what decides."""
+        if "mean_top1" in self.numbers:
+            return f"validation {100 * self.numbers['mean_top1']:.1f} %"
+        return f"validation {self.score[0]:.4g}" if self.score else ""
+
     @classmethod
     def of(cls, value: Any) -> Validation:
         """From what a user's ``validate`` returned: a Validation, a number, or a (named) tuple of numbers."""

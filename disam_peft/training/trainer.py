@@ -108,6 +108,8 @@ class Trainer:
         self.metrics = StepMetrics(dataset, method, config, on_event, accelerator)
         self.compiled = CompiledBlocks.of(classifier) if config.compile else nullcontext()
         self.steps_done = 0
+        self.validated = ""
+        """The last validation, in words."""
 
     def train_step(self, batch: Batch) -> None:
         """One optimizer step: gradient, clipping, update of the weights, schedule, averages, records.
@@ -140,6 +142,23 @@ class Trainer:
         if self.metrics.is_logged(step):
             self.optimizer.flush()
         self.steps_done = step
+
+    def rehearse_step(self, batch: Batch) -> None:
+        """The passes of a step, which leave a gradient and the weights as they were. It shows what a step costs.
+
+        Raises:
+            UserError: memory ran out.
+        """
+        try:
+            self.gradient(batch)
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory(self.steps_done + 1, error) from error
+
+    def status(self) -> str:
+        """The newest numbers that are known without waiting for the device, for a progress bar."""
+        loss = self.metrics.recorded_loss
+        parts = [] if loss is None else [f"loss {loss:.3f}"]
+        return ", ".join([*parts, *([self.validated] if self.validated else [])])
 
     def state_dict(self) -> dict[str, Any]:
         """The adapter's tensors."""
@@ -252,13 +271,14 @@ def fit(
     captured = nullcontext() if config.log_ascent_cosine else classifier.captured(accelerator.autocast)
     interval = config.validation_interval
     with manager.watching(), captured:
-        for batch in track(batches, "training", total=config.steps - resumed_after):
+        for batch in track(batches, "training", total=config.steps - resumed_after, status=trainer.status):
             trainer.train_step(batch)
             step = trainer.steps_done
             is_validated = step % interval == 0 or step == config.steps
             if is_validated:
                 trainer.optimizer.flush()
                 for weights, validation in best.offer(step).items():
+                    trainer.validated = validation.words
                     about = {} if weights == RAW else {"weights": weights}
                     emit("validation", step=step, **about, **validation.numbers)
                     prefix = "validation" if weights == RAW else f"validation/{weights}"

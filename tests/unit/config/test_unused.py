@@ -1,0 +1,61 @@
+"""Settings that have no effect, and methods that are other methods."""
+
+from __future__ import annotations
+
+import pytest
+
+from disam_peft.config.method import MethodConfig
+from disam_peft.config.recipe import Recipe
+from disam_peft.config.unused import method_in_words, unused_settings
+
+
+def recipe(**changes):
+    values = {
+        "name": "x",
+        "backbone": {"name": "demo"},
+        "adapter": {"kind": "lora"},
+        "data": {"shapes": {}},
+        "protocol": {"held_out": "photo"},
+    }
+    return Recipe.model_validate({**values, **changes})
+
+
+def test_what_the_method_does_not_use_is_said():
+    method = {"rho": 0.1, "variance_weight": 0.7, "adaptive": True}
+    assert unused_settings(recipe(method={"name": "disam", **method})) == []
+    assert unused_settings(recipe(method={"name": "sam", **method})) == [
+        "method.variance_weight=0.7 (sam has no variance term)"
+    ]
+    assert unused_settings(recipe(method={"name": "erm", **method})) == [
+        "method.rho=0.1 (erm perturbs no weights)",
+        "method.variance_weight=0.7 (erm perturbs no weights)",
+        "method.adaptive=true (erm perturbs no weights)",
+    ]
+
+
+def test_defaults_are_not_told_even_where_a_resolved_recipe_has_them_all():
+    whole = MethodConfig(name="erm").model_dump()
+    assert unused_settings(recipe(method=whole)) == []
+
+
+def test_other_settings_without_effect_are_said():
+    found = unused_settings(
+        recipe(method={"name": "sam"}, train={"momentum": 0.5, "log_ascent_cosine": True}, features={"views": 4})
+    )
+    assert [line.split("=")[0] for line in found] == ["train.log_ascent_cosine", "train.momentum", "features.views"]
+    assert unused_settings(recipe(train={"momentum": 0.5, "optimizer": "sgd"})) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ({"name": "erm"}, "erm"),
+        ({"name": "sam", "rho": 0.1}, "sam (rho 0.1)"),
+        ({"name": "disam"}, "disam (rho 0.05, lambda 0.1)"),
+        ({"name": "disam", "variance_weight": 0}, "disam (rho 0.05, lambda 0), which with lambda 0 is sam"),
+        ({"name": "disam", "rho": 0}, "disam (rho 0), which without a perturbation is erm"),
+        ({"name": "disam", "rho": {"kind": "linear", "from": 0, "to": 0.1}}, "disam (rho 0 to 0.1, lambda 0.1)"),
+    ],
+)
+def test_a_method_in_words_says_which_other_method_it_is(method, words):
+    assert method_in_words(MethodConfig.model_validate(method)) == words

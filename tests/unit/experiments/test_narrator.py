@@ -1,0 +1,142 @@
+"""What a run says of itself."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+
+from disam_peft.common import progress
+from disam_peft.config.recipe import Recipe
+from disam_peft.errors import Notice
+from disam_peft.experiments import narrator as narration
+from disam_peft.experiments import run
+from disam_peft.experiments.narrator import Narrator
+
+
+@pytest.fixture
+def make_recipe(domains_folder, openclip_name, tmp_path):
+    def make(**changes):
+        values = {
+            "name": "told",
+            "output": tmp_path / "runs",
+            "backbone": {"name": openclip_name},
+            "adapter": {"kind": "lora", "rank": 2, "blocks": {"last": 1}},
+            "data": {"root": domains_folder},
+            "protocol": {"held_out": "photo"},
+            "augment": {"kind": "none"},
+            "train": {"steps": 4, "batch_size": 6, "workers": 0, "validate_every": 2, "log_every": 1},
+            "evaluation": {"workers": 0, "example_errors": 0},
+        }
+        return Recipe.model_validate({**values, **changes})
+
+    return make
+
+
+def told(recipe, *, verbose=False):
+    lines = []
+    run.train(recipe, narrator=Narrator(lines.append, verbose=verbose))
+    return lines
+
+
+def test_a_run_says_what_it_found_splits_trains_and_validates(make_recipe, tmp_path):
+    lines = told(make_recipe(method={"name": "erm", "rho": 0.3}))
+    assert re.match(r"data: .*: 96 images of 4 classes in 3 domains \(art 32, cartoon 32, photo 32\)$", lines[0]), (
+        lines[0]
+    )
+    assert lines[1] == f"run: without photo, in {tmp_path / 'runs/told/photo'}"
+    assert lines[2] == "  images: 52 train, 12 validate, 32 are held out"
+    assert re.fullmatch(r"  trained: lora on local-dir:.*, 256 of [\d,]+ parameters \(0\.0\d+ %\)", lines[3])
+    assert lines[4] == (
+        "  frozen: the first 2 of 3 blocks of the image tower, which run once per batch; the whole text tower, which "
+        "runs once"
+    )
+    assert lines[5] == (
+        "  training: erm, 4 steps of 6 images (0.462 times through the training images), validated every 2 steps; "
+        "float32 on the CPU"
+    )
+    assert lines[6] == "  without effect: method.rho=0.3 (erm perturbs no weights)"
+    validations = lines[7:]
+    assert len(validations) == 2
+    assert re.fullmatch(
+        r"  step 2 of 4: validation accuracy [\d.]+ %, loss \d\.\d{4}, [\d.]+ s left, the best so far", validations[0]
+    ), validations[0]
+    assert re.match(r"  step 4 of 4: validation accuracy [\d.]+ %, loss \d\.\d{4}", validations[1])
+    assert "left" not in validations[1]
+
+
+def test_verbose_says_every_record_and_every_trained_tensor(make_recipe):
+    lines = told(make_recipe(), verbose=True)
+    assert sum(bool(re.match(r"  step \d of 4: loss", line)) for line in lines) == 4
+    assert sum("lora_A" in line for line in lines) == 2
+    assert "    art: 26 train, 6 validate" in lines
+
+
+def test_a_run_on_all_domains_and_one_of_several_say_which_they_are(make_recipe):
+    lines = told(make_recipe(protocol="all"))
+    assert lines[1].startswith("run: on all domains, in ")
+    assert lines[2] == "  images: 78 train, 18 validate"
+    lines = told(make_recipe(protocol={"held_out": "all"}, name="each"))
+    runs = [line.split(",")[0] for line in lines if line.startswith("run ")]
+    assert runs == ["run 1 of 3: without art", "run 2 of 3: without cartoon", "run 3 of 3: without photo"]
+
+
+def test_what_was_passed_over_is_said(make_recipe, domains_folder, tmp_path):
+    import shutil
+
+    root = tmp_path / "copy"
+    shutil.copytree(domains_folder, root)
+    (root / "art/red/notes.txt").write_text("x")
+    (root / "art/blue/notes.txt").write_text("x")
+    lines = told(make_recipe(data={"root": root}))
+    assert lines[1] == "  passed over: 2 .txt"
+
+
+def test_where_the_frozen_part_ends_is_said_for_other_adapters(make_recipe):
+    probe = told(make_recipe(adapter={"kind": "linear_probe"}, name="probe"))
+    assert (
+        "  frozen: the whole image tower, which runs once per image of a batch; the whole text tower, which runs once"
+        in probe
+    )
+    coop = told(make_recipe(adapter={"kind": "coop", "context_tokens": 2}, name="coop"))
+    assert any(
+        "the weights of the text tower, which runs in every pass because its prompts are trained" in x for x in coop
+    )
+
+
+def test_inferred_domains_are_said(make_recipe):
+    lines = told(make_recipe(domains={"infer": "kmeans", "k": 2}))
+    [line] = [line for line in lines if line.startswith("  domains for training: 2 were inferred (cluster 0 ")]
+    assert sum(map(int, re.findall(r"cluster \d+ (\d+)", line))) == 52
+    assert not any("were inferred" in line for line in told(make_recipe(name="plain")))
+
+
+def test_only_the_main_process_speaks(monkeypatch):
+    lines = []
+    monkeypatch.setattr(narration, "is_main", lambda: False)
+    Narrator(lines.append).say("hello")
+    assert lines == []
+
+
+def test_a_sentence_puts_the_next_plain_line_off(monkeypatch):
+    monkeypatch.setattr(progress, "_last_line", 0.0)
+    Narrator(lambda text: None).say("hello")
+    assert progress._last_line > 0
+
+
+def test_a_batch_larger_than_the_data_gets_a_note(make_recipe):
+    with pytest.warns(Notice, match=r"train.batch_size=60 is more than the 52 training images.*use at most 52"):
+        told(make_recipe(train={"steps": 1, "batch_size": 60, "workers": 0}))
+
+
+def test_very_many_passes_through_the_images_get_a_note_and_usual_ones_do_not(make_recipe):
+    from disam_peft.data.load import load
+    from disam_peft.experiments.split_data import checked_split
+
+    recipe = make_recipe(train={"steps": 100_000, "batch_size": 26})
+    with pytest.warns(Notice, match=r"train.steps=100000 of 26 images go 50,000 times.*train.steps=200 would be 100"):
+        checked_split(recipe, load(recipe.data))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checked_split(make_recipe(train={"steps": 2000, "batch_size": 26}), load(recipe.data))
