@@ -182,10 +182,12 @@ def print_sweep(rows: Iterable[Mapping[str, Any]], title: str, console: Console 
     """One line per setting, in the order given."""
     console = console or Terminal()
     table = Table(title=escape(title), box=box.SIMPLE, title_justify="left")
+    table.add_column("method")
     for name in ("learning rate", "rho", "lambda", "best step", "top-1 (%)", "NLL"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
+            row["method"],
             *(f"{row[key]:g}" for key in ("learning_rate", "rho", "variance_weight")),
             str(row["best_step"]),
             "diverged" if row["source_top1"] is None else _percent(row["source_top1"]),
