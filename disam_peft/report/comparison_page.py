@@ -20,7 +20,7 @@ from disam_peft.report.comparison import (
     verdict_table,
 )
 from disam_peft.report.comparison_figures import arm_lines, difference_intervals, domain_panels
-from disam_peft.report.result_tables import training_domains
+from disam_peft.report.result_tables import markdown_text, training_domains
 from disam_peft.report.run_measures import MEASURES
 from disam_peft.report.runs import RunRecord
 
@@ -123,11 +123,15 @@ def _tables(comparison: Comparison) -> list[TextTable]:
 
 
 def _markdown(comparison: Comparison, tables: Sequence[TextTable]) -> str:
-    parts = [f"# {comparison.title}", *([comparison.question] if comparison.question else []), about(comparison)]
+    question = [markdown_text(comparison.question)] if comparison.question else []
+    parts = [f"# {markdown_text(comparison.title)}", *question, about(comparison)]
     parts += [table.markdown() for table in tables]
     if comparison.failed:
         lines = [
-            f"- {', '.join(part for part in (f.condition, f.arm, f.held_out, f'seed {f.seed}') if part)}: {f.error}"
+            "- "
+            + markdown_text(
+                ", ".join(filter(None, (f.condition, f.arm, f.held_out, f"seed {f.seed}"))) + f": {f.error}"
+            )
             for f in comparison.failed
         ]
         parts.append("\n".join([f"**{len(lines)} runs failed**", "", *lines]))

@@ -93,6 +93,11 @@ def edges(panels: list[Any]) -> tuple[list[Any], list[Any]]:
     return left, panels[-columns:]
 
 
+def panel_title(title: str) -> str:
+    """Settings in a line of their own: there is little room above a panel."""
+    return title.replace(" (", "\n(", 1)
+
+
 def svg(figure: Figure) -> str:
     """The ``<svg>`` element alone; within STYLE the same bytes from the same figure."""
     buffer = io.StringIO()

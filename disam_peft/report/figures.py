@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from matplotlib.axes import Axes
@@ -10,11 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from disam_peft.common.records import RAW
-from disam_peft.report.drawing import COLOURS, METHOD_COLOURS, edges, grid
-from disam_peft.report.result_tables import METHOD_TITLES, ComparisonTable
+from disam_peft.report.configurations import Configuration, configuration_titles
+from disam_peft.report.drawing import COLOURS, METHOD_COLOURS, edges, grid, panel_title
+from disam_peft.report.result_tables import METHOD_TITLES, ComparisonTable, SeedMean
 from disam_peft.report.runs import RunRecord
 
 _LINES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
+_MOST_LINES = 30  # of a figure with a name on each
 _SMOOTH_FROM = 15  # recorded steps; fewer are shown as they are
 
 
@@ -24,10 +26,10 @@ def accuracy_bars(table: ComparisonTable, width: float) -> Figure:
     bar = 0.8 / len(table.columns)
     for number, title in enumerate(table.columns):
         method, _, weights = title.partition(", ")
-        cells = [cells[number] for _, cells in table.lines]
-        places = [i + (number + 0.5) * bar - 0.4 for i in range(len(cells))]
-        heights = [table.scale * cell.mean if cell is not None else 0.0 for cell in cells]
-        spread = [table.scale * cell.deviation if cell is not None and cell.deviation else 0.0 for cell in cells]
+        known = [(i, cells[number]) for i, (_, cells) in enumerate(table.lines) if cells[number] is not None]
+        places = [i + (number + 0.5) * bar - 0.4 for i, _ in known]
+        heights = [table.scale * cell.mean for _, cell in known if cell is not None]
+        spread = [table.scale * (cell.deviation or 0.0) for _, cell in known if cell is not None]
         bars = axes.bar(
             places,
             heights,
@@ -49,6 +51,62 @@ def accuracy_bars(table: ComparisonTable, width: float) -> Figure:
     return figure
 
 
+def configuration_dots(table: ComparisonTable, width: float) -> Figure:
+    """Of a table with a configuration in each line: a line of dots for each, or where there are too many for that, a
+    dot for each in one line per method. What a table has no number for is not there."""
+    summed = len(table.lines) > _MOST_LINES
+    names = [", ".join([name, *(text for text in told if text)]) for (name, _), told in _with_labels(table)]
+    methods = [name.partition(", ")[0] for name, _ in table.lines]
+    rows = list(dict.fromkeys(methods)) if summed else names
+    figure, [axes] = grid(1, width, width, 1.0 + (0.5 if summed else 0.26) * len(rows))
+    for number, (line, cells) in enumerate(table.lines):
+        colour = METHOD_COLOURS[methods[number]]
+        *domains, last = cells
+        if summed:
+            alone = methods.count(methods[number]) == 1
+            place = rows.index(methods[number]) + (0.0 if alone else _scattered(number))
+        else:
+            place = float(number)
+            axes.plot(*_dots(domains, place, table.scale), ".", color=colour, alpha=0.45, markersize=5)
+        hollow = ", " in line and not line.endswith(f", {RAW}")  # an average of the weights
+        axes.plot(
+            *_dots([last], place, table.scale),
+            "o",
+            color=colour,
+            markersize=5 if summed else 6,
+            alpha=0.7 if summed else 1.0,
+            fillstyle="none" if hollow else "full",
+        )
+    axes.set_yticks(range(len(rows)), [_shortened(name, width) for name in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.25, linewidth=0.5)
+    axes.set_xlabel(("accuracy (%), " if table.scale == 100 else "") + table.columns[-1])
+    return figure
+
+
+def _with_labels(
+    table: ComparisonTable,
+) -> Iterator[tuple[tuple[str, tuple[SeedMean | None, ...]], tuple[str, ...]]]:
+    titles = table.label_columns
+    for line, told in zip(table.lines, table.labels, strict=True):
+        yield line, tuple(f"{t}={text}" if text and t != "seeds" else "" for t, text in zip(titles, told, strict=True))
+
+
+def _dots(cells: Sequence[SeedMean | None], place: float, scale: float) -> tuple[list[float], list[float]]:
+    means = [scale * cell.mean for cell in cells if cell is not None]
+    return means, [place] * len(means)
+
+
+def _scattered(number: int) -> float:
+    """Between -0.3 and 0.3, so that dots of neighbours in the table stand apart; the same at each drawing."""
+    return 0.6 * ((number * 0.6180339887) % 1) - 0.3
+
+
+def _shortened(name: str, width: float) -> str:
+    most = int(7 * width)
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
 def domain_curves(runs: Sequence[RunRecord], field: str, label: str, width: float) -> Figure:
     """``domain_loss`` or ``domain_weight`` of every source domain over the steps, a panel per run.
 
@@ -60,7 +118,7 @@ def domain_curves(runs: Sequence[RunRecord], field: str, label: str, width: floa
         for number, domain in enumerate(domains):
             points = [(step["step"], step[field][domain]) for step in run.steps if step[field].get(domain) is not None]
             _curve(axes, points, *_look(number))
-        axes.set_title(title)
+        axes.set_title(panel_title(title))
         axes.grid(alpha=0.25, linewidth=0.5)
     left, lowest = edges(panels)
     for axes in left:
@@ -91,11 +149,13 @@ def cosine_curves(runs: Sequence[RunRecord], width: float) -> Figure:
 
 
 def titles(runs: Sequence[RunRecord]) -> list[str]:
-    """The methods of the runs, with the run's name where several share one."""
+    """The methods of the runs, with the settings that tell them apart where several share one; where these are the
+    same, or not known, with the run's name."""
     methods = [METHOD_TITLES[run.trained.method] for run in runs]
+    told = configuration_titles([Configuration(run.data, run.settings, (run,)) for run in runs])
     return [
-        f"{method} ({run.folder.parent.name})" if methods.count(method) > 1 else method
-        for method, run in zip(methods, runs, strict=True)
+        f"{method} ({run.folder.parent.name})" if methods.count(method) > 1 and told.count(title) > 1 else title
+        for method, run, title in zip(methods, runs, told, strict=True)
     ]
 
 

@@ -5,23 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 
 from disam_peft.common.records import ExampleError
+from disam_peft.report.configurations import Configuration, configurations, data_titles
 from disam_peft.report.drawing import Drawing, draw
 from disam_peft.report.figures import cosine_curves, domain_curves, titles
+from disam_peft.report.held_out_tables import best_by_source_validation
 from disam_peft.report.maps import LARGEST_MATRIX, confusion_maps, loss_planes
 from disam_peft.report.result_tables import METHOD_TITLES, ComparisonTable, training_domains
 from disam_peft.report.runs import RunRecord
-from disam_peft.report.sharpness_tables import compare_sharpness
+from disam_peft.report.sharpness_tables import sharpness_by_title
+
+SHOWN = 6
+"""Configurations of one group whose curves, maps and mistakes are shown."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one held-out domain, backbone and adapter. Tables are over all seeds, figures of the first."""
+    """The runs of one data set, held-out domain, backbone and adapter, or the best of them where there are many. Tables
+    are over all seeds, figures of the first."""
 
     held_out: str | None
     about: str
+    selected: str
+    """How the configurations were chosen that are shown; empty where all are."""
     losses: Drawing | None
     weights: Drawing | None
     cosine: Drawing | None
@@ -47,23 +54,36 @@ class Group:
 
 
 def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
-    """The groups by held-out domain, backbone and adapter."""
+    """The groups by held-out domain, backbone, adapter and data."""
+    found = configurations(runs)
+    of_data = data_titles(found)
+    members: dict[tuple[str, bool, str, str, str], list[Configuration]] = {}
+    for one in found:
+        for held_out in sorted({run.trained.held_out for run in one.runs}, key=lambda name: (name is None, name)):
+            part = one.without(held_out)
+            if part is not None:
+                place = (held_out or "", held_out is None, one.backbone, one.adapter, one.data.identity)
+                members.setdefault(place, []).append(part)
+    return [_group(number, members[place], of_data[place[-1]]) for number, place in enumerate(sorted(members), start=1)]
 
-    def place(run: RunRecord) -> tuple[str, str, str]:
-        return run.trained.held_out or "", run.trained.backbone, run.trained.adapter
 
-    members = groupby(sorted(runs, key=place), key=place)
-    return [_group(number, list(found)) for number, (_, found) in enumerate(members, start=1)]
-
-
-def _group(number: int, runs: list[RunRecord]) -> Group:
-    row, order = runs[0].trained, list(METHOD_TITLES)
-    seeds = sorted({run.trained.seed for run in runs})
-    first = [run for run in runs if run.trained.seed == seeds[0]]
-    shown = sorted(first, key=lambda run: order.index(run.trained.method))
+def _group(number: int, members: list[Configuration], data: str) -> Group:
+    order = list(METHOD_TITLES)
+    chosen = best_by_source_validation(members, SHOWN)
+    chosen = sorted(chosen, key=lambda one: order.index(one.method))
+    row = chosen[0].runs[0].trained
+    seeds = sorted({run.trained.seed for one in chosen for run in one.runs})
+    shown = [min(one.runs, key=lambda run: run.trained.seed) for one in chosen]
     names = titles(shown)
     seed = f"seed {seeds[0]}" if len(seeds) == 1 else f"figures of seed {seeds[0]}, the first of {len(seeds)}"
-    tables = compare_sharpness(row for run in runs for row in run.sharpness)
+    if len({run.trained.seed for run in shown}) > 1:
+        seed = f"figures of the first of the seeds {', '.join(map(str, seeds))} that each configuration has"
+    named = zip(names, chosen, strict=True)
+    tables = sharpness_by_title([(name, run.sharpness) for name, one in named for run in one.runs])
+    selected = (
+        f"{len(chosen)} of {len(members)} configurations are shown, of each method those with the highest accuracy on "
+        "source validation; the tables above have all of them"
+    )
     prefix = f"{number:02d}_{'all_domains' if row.held_out is None else row.held_out}"
     curves = [run for run in shown if run.steps]
     cosines = [run for run in curves if any(step.get("ascent_cosine") is not None for step in run.steps)]
@@ -76,7 +96,8 @@ def _group(number: int, runs: list[RunRecord]) -> Group:
     ]
     return Group(
         held_out=row.held_out,
-        about=f"{row.adapter} on {row.backbone}, {seed}",
+        about=f"{row.adapter} on {row.backbone}, {f'{data}, ' if data else ''}{seed}",
+        selected=selected if len(chosen) < len(members) else "",
         losses=draw(
             f"{prefix}_losses",
             "Loss of each source domain over the steps of training, a panel per method",

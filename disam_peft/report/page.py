@@ -11,10 +11,11 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from disam_peft.common.files import output_folder, write_atomically, write_output
+from disam_peft.report.configurations import configurations
 from disam_peft.report.drawing import draw
-from disam_peft.report.figures import accuracy_bars
+from disam_peft.report.figures import accuracy_bars, configuration_dots
 from disam_peft.report.groups import group_runs
-from disam_peft.report.result_tables import compare_held_out
+from disam_peft.report.held_out_tables import held_out_tables
 from disam_peft.report.runs import RunRecord
 
 
@@ -52,9 +53,11 @@ def build_report(
     loader = PackageLoader("disam_peft.report", "templates")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["number"] = lambda value: "n/a" if value is None else f"{value:.4f}"
-    tables = compare_held_out(row for run in runs for row in run.rows)
+    tables = held_out_tables(configurations(runs))
     bars = [
-        draw(f"00_accuracy_{number}", f"Bar chart. {table.title}", partial(accuracy_bars, table))
+        draw(f"00_accuracy_{number}", f"Dots. {table.title}", partial(configuration_dots, table))
+        if table.labels
+        else draw(f"00_accuracy_{number}", f"Bar chart. {table.title}", partial(accuracy_bars, table))
         for number, table in enumerate(tables, start=1)
     ]
     groups = group_runs(runs)

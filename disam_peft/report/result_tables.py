@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
@@ -65,18 +66,28 @@ class ComparisonTable:
     """The title of the first column, which names the lines."""
     pooled: int = 0
     """How many of the last lines are over the domains above."""
+    label_columns: tuple[str, ...] = ()
+    """Titles of further columns of text, after the first: settings that tell the lines apart."""
+    labels: tuple[tuple[str, ...], ...] = ()
+    """Their texts, one tuple for each line; none where there are no such columns."""
+
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """Of all columns but the first."""
+        return (*self.label_columns, *self.columns)
 
     def texts(self) -> list[tuple[str, list[str]]]:
         """The lines as they are printed."""
+        labels = self.labels or ((),) * len(self.lines)
         return [
-            (name, ["n/a" if cell is None else cell.text(self.scale, self.digits) for cell in cells])
-            for name, cells in self.lines
+            (name, [*told, *("n/a" if cell is None else cell.text(self.scale, self.digits) for cell in cells)])
+            for (name, cells), told in zip(self.lines, labels, strict=True)
         ]
 
     def markdown(self) -> str:
-        header = f"| {markdown_text(self.corner)} | {' | '.join(self.columns)} |"
-        rule = "|---|" + "---|" * len(self.columns)
-        lines = [f"| {markdown_text(name)} | {' | '.join(texts)} |" for name, texts in self.texts()]
+        header = f"| {markdown_text(self.corner)} | {' | '.join(map(markdown_text, self.titles))} |"
+        rule = "|---|" + "---|" * len(self.titles)
+        lines = [f"| {markdown_text(name)} | {' | '.join(map(markdown_text, texts))} |" for name, texts in self.texts()]
         return "\n".join([f"**{markdown_text(self.title)}**", "", header, rule, *lines])
 
     def latex(self) -> str:
@@ -84,16 +95,22 @@ class ComparisonTable:
             " & ".join([latex_text(name), *(latex_text(text) for text in texts)]) + r" \\"
             for name, texts in self.texts()
         ]
-        head = " & ".join([latex_text(self.corner), *map(latex_text, self.columns)]) + r" \\"
-        columns = "l" + "r" * len(self.columns)
+        head = " & ".join([latex_text(self.corner), *map(latex_text, self.titles)]) + r" \\"
+        columns = "l" + "r" * len(self.titles)
         body = "\n".join([head, "\\midrule", *lines])
         return f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{body}\n\\bottomrule\n\\end{{tabular}}"
 
 
-def compare_held_out(rows: Iterable[ResultRow], metric: str = "top1") -> list[ComparisonTable]:
+def compare_held_out(
+    rows: Iterable[ResultRow], metric: str = "top1", *, about: str | None = None
+) -> list[ComparisonTable]:
     """One table per backbone and adapter: ``metric`` on the domain that each run did not see.
 
-    Zero-shot numbers do not depend on the seed of a run: they are counted once.
+    Zero-shot numbers do not depend on the seed of a run: they are counted once. Rows say no more of a run than its
+    backbone, adapter, method and seed: hand over runs that differ in nothing else. ``held_out_tables`` does so.
+
+    Args:
+        about: how the title begins; unset: with adapter and backbone.
     """
     by_place: dict[tuple[str, str], dict[tuple[str, Column], dict[int, float]]]
     by_place = defaultdict(lambda: defaultdict(dict))
@@ -116,9 +133,9 @@ def compare_held_out(rows: Iterable[ResultRow], metric: str = "top1") -> list[Co
         columns = column_titles(column for _, column in values)
         lines = [(d, tuple(mean_over_seeds(values.get((d, column))) for column in columns)) for d in held_out]
         if len(held_out) > 1:
-            means = [_mean_over_domains([values.get((d, column)) for d in held_out]) for column in columns]
+            means = [mean_over_domains([values.get((d, column)) for d in held_out]) for column in columns]
             lines.append((pool_title("mean", held_out), tuple(means)))
-        title = f"{adapter} on {backbone}: {'accuracy (%)' if percent else metric} on the held-out domain"
+        title = f"{about or f'{adapter} on {backbone}'}: {'accuracy (%)' if percent else metric} on the held-out domain"
         shown, scale, digits = tuple(columns.values()), 100 if percent else 1, 1 if percent else 3
         tables.append(ComparisonTable(title, shown, tuple(lines), scale, digits, pooled=int(len(held_out) > 1)))
     return tables
@@ -132,7 +149,7 @@ def mean_over_seeds(by_seed: dict[int, float] | None) -> SeedMean | None:
     return SeedMean(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
-def _mean_over_domains(domains: list[dict[int, float] | None]) -> SeedMean | None:
+def mean_over_domains(domains: list[dict[int, float] | None]) -> SeedMean | None:
     """Mean over domains, seed by seed, over the seeds that every domain has; zero-shot has one."""
     if any(not by_seed for by_seed in domains):
         return None
@@ -144,9 +161,11 @@ def _mean_over_domains(domains: list[dict[int, float] | None]) -> SeedMean | Non
 def markdown_text(text: str) -> str:
     """Text as it may stand in a cell of a Markdown table.
 
-    One line without HTML: what shows Markdown would take a tag in a name for a tag.
+    One line without HTML, links and images: what shows Markdown would take a tag in a name for a tag, and would fetch
+    the picture of ``![](address)``.
     """
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+    plain = " ".join(text.split()).replace("\\", "\\\\")
+    return html.escape(re.sub(r"([\[\]|`*])", r"\\\1", plain), quote=False)
 
 
 def latex_text(text: str) -> str:

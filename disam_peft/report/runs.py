@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,8 +24,29 @@ from disam_peft.common.records import (
     read_list,
     read_results,
 )
+from disam_peft.common.run_images import IMAGES, read_images
+from disam_peft.config.data import SOURCE_SETTINGS
+from disam_peft.config.identity import identifying_settings
+from disam_peft.config.recipe import Recipe, load_recipe
 from disam_peft.errors import UserError
 from disam_peft.report.result_tables import training_domains
+
+RECIPE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What the data of a run are.
+
+    Attributes:
+        identity: equal where two runs have the same images, classes and domains.
+        source: what the recipe calls the data; empty where there is no recipe.
+        images: how many; None where a run of 0.1 did not record them.
+    """
+
+    identity: str
+    source: str = ""
+    images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -36,6 +58,34 @@ class RunRecord:
     @cached_property
     def rows(self) -> list[ResultRow]:
         return read_results(self.folder / RESULTS)
+
+    @cached_property
+    def recipe(self) -> Recipe | None:
+        """As the run recorded it; None where there is none."""
+        path = self.folder / RECIPE
+        return load_recipe(path) if path.is_file() else None
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Dotted key -> value of what tells the run from others but for seed, data and held-out domain. How it was
+        evaluated is left out: numbers depend on it by rounding alone. Without a recipe, what its rows say."""
+        if self.recipe is None:
+            row = self.trained
+            return {"backbone.name": row.backbone, "adapter.kind": row.adapter, "method.name": row.method}
+        settings = identifying_settings(self.recipe)
+        return {key: value for key, value in settings.items() if not key.startswith("evaluation.")}
+
+    @cached_property
+    def data(self) -> RunData:
+        """By the content of the images; of a run of 0.1, which did not record it, by what its recipe says."""
+        source = "" if self.recipe is None else _source(self.recipe)
+        if (self.folder / IMAGES).is_file():
+            images = read_images(self.folder / IMAGES)
+            return RunData(images.identity, source, len(images))
+        told = (
+            {} if self.recipe is None else self.recipe.data.model_dump(mode="json", exclude={"pixel_store", "verify"})
+        )
+        return RunData(f"as the recipe says: {json.dumps(told, sort_keys=True)}", source)
 
     @cached_property
     def steps(self) -> list[dict[str, Any]]:
@@ -83,6 +133,13 @@ class RunRecord:
     def title(self) -> str:
         row = self.trained
         return f"{row.adapter}, {row.method}, {training_domains(row.held_out)}, seed {row.seed}"
+
+
+def _source(recipe: Recipe) -> str:
+    """The last part of the path of the data, or what else names them."""
+    given = {name: getattr(recipe.data, name) for name in SOURCE_SETTINGS}
+    name, value = next((name, value) for name, value in given.items() if value is not None)
+    return Path(value).name or str(value) if name != "shapes" else "DomainShapes"
 
 
 def read_runs(folders: Iterable[Path]) -> list[RunRecord]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from disam_peft.common.records import ResultRow
-from disam_peft.report.result_tables import Column, ComparisonTable, column_titles, mean_over_seeds, training_domains
+from disam_peft.common.records import RAW, ResultRow
+from disam_peft.report.result_tables import ComparisonTable, column_titles, mean_over_seeds, training_domains
 
 _LABELS = {
     "sample_loss": "loss at w",
@@ -24,19 +24,45 @@ def compare_sharpness(rows: Iterable[ResultRow]) -> list[ComparisonTable]:
     Sharpness is measured around the weights that selection chose. Where they were an average for some runs, the columns
     say so.
     """
-    by_place: dict[tuple[str | None, str, str], dict[tuple[str, str, Column], dict[int, float]]]
+    rows = list(rows)
+    titles = column_titles((row.method, row.weights) for row in rows if _is_shown(row))
+    return _tables([(titles[row.method, row.weights], row) for row in rows if _is_shown(row)], tuple(titles.values()))
+
+
+def sharpness_by_title(of_runs: Sequence[tuple[str, Sequence[ResultRow]]]) -> list[ComparisonTable]:
+    """The same with a column for each title, over all seeds that have it. Where samples of other sizes were measured,
+    which cannot be compared, the columns say so.
+
+    Args:
+        of_runs: title and rows of sharpness of every run.
+    """
+    rows = [(title, row) for title, of_run in of_runs for row in of_run if _is_shown(row)]
+    by_split: dict[str, set[int]] = {}
+    for _, row in rows:
+        by_split.setdefault(row.split, set()).add(row.n)
+    if any(len(counts) > 1 for counts in by_split.values()):
+        rows = [(f"{title}, {row.n} images", row) for title, row in rows]
+    averaged = {row.weights for _, row in rows} != {RAW}
+    rows = [(f"{title}, {row.weights}" if averaged else title, row) for title, row in rows]
+    return _tables(rows, tuple(dict.fromkeys(title for title, _ in rows)))
+
+
+def _is_shown(row: ResultRow) -> bool:
+    return row.value is not None and _label(row.metric) is not None
+
+
+def _tables(found: Sequence[tuple[str, ResultRow]], titles: Sequence[str]) -> list[ComparisonTable]:
+    by_place: dict[tuple[str | None, str, str], dict[tuple[str, str, str], dict[int, float]]]
     by_place = defaultdict(lambda: defaultdict(dict))
-    found = list(rows)
-    for row in found:
-        if row.value is not None and _label(row.metric) is not None:
-            column = (row.method, row.weights)
-            by_place[row.held_out, row.backbone, row.adapter][row.metric, row.split, column][row.seed] = row.value
+    for title, row in found:
+        if row.value is not None:
+            by_place[row.held_out, row.backbone, row.adapter][row.metric, row.split, title][row.seed] = row.value
     sizes: dict[tuple[str | None, str, str], dict[str, int]] = defaultdict(dict)
-    for row in found:
+    for _, row in found:
         sizes[row.held_out, row.backbone, row.adapter][row.split] = row.n
     tables = []
     for (held_out, backbone, adapter), values in by_place.items():
-        columns = column_titles(column for _, _, column in values)
+        columns = [title for title in titles if any(column == title for _, _, column in values)]
         metrics = list(dict.fromkeys(metric for metric, _, _ in values))
         splits = list(dict.fromkeys(split for _, split, _ in values))
         lines = [
@@ -51,8 +77,7 @@ def compare_sharpness(rows: Iterable[ResultRow]) -> list[ComparisonTable]:
             f"{n} images of {_SPLITS.get(split, split)}" for split, n in sizes[held_out, backbone, adapter].items()
         )
         title = f"{adapter} on {backbone}, {training_domains(held_out)}: sharpness on {counts}"
-        shown = tuple(columns.values())
-        tables.append(ComparisonTable(title, shown, tuple(lines), scale=1, digits=None, corner="measure"))
+        tables.append(ComparisonTable(title, tuple(columns), tuple(lines), scale=1, digits=None, corner="measure"))
     return tables
 
 

@@ -1,0 +1,171 @@
+"""Which runs differ in nothing but their seed and held-out domain, and which settings tell the others apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from disam_peft.common.records import ResultRow
+from disam_peft.report.result_tables import METHOD_TITLES
+from disam_peft.report.runs import RunData, RunRecord
+
+ZERO_SHOT_SETTINGS = ("backbone", "prompts", "train.mixed_precision")
+"""What zero-shot numbers depend on beside the data: settings, or groups of them."""
+FOLDER = "folder"
+"""Stands in place of a setting where runs of equal settings, seed and data have other numbers nevertheless."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Runs that are equal but for seed and held-out domain.
+
+    Attributes:
+        data: the images of all of them.
+        settings: dotted key -> value of everything that tells runs apart.
+        runs: one for each seed and held-out domain.
+    """
+
+    data: RunData
+    settings: Mapping[str, Any]
+    runs: tuple[RunRecord, ...]
+
+    @property
+    def backbone(self) -> str:
+        return self.runs[0].trained.backbone
+
+    @property
+    def adapter(self) -> str:
+        return self.runs[0].trained.adapter
+
+    @property
+    def method(self) -> str:
+        return self.runs[0].trained.method
+
+    @property
+    def tells_when_to_validate(self) -> bool:
+        """Whether its recipes say so, and do not leave it to the number of steps."""
+        recipe = self.runs[0].recipe
+        return recipe is not None and recipe.train.validate_every is not None
+
+    @property
+    def zero_shot_key(self) -> str:
+        """Equal for configurations that start from the same zero-shot model on the same data."""
+        return zero_shot_key(self.data, self.settings)
+
+    def without(self, held_out: str | None) -> Configuration | None:
+        """The runs that hold this domain out; None if there is none."""
+        runs = tuple(run for run in self.runs if run.trained.held_out == held_out)
+        return Configuration(self.data, self.settings, runs) if runs else None
+
+
+def zero_shot_key(data: RunData, settings: Mapping[str, Any]) -> str:
+    """Everything that the zero-shot numbers of a run depend on, as text."""
+    parts = {key: value for key, value in settings.items() if is_of_zero_shot(key)}
+    return json.dumps([data.identity, parts], sort_keys=True, default=str)
+
+
+def is_of_zero_shot(key: str) -> bool:
+    """Whether zero-shot numbers depend on this setting."""
+    return any(key == name or key.startswith(f"{name}.") for name in ZERO_SHOT_SETTINGS)
+
+
+def configurations(runs: Iterable[RunRecord]) -> list[Configuration]:
+    """The runs by settings and data, in the order in which they are found.
+
+    A run that is there twice, in a copy of its folder, counts once. Where two runs of equal settings, data, seed and
+    held-out domain have other numbers (other machines, other versions), each gets a configuration of its own, told
+    apart by its folder.
+    """
+    by_key: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        key = json.dumps([run.data.identity, run.settings], sort_keys=True, default=str)
+        by_key.setdefault(key, []).append(run)
+    found = []
+    for members in by_key.values():
+        kept: dict[tuple[str | None, int], RunRecord] = {}
+        at_odds = []
+        for run in members:
+            first = kept.setdefault((run.trained.held_out, run.trained.seed), run)
+            if first is not run and _numbers(first.rows) != _numbers(run.rows):
+                at_odds.append(run)
+        if not at_odds:
+            found.append(Configuration(members[0].data, members[0].settings, tuple(kept.values())))
+            continue
+        by_place: dict[str, list[RunRecord]] = {}
+        for run in [*kept.values(), *at_odds]:
+            by_place.setdefault(_place(run), []).append(run)
+        for place, there in by_place.items():
+            found.append(Configuration(there[0].data, {**there[0].settings, FOLDER: place}, tuple(there)))
+    return found
+
+
+def _place(run: RunRecord) -> str:
+    """The folder of the run of all held-out domains, as far as it tells runs apart."""
+    return run.folder.parent.name or str(run.folder)
+
+
+def _numbers(rows: Sequence[ResultRow]) -> list[tuple[Any, ...]]:
+    found = [(row.method, row.split, row.domain, row.pooled or "", row.metric, row.weights, row.value) for row in rows]
+    return sorted(found, key=str)
+
+
+def telling_apart(found: Sequence[Configuration]) -> list[str]:
+    """The settings in which configurations differ, in the order of a recipe. Settings of the method that follow from
+    its name are left out."""
+    keys = list(dict.fromkeys(key for one in found for key in one.settings))
+    differing = [key for key in keys if len({_as_text(one.settings.get(key)) for one in found}) > 1]
+    by_method: dict[str, list[Configuration]] = {}
+    for one in found:
+        by_method.setdefault(one.method, []).append(one)
+
+    def follows(key: str) -> bool:
+        of_method = [{_as_text(one.settings.get(key)) for one in members} for members in by_method.values()]
+        return key.startswith("method.") and all(len(values) == 1 for values in of_method)
+
+    if not any(one.tells_when_to_validate for one in found):
+        differing = [key for key in differing if key != "train.validate_every"]  # it follows from train.steps
+    return [key for key in differing if not follows(key)]
+
+
+def setting_text(value: Any) -> str:
+    """A value of a setting as it stands in a cell of a table; ``-`` where it is unset."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def configuration_titles(found: Sequence[Configuration]) -> list[str]:
+    """The method of each, with the settings that tell it apart where several share one."""
+    methods = [METHOD_TITLES[one.method] for one in found]
+    titles = []
+    for one, method in zip(found, methods, strict=True):
+        same = [other for other in found if other.method == one.method]
+        told = [f"{key.split('.')[-1]}={setting_text(one.settings.get(key))}" for key in telling_apart(same)]
+        titles.append(f"{method} ({', '.join(told)})" if len(same) > 1 and told else method)
+    return titles
+
+
+def data_titles(found: Sequence[Configuration]) -> dict[str, str]:
+    """identity -> how the data are called in titles; empty where all configurations have the same."""
+    data = {one.data.identity: one.data for one in found}
+    if len(data) < 2:
+        return dict.fromkeys(data, "")
+    sources = [one.source for one in data.values()]
+    titles = {}
+    for number, (identity, one) in enumerate(data.items(), start=1):
+        name = one.source or f"data {number}"
+        told = f"{one.images} images, sha256 {identity[:8]}" if one.images is not None else "content not recorded"
+        titles[identity] = f"{name} ({told})" if sources.count(one.source) > 1 or not one.source else name
+    if len(set(titles.values())) < len(titles):
+        titles = {identity: f"{title}, data {n}" for n, (identity, title) in enumerate(titles.items(), start=1)}
+    return titles
+
+
+def _as_text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
