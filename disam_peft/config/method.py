@@ -50,6 +50,10 @@ class MethodConfig(Config):
     """Radius of the perturbation: the Euclidean norm of the change of all trained weights together."""
     variance_weight: Scheduled = 0.1
     """lambda in L - lambda * Var(per-domain losses); the paper finds 0.1 to 0.7 stable."""
+    variance_over: Literal["domains", "samples"] = "domains"
+    """How domains count in the variance of disam: all alike (``domains``, the paper), or each by its number of images
+    in the batch (``samples``, the code that its authors published). The same with ``train.sampling: balanced`` where
+    the batch divides evenly."""
     adaptive: bool = False
     """ASAM's scale-invariant perturbation; needs a larger rho (0.5 to 2)."""
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from disam_peft.disam.ascent import VarianceOver
 from disam_peft.disam.domain_objective import DomainObjective
 from disam_peft.disam.domain_sums import DomainSums
 from disam_peft.disam.micro_batches import EffectiveBatch, PerSampleLoss
@@ -60,6 +61,8 @@ class DISAM:
             the loss are not perturbed.
         rho: radius of the perturbation, in units of the weights' norm; 0 is the plain gradient, in one pass.
         variance_weight: lambda; 0 is SAM.
+        variance_over: ``domains``, every domain of the batch counts alike (the paper); or ``samples``, each by its
+            number of samples (the paper's published code). The same where domains are balanced; see ``ascent_weights``.
         adaptive: ASAM's perturbation, ``rho w^2 g / || |w| g ||``; rho is then usually 10 to 40 times larger.
         num_domains: the ids are 0..num_domains-1. Optional; with it a step needs no synchronisation with the device
             and, over several ranks, one collective less.
@@ -72,6 +75,14 @@ class DISAM:
         reshard: called whenever the weights changed in place, to drop copies of them. Needed with ``fully_shard`` only
             where modules do not reshard after the backward (``reshard_after_backward``); it must reach all of them:
             ``lambda: [m.reshard() for m in model.modules() if isinstance(m, FSDPModule)]``.
+
+    ``rho``, ``variance_weight`` and the other settings may be changed between steps, as attributes; they are checked.
+
+    Layers with running statistics: a BatchNorm in train mode makes its statistics from the batch in *both* passes, so
+    it counts every batch twice, the second time at the perturbed weights, and with micro-batches in two phases more
+    often. Keep frozen ones in eval mode, as one does in fine-tuning. Where they are trained, set ``momentum=0`` for
+    pass 2 (wrap the loss: its second call), or put them into eval mode after a warm-up. The toolkit's own training
+    keeps every norm of the backbone in eval mode.
 
     Raises:
         ValueError: rho or variance_weight negative or not finite; no parameter that requires a gradient; a parameter
@@ -92,15 +103,14 @@ class DISAM:
         ascent_cosine: bool = False,
         process_group: dist.ProcessGroup | None = None,
         reshard: Callable[[], object] | None = None,
+        variance_over: VarianceOver = "domains",
     ) -> None:
-        for name, value in (("rho", rho), ("variance_weight", variance_weight)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be a finite number >= 0, not {value}")
         if num_domains is not None and num_domains < 1:
             raise ValueError(f"num_domains must be at least 1, not {num_domains}; leave it out if unknown")
         self.params = trainable(params)
-        self.rho = float(rho)
-        self.variance_weight = float(variance_weight)
+        self.rho = rho
+        self.variance_weight = variance_weight
+        self.variance_over = variance_over
         self.adaptive = adaptive
         self.num_domains = num_domains
         self.reduce_gradients = reduce_gradients
@@ -112,6 +122,35 @@ class DISAM:
         self._sharded = all_sharded(self.params, reduce_gradients=reduce_gradients, ascent_cosine=ascent_cosine)
         self._replicas_checked = False
         self._arrived: bool | None = None
+
+    @property
+    def rho(self) -> float:
+        """Radius of the perturbation."""
+        return self._rho
+
+    @rho.setter
+    def rho(self, value: float) -> None:
+        self._rho = _checked("rho", value)
+
+    @property
+    def variance_weight(self) -> float:
+        """lambda."""
+        return self._variance_weight
+
+    @variance_weight.setter
+    def variance_weight(self, value: float) -> None:
+        self._variance_weight = _checked("variance_weight", value)
+
+    @property
+    def variance_over(self) -> VarianceOver:
+        """What the variance of the losses is taken over."""
+        return self._variance_over
+
+    @variance_over.setter
+    def variance_over(self, value: VarianceOver) -> None:
+        if value not in get_args(VarianceOver):
+            raise ValueError(f"variance_over must be one of {', '.join(get_args(VarianceOver))}, not {value!r}")
+        self._variance_over = value
 
     def backward(
         self,
@@ -131,13 +170,15 @@ class DISAM:
         Over several ranks each hands over its own samples, as many as it has, and the result is the gradient of them
         all together. A rank without samples returns losses of shape (0,). These need a graph only where the model is
         wrapped (the others wait for this rank's backward); a model that cannot run on nothing then runs on any one
-        sample, with ``mask=torch.tensor([False])``. If no rank has a sample, the report is not finite.
+        sample, with ``mask=torch.tensor([False])``. If no sample of any rank counts there is nothing to descend: the
+        report is not finite and ``p.grad`` is None, so that an optimizer does nothing.
 
         Args:
             per_sample_loss: takes nothing, returns the losses (B,) of the batch, with a graph; or a ``Forward``, which
                 holds what an objective needs beside them.
             domains: (B,) integers; any values, in any order, any of them absent (with ``num_domains``: in range).
-            mask: (B,) bool; samples where it is False count nowhere, as if they were not there. Unset: all count.
+            mask: (B,) bool; samples where it is False count nowhere, as if they were not there, also where their loss
+                is not finite (see ``masking``). Unset: all count.
             objective: what is descended in the place of the mean loss; the perturbation then climbs it minus the
                 variance term, ``J - lambda * Var(L_d)``.
 
@@ -236,10 +277,13 @@ class DISAM:
         self._clear_gradients()
         try:
             first = passes.first(
-                Target(self.variance_weight if climbs else 0.0, in_ascent=climbs),
+                Target(self.variance_weight if climbs else 0.0, climbs, self.variance_over),
                 mode,
                 with_plain_gradients=self.ascent_cosine and climbs,
             )
+            if self._counts_nothing(batch, first.sums):
+                self._clear_gradients()  # an optimizer leaves parameters alone that have no gradient
+                return StepReport.of(objective, first, perturbed=first.sums)
             if not climbs:
                 return StepReport.of(objective, first, perturbed=first.sums)
             direction = self._direction([p.grad for p in self.params], ranks)
@@ -270,6 +314,11 @@ class DISAM:
             if isinstance(error, torch.OutOfMemoryError):
                 error.add_note(_advice_on_memory(batch.largest))
             raise
+
+    def _counts_nothing(self, batch: EffectiveBatch, sums: DomainSums) -> bool:
+        """Whether no sample of any rank counts. Every rank comes to the same answer; only one that has no sample which
+        surely counts waits for the device to know it."""
+        return not batch.surely_counts and not bool(sums.total > 0)
 
     def _clear_gradients(self) -> None:
         # not through an optimizer: a wrapped zero_grad may do nothing inside an accumulation context
@@ -318,6 +367,16 @@ class DISAM:
 
     def _at_scale_1(self, norm: Tensor) -> Tensor:
         return norm if self._scale.seen is None else norm / self._scale.seen.to(norm)
+
+
+def _checked(name: str, value: float) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a finite number >= 0, not {value!r}") from error
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{name} must be a finite number >= 0, not {value}")
+    return number
 
 
 def _advice_on_memory(largest: int) -> str:

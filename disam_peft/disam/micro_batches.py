@@ -13,6 +13,7 @@ from torch import Tensor
 
 from disam_peft.disam.domain_objective import DomainObjective, DomainsOfSamples, Forward
 from disam_peft.disam.domain_sums import DomainSums, domain_index, domain_sums, union_of_ids
+from disam_peft.disam.masking import finite_where_masked, guard_gradients, hides_infinity
 from disam_peft.disam.random_state import RandomState
 from disam_peft.disam.ranks import Ranks
 
@@ -97,15 +98,24 @@ class MicroBatch:
         """
         found = self._called()
         loss_B = found.loss_B
+        hides = self.mask_B is not None and hides_infinity(loss_B, self.mask_B)
+        if hides and self.mask_B is not None:
+            with finite_where_masked(self.mask_B):
+                found = self._called()
+            loss_B = found.loss_B
         if len(loss_B) == 0 and not loss_B.requires_grad:
             if self.awaited:
                 raise ValueError(_LEFT_WAITING)
             loss_B = loss_B.detach().requires_grad_()
         if not loss_B.requires_grad:
             raise ValueError("the losses have no graph: nothing that requires a gradient took part (or no_grad is on)")
+        statistics = self._statistics(found)
         if self.mask_B is not None:
+            if hides:
+                for root in (loss_B, *statistics):
+                    guard_gradients(root, self.mask_B)
             loss_B = loss_B.where(self.mask_B, 0.0)
-        return MicroBatchLosses(loss_B, found.reported_B, self._statistics(found), self)
+        return MicroBatchLosses(loss_B, found.reported_B, statistics, self)
 
     @torch.no_grad()
     def sums_alone(self) -> DomainSums:
@@ -234,6 +244,12 @@ class EffectiveBatch:
             return [SEVERAL if len(of) > 1 else min(of, default=0) for of in found]
         count_MD = self.counts()
         return torch.where(count_MD.count_nonzero(dim=1) > 1, SEVERAL, count_MD.argmax(dim=1)).tolist()
+
+    @property
+    def surely_counts(self) -> bool:
+        """Whether a sample counts, as far as the host can tell without asking the device: one in a micro-batch without
+        a mask."""
+        return any(m.mask_B is None and len(m.index_B) > 0 for m in self.micro_batches)
 
     @property
     def largest(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -41,15 +42,22 @@ def trainable(params: Iterable[Tensor]) -> list[Tensor]:
 
 def _require_memory_of_their_own(params: Sequence[Tensor]) -> None:
     """Two parameters over the same memory would be perturbed, and stepped, twice."""
-    first_at: dict[tuple[torch.device, int], Tensor] = {}
-    for p in params:
-        address = p.device, local(p).data_ptr()  # 0 where there is no memory: empty tensors and the meta device
-        first = first_at.setdefault(address, p)
-        if address[1] and first is not p:
+    # there is no memory, and the address 0, behind empty tensors and the meta device
+    found = [(str(p.device), local(p).data_ptr(), p) for p in params if p.numel() and local(p).data_ptr()]
+    for (device, begin, first), (other, start, second) in pairwise(sorted(found, key=lambda place: place[:2])):
+        # a tensor with gaps may lie between the rows of another one, so that only equal addresses are sure
+        overlap = start < begin + local(first).nbytes and _is_dense(first) and _is_dense(second)
+        if device == other and (start == begin or overlap):
             raise ValueError(
-                f"two parameters, of shapes {tuple(first.shape)} and {tuple(p.shape)}, share their memory: each would "
-                "be perturbed and trained by itself; tie weights by using one Parameter in both places"
+                f"two parameters, of shapes {tuple(first.shape)} and {tuple(second.shape)}, share their memory: each "
+                "would be perturbed and trained by itself; tie weights by using one Parameter in both places"
             )
+
+
+def _is_dense(p: Tensor) -> bool:
+    shard = local(p)
+    last = sum((size - 1) * stride for size, stride in zip(shard.shape, shard.stride(), strict=True))
+    return last + 1 == shard.numel()
 
 
 def all_sharded(params: Sequence[Tensor], *, reduce_gradients: bool, ascent_cosine: bool) -> bool:

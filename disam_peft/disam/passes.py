@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from disam_peft.disam.ascent import ascent_weights
+from disam_peft.disam.ascent import VarianceOver, ascent_weights
 from disam_peft.disam.domain_objective import Coefficients, DomainObjective, coefficients
 from disam_peft.disam.domain_sums import DomainSums
 from disam_peft.disam.micro_batches import SEVERAL, EffectiveBatch, MicroBatchLosses
@@ -50,10 +50,12 @@ class Target:
 
     Attributes:
         in_ascent: it is the function that the perturbation climbs.
+        variance_over: see ``ascent_weights``.
     """
 
     variance_weight: float
     in_ascent: bool
+    variance_over: VarianceOver = "domains"
 
 
 class Passes:
@@ -191,7 +193,10 @@ class Passes:
         if begins:
             self._objective.begin_step(sums)
         wanted = coefficients(self._objective, sums, in_ascent=target.in_ascent)
-        return ascent_weights(sums.mean_D, sums.count_D, target.variance_weight, wanted.loss_D), wanted
+        weight_D = ascent_weights(
+            sums.mean_D, sums.count_D, target.variance_weight, wanted.loss_D, target.variance_over
+        )
+        return weight_D, wanted
 
     def _chosen(self, mode: Mode, num_mixed: Tensor) -> AscentMode:
         """How gradients are computed whose weights depend on all losses; the same on every rank.

@@ -6,6 +6,7 @@ more than the arithmetic. Of a sharded parameter the buffer holds this rank's sh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -13,12 +14,17 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from disam_peft.disam.sharding import joined_over_shards, layout, local
+from disam_peft.disam.sharding import joined_over_shards, largest_over_shards, layout, local
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """All elements, on this rank, in one new 1-D tensor."""
     return torch.cat([local(t).reshape(-1) for t in tensors])
+
+
+def filled(params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    """The gradients, with zeros in place of None."""
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(params, gradients, strict=True)]
 
 
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
@@ -68,6 +74,9 @@ class AscentDirection:
     ``e = rho g / ||g||`` (SAM), or ``e = rho w^2 g / || |w| g ||`` (ASAM, arXiv 2102.11600, without its eta). Where the
     norm is zero or not finite, e is zero: the weights never hold a NaN.
 
+    A norm squares its entries, and in float32 squares of entries below 1e-19 are rounded or vanish, as those above 1e19
+    overflow. Where the norm leaves that range, the gradient is divided by its largest entry first.
+
     Args:
         params: the parameters to perturb.
         gradients: one for each, at any common loss scale (e does not depend on it); None counts as zero.
@@ -82,29 +91,55 @@ class AscentDirection:
     def __init__(self, params: Sequence[Tensor], gradients: Sequence[Tensor | None], *, adaptive: bool) -> None:
         gradient_of = dict(zip(params, gradients, strict=True))
         self._groups = by_device_and_dtype(params)
-        self._directions: list[Tensor] = []
+        found = [flatten(filled(group, [gradient_of[p] for p in group])) for group in self._groups]
+        self._directions, self.norm = self._measured(found, adaptive)
+        self._scaled_norm = self.norm
+        in_range = self._is_in_range(self.norm)
+        if self.norm.device.type != "cpu" or not in_range:  # asking a GPU would wait for it
+            largest = torch.where(in_range, torch.ones_like(self.norm), self._largest(found))
+            found = [gradient / largest.to(gradient) for gradient in found]
+            self._directions, self._scaled_norm = self._measured(found, adaptive)
+            self.norm = self._scaled_norm * largest
+        self.is_finite = torch.isfinite(self._scaled_norm)
+
+    def _measured(self, gradients: Sequence[Tensor], adaptive: bool) -> tuple[list[Tensor], Tensor]:
+        """The directions of these gradients, one for each group, and the norm that they are divided by."""
+        directions: list[Tensor] = []
         norms: list[Tensor] = []
-        for group in self._groups:
-            found = [(p, gradient_of[p]) for p in group]
-            gradient = flatten([torch.zeros_like(p) if g is None else g for p, g in found])
+        for group, gradient in zip(self._groups, gradients, strict=True):
             if adaptive:
                 weights = flatten(group)
                 norm = torch.linalg.vector_norm(weights * gradient)
-                gradient = weights.square().mul_(gradient)
+                directions.append(weights.square().mul_(gradient))
             else:
                 norm = torch.linalg.vector_norm(gradient)
+                directions.append(gradient)
             norms.append(joined_over_shards(norm, like=group[0]))
-            self._directions.append(gradient)
-        self.norm = _joined_norm(norms)
-        self.is_finite = torch.isfinite(self.norm)
+        return directions, _joined_norm(norms)
+
+    def _is_in_range(self, norm: Tensor) -> Tensor:
+        """Whether a norm is right, shape (): no square has overflowed, and none that counts has vanished."""
+        size = sum(p.numel() for group in self._groups for p in group)
+        kinds = [torch.finfo(group[0].dtype) for group in self._groups]
+        least = max(math.sqrt(size * kind.tiny / kind.eps) for kind in kinds)
+        return torch.isfinite(norm) & (norm > least)
+
+    def _largest(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The largest absolute value, shape (); 1 where it is zero or not finite."""
+        found = [
+            largest_over_shards(torch.linalg.vector_norm(gradient, math.inf), like=group[0])
+            for group, gradient in zip(self._groups, gradients, strict=True)
+        ]
+        largest = torch.stack([value.to(self.norm) for value in found]).amax()
+        return torch.where(torch.isfinite(largest) & (largest > 0), largest, torch.ones_like(largest))
 
     @torch.no_grad()
     def add_(self, rho: float) -> None:
         """w <- w + e, in place; without waiting for the device."""
         # tested as norm > 0, not as norm + 1e-12: that would be 0 / 0 in half precision
-        usable = self.is_finite & (self.norm > 0)
+        usable = self.is_finite & (self._scaled_norm > 0)
         for group, direction in zip(self._groups, self._directions, strict=True):
-            size = (rho / self.norm).to(direction.device)
+            size = (rho / self._scaled_norm).to(direction.device)
             step = torch.where(usable.to(direction.device), direction * size, torch.zeros_like(direction))
             shards = [local(p) for p in group]
             torch._foreach_add_(shards, unflatten(step, shards))

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from disam_peft.disam.domain_sums import DomainSums
-from disam_peft.disam.perturbation import by_device_and_dtype, flatten, unflatten
+from disam_peft.disam.perturbation import by_device_and_dtype, filled, flatten, unflatten
 
 NoSync = Callable[[], AbstractContextManager[object]]
 
@@ -71,7 +71,7 @@ class Ranks:
             return
         for members in by_device_and_dtype(params):
             used = torch.tensor([p.grad is not None for p in members], dtype=members[0].dtype, device=members[0].device)
-            flat = torch.cat([flatten(_filled(members, [p.grad for p in members])), used])
+            flat = torch.cat([flatten(filled(members, [p.grad for p in members])), used])
             dist.all_reduce(flat, group=self.group)
             summed, times_used = flat[: -len(members)], flat[-len(members) :].tolist()
             for p, gradient, times in zip(members, unflatten(summed, members), times_used, strict=True):
@@ -81,7 +81,7 @@ class Ranks:
         """Sum over the ranks of gradients that no wrapper knows of."""
         if self.size == 1:
             return list(gradients)
-        return [self.summed(gradient) for gradient in _filled(params, gradients)]
+        return [self.summed(gradient) for gradient in filled(params, gradients)]
 
     def check_replicas_agree(self, norm: Tensor) -> None:
         """All ranks must hold the same reduced gradient; asked once, at the first step.
@@ -97,7 +97,3 @@ class Ranks:
                 f"the gradients differ between ranks (norms from {smallest:.6g} to {largest:.6g}): nobody reduces "
                 "them; wrap the model in DistributedDataParallel, or give DISAM reduce_gradients=True"
             )
-
-
-def _filled(params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(params, gradients, strict=True)]

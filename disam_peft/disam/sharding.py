@@ -49,6 +49,18 @@ def joined_over_shards(norm: Tensor, like: Tensor) -> Tensor:
     return square.sqrt().to(norm.dtype)
 
 
+def largest_over_shards(value: Tensor, like: Tensor) -> Tensor:
+    """The largest of a number that every rank has of its own shard; ``like`` says how it is sharded."""
+    if not is_sharded(like):
+        return value
+    mesh, placements = layout(like)
+    value = value.clone()
+    for mesh_dim, placement in enumerate(placements):
+        if not placement.is_replicate():
+            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=mesh.get_group(mesh_dim))
+    return value
+
+
 def perturbation_arrived(sums: DomainSums, perturbed: DomainSums, norm: Tensor, rho: float) -> bool | None:
     """Whether pass 2 ran on other weights than pass 1; None where this batch cannot tell.
 

@@ -121,6 +121,7 @@ class Subject:
         options: dict[str, Any] = {
             "rho": largest(self.method.rho) or 0.05,
             "variance_weight": largest(self.method.variance_weight) or 0.1,
+            "variance_over": self.method.variance_over,
             "adaptive": self.method.adaptive,
             "num_domains": len(set(DOMAINS)),
         }

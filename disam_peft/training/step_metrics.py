@@ -178,10 +178,12 @@ class StepMetrics:
             return
         totals = self.totals()
         weights, steps = max(1, totals["domain_weights"]), max(1, totals["steps"])
+        over_samples = self._method.variance_over == "samples"
+        bound = "L_d - mean(L) > 1 / (2 lambda)" if over_samples else "L_d - mean(L) > n_d K / (2 lambda N)"
         if totals["negative_domain_weights"] > RARE * weights:
             warnings.warn(
                 f"{totals['negative_domain_weights'] / weights:.0%} of the domain weights were negative: the ascent "
-                "walks down on those domains. A weight w_d is negative where L_d - mean(L) > n_d K / (2 lambda N); "
+                f"walks down on those domains. A weight w_d is negative where {bound}; "
                 f"lower method.variance_weight={self._method.effective_variance_weight:g}",
                 stacklevel=3,
             )

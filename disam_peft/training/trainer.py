@@ -339,6 +339,7 @@ def _disam(
         params,
         rho=method.effective_rho,
         variance_weight=method.effective_variance_weight,
+        variance_over=method.variance_over,
         adaptive=method.adaptive,
         num_domains=len(dataset.domains),
         backward=accelerator.backward,

@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="mutants run in forked processes"),
 ]
 
+NORMS = "tests/unit/disam/test_masks_and_norms.py"
 STEP, MICRO_BATCHES, PRECISION = (
     f"tests/unit/disam/test_{name}.py" for name in ("disam", "micro_batches", "precision")
 )
@@ -111,6 +112,36 @@ MUTANTS = {
         "objective_D) + pull_D",
         f"{STEP}::test_two_quadratics_by_hand",
     ),
+    "variance over samples weighed as over domains": Mutant(
+        "ascent.py",
+        "(2.0 * variance_weight / total) * (mean_D - grand_mean)",
+        "(2.0 * variance_weight / num_present) * (mean_D - grand_mean)",
+        "tests/unit/disam/test_variance_over.py::test_the_ascent_gradient_is_the_authors",
+    ),
+    "norms that underflow": Mutant(
+        "perturbation.py",
+        "or not in_range:",
+        "or False:",
+        f"{NORMS}::test_row_74_the_perturbation_has_its_norm_whatever_the_size_of_the_gradient",
+    ),
+    "gradients of masked samples": Mutant(
+        "micro_batches.py",
+        "                    guard_gradients(root, self.mask_B)\n",
+        "                    pass\n",
+        f"{NORMS}::test_row_74_a_masked_sample_whose_derivative_alone_is_infinite",
+    ),
+    "what is kept of masked samples": Mutant(
+        "micro_batches.py",
+        "            with finite_where_masked(self.mask_B):\n",
+        "            if True:\n",
+        f"{NORMS}::test_row_74_a_masked_sample_that_is_not_finite_is_as_if_absent",
+    ),
+    "a batch of none is stepped on": Mutant(
+        "disam.py",
+        "if self._counts_nothing(batch, first.sums):",
+        "if False:",
+        f"{NORMS}::test_row_74_a_batch_of_masked_samples_changes_nothing",
+    ),
     "absent domains count": Mutant(
         "ascent.py",
         "present_D = count_D > 0",
@@ -164,8 +195,8 @@ MUTANTS = {
     ),
     "perturbed by a direction that is not finite": Mutant(
         "perturbation.py",
-        "usable = self.is_finite & (self.norm > 0)",
-        "usable = self.norm == self.norm",
+        "usable = self.is_finite & (self._scaled_norm > 0)",
+        "usable = self._scaled_norm == self._scaled_norm",
         f"{STEP}::test_row_28_a_zero_ascent_gradient_gives_a_plain_step",
     ),
     "norm of one shard": Mutant(
