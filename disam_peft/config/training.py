@@ -33,6 +33,10 @@ class TrainConfig(Config):
     """The gradient is scaled down to this Euclidean norm where it is larger. Unset: it is not clipped."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of the forward passes. The trained weights stay float32."""
+    deterministic: bool = False
+    """Use only kernels that give the same bits each time (``torch.use_deterministic_algorithms``). On a GPU a run then
+    repeats itself bit for bit, a little slower; an operation without such a kernel is an error. On a CPU nothing
+    changes, because a run repeats itself there anyway."""
     compile: bool = False
     """Run transformer blocks through torch.compile in training steps: the same up to rounding, and on a GPU about 1.5
     times faster and with less memory, after some ten seconds that compiling takes."""

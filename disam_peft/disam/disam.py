@@ -78,11 +78,10 @@ class DISAM:
 
     ``rho``, ``variance_weight`` and the other settings may be changed between steps, as attributes; they are checked.
 
-    Layers with running statistics: a BatchNorm in train mode makes its statistics from the batch in *both* passes, so
-    it counts every batch twice, the second time at the perturbed weights, and with micro-batches in two phases more
-    often. Keep frozen ones in eval mode, as one does in fine-tuning. Where they are trained, set ``momentum=0`` for
-    pass 2 (wrap the loss: its second call), or put them into eval mode after a warm-up. The toolkit's own training
-    keeps every norm of the backbone in eval mode.
+    A BatchNorm in train mode makes its running statistics from the batch in every pass: each batch counts twice, the
+    second time at the perturbed weights, and more often with micro-batches in two phases. Keep it in eval mode, as one
+    does with frozen ones; the training of this package does so. (The published DISAM trains in train mode and its SAM
+    baseline in eval mode, so that the two differ in more than the variance.)
 
     Raises:
         ValueError: rho or variance_weight negative or not finite; no parameter that requires a gradient; a parameter

@@ -43,7 +43,7 @@ from disam_peft.experiments.run_cache import RunCache
 from disam_peft.experiments.run_data import content_by_cell, images_of
 from disam_peft.experiments.run_folder import ADAPTER, CHECKPOINTS
 from disam_peft.experiments.split_data import SplitData, checked_split, holding_out
-from disam_peft.training.accelerator import start_accelerator
+from disam_peft.training.accelerator import deterministic_kernels, start_accelerator
 from disam_peft.training.checkpoint.manager import CheckpointConfig
 from disam_peft.training.rehearsal import rehearse
 from disam_peft.training.selection import Validation, put_into, validation
@@ -78,7 +78,7 @@ def train(
     """
     narrator = narrator or Narrator()
     accelerator, dataset, runs, cache = _begin(recipe, cache or RunCache(), narrator)
-    with ExitStack() as locks:
+    with deterministic_kernels(recipe.train.deterministic), ExitStack() as locks:
         planned = on_main(lambda: _claim(runs, dataset, locks, overwrite=overwrite, resume=resume))
         say_what_it_rests_on(planned)
         outcomes = [

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -9,6 +12,10 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 
 from disam_peft.errors import UserError
+
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
+"""Those that torch accepts."""
 
 
 def start_accelerator(
@@ -46,6 +53,36 @@ def _join(timeout_minutes: float) -> PartialState:
     processes on CPUs (torchrun) each would believe itself alone, and all would write the same files."""
     on_cpus = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=on_cpus, timeout=timedelta(minutes=timeout_minutes))
+
+
+@contextmanager
+def deterministic_kernels(wanted: bool) -> Iterator[None]:
+    """Inside, the kernels that torch chooses are those of ``train.deterministic``; what was set before is put back.
+
+    Raises:
+        UserError: the environment gives cuBLAS a workspace with which its results differ from run to run.
+    """
+    if not wanted:
+        yield
+        return
+    given = os.environ.setdefault(CUBLAS_WORKSPACE, DETERMINISTIC_WORKSPACES[0])  # read when cuBLAS is first used
+    if given not in DETERMINISTIC_WORKSPACES and torch.cuda.is_available():
+        raise UserError(
+            f"train.deterministic: {CUBLAS_WORKSPACE}={given} lets results differ from run to run; unset it, or set it "
+            f"to {' or '.join(DETERMINISTIC_WORKSPACES)}"
+        )
+    before = torch.are_deterministic_algorithms_enabled()
+    warns, benchmarks = torch.is_deterministic_algorithms_warn_only_enabled(), torch.backends.cudnn.benchmark
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+        torch.backends.cudnn.benchmark = benchmarks
+        torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
 
 
 def check_precision(mixed_precision: str, device: torch.device) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from disam_peft.adapters.linear_probe import LinearProbeAdapter
 from disam_peft.common.progress import track
 from disam_peft.config.training import TrainConfig
-from disam_peft.disam.ascent import ascent_weights
+from disam_peft.disam.ascent import VarianceOver, ascent_weights
 from disam_peft.errors import UserError
 from disam_peft.training.optimizers import build_optimizer, learning_rate_factor
 
@@ -56,10 +56,17 @@ class ProbeStack:
     Args:
         head: where they start; its trained parameters and its precision are theirs.
         settings: one for each probe.
-        adaptive: ASAM's perturbation (see ``DISAM``).
+        adaptive, variance_over: as in ``DISAM``.
     """
 
-    def __init__(self, head: LinearProbeAdapter, settings: Sequence[ProbeSetting], *, adaptive: bool = False) -> None:
+    def __init__(
+        self,
+        head: LinearProbeAdapter,
+        settings: Sequence[ProbeSetting],
+        *,
+        adaptive: bool = False,
+        variance_over: VarianceOver = "domains",
+    ) -> None:
         if not settings:
             raise UserError("no settings to train probes with; give at least one")
         self._trains_bias = isinstance(head.bias, nn.Parameter)
@@ -67,7 +74,7 @@ class ProbeStack:
         if self._trains_bias:
             weight_CF = torch.cat([weight_CF, head.bias.detach()[:, None]], dim=1)
         self._fixed_bias_C = None if self._trains_bias else head.bias.detach()
-        self.settings, self.adaptive = tuple(settings), adaptive
+        self.settings, self.adaptive, self.variance_over = tuple(settings), adaptive, variance_over
         # equal learning rates side by side: each is one parameter of the optimizer, and a slice of one tensor
         self._order = sorted(range(len(settings)), key=lambda s: settings[s].learning_rate)
         ordered = [settings[s] for s in self._order]
@@ -103,7 +110,8 @@ class ProbeStack:
         if self._perturbs:
             if self._pulls:
                 count_D = domain_BD.sum(dim=0)
-                weight_SD = ascent_weights(losses_BS.T @ domain_BD / count_D, count_D, self._variance_weight_S1)
+                mean_SD = losses_BS.T @ domain_BD / count_D
+                weight_SD = ascent_weights(mean_SD, count_D, self._variance_weight_S1, variance_over=self.variance_over)
                 surplus_BSC.mul_((domain_BD @ weight_SD.T)[..., None])
             ascent_SCF = self._product(surplus_BSC, features_BF)  # at any scale: only its direction counts
             weights_SCF = self._perturbed(ascent_SCF)

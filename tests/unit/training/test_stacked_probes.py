@@ -48,11 +48,13 @@ def draw(count, seed=1):
     return features, torch.randint(5, (count,), generator=generator), domains
 
 
-def alone(setting, features, labels, domains, *, adaptive=False, bias=True, optimizer, batches, clip=None):
+def alone(
+    setting, features, labels, domains, *, adaptive=False, over="domains", bias=True, optimizer, batches, clip=None
+):
     """The same by DISAM and autograd."""
     head = make_head(bias=bias)
     params = [p for p in head.parameters() if p.requires_grad]
-    disam = DISAM(params, setting.rho, setting.variance_weight, adaptive, num_domains=4)
+    disam = DISAM(params, setting.rho, setting.variance_weight, adaptive, num_domains=4, variance_over=over)
     steps = optimizer(params, setting.learning_rate)
     for rows in batches:
         disam.backward(
@@ -66,11 +68,11 @@ def alone(setting, features, labels, domains, *, adaptive=False, bias=True, opti
 
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("clip", [None, 0.05])
-def test_every_probe_is_where_disam_would_have_taken_it(adaptive, bias, clip):
+@pytest.mark.parametrize(("clip", "over"), [(None, "domains"), (0.05, "domains"), (None, "samples")])
+def test_every_probe_is_where_disam_would_have_taken_it(adaptive, bias, clip, over):
     features, labels, domains = draw(40)
     batches = [torch.arange(start, start + 10) % 40 for start in range(0, 70, 7)]
-    stack = ProbeStack(make_head(bias=bias), SETTINGS, adaptive=adaptive)
+    stack = ProbeStack(make_head(bias=bias), SETTINGS, adaptive=adaptive, variance_over=over)
     config = TrainConfig(
         steps=len(batches), optimizer="sgd", momentum=0.9, weight_decay=0.02, schedule="constant", clip_norm=clip
     )
@@ -82,7 +84,16 @@ def test_every_probe_is_where_disam_would_have_taken_it(adaptive, bias, clip):
     assert [trial.setting for trial in trials] == SETTINGS
     for setting, trial in zip(SETTINGS, trials, strict=True):
         expected = alone(
-            setting, features, labels, domains, adaptive=adaptive, bias=bias, optimizer=sgd, batches=batches, clip=clip
+            setting,
+            features,
+            labels,
+            domains,
+            adaptive=adaptive,
+            over=over,
+            bias=bias,
+            optimizer=sgd,
+            batches=batches,
+            clip=clip,
         )
         assert trial.state.keys() == expected.keys()
         for name, tensor in expected.items():
