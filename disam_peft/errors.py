@@ -27,6 +27,10 @@ class UserError(ValueError):
         super().__init__(printable(message))
 
 
+class Diverged(UserError):
+    """Training came to losses or gradients that are not finite. The same settings would come to the same again."""
+
+
 class Stopped(BaseException):
     """A signal ended the work. No Exception, as KeyboardInterrupt is none: a loop over runs that goes on after
     failures must end too. ``exit_code`` is what a shell would report, 143 for SIGTERM and 130 for Ctrl-C."""

@@ -165,7 +165,8 @@ def _train_one(
         append_event(folder / METRICS, event, **values)
         narrator.event(event, **values)
 
-    with tracking(recipe.train.tracker, TrackedRun(folder, as_dict(recipe)), accelerator):
+    tracked = TrackedRun(folder, as_dict(recipe))
+    with run_folder.withdrawn_unless_begun(folder), tracking(recipe.train.tracker, tracked, accelerator):
         fitted = fit(
             classifier,
             inferred.dataset,

@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from disam_peft import __version__
 from disam_peft.common.files import is_draft, require_no_link, wait_for_disk, write_atomically
+from disam_peft.common.processes import is_main
 from disam_peft.common.records import RESULTS
 from disam_peft.common.run_images import IMAGES, RunImages, read_images, write_images
 from disam_peft.config.identity import COMPUTED_FROM_DATA, is_harmless
@@ -27,6 +29,7 @@ CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 FINISHED = "finished.json"
 """Written last. A run is finished where this file and its results are there."""
+_BEFORE_THE_FIRST_STEP = {RECIPE, IMAGES, "tracking.jsonl", "tensorboard", "wandb"}
 Plan = Literal["start", "continue", "keep"]
 
 
@@ -100,7 +103,7 @@ def _is_free(folder: Path) -> bool:
     if not folder.exists():
         return True
     held = {path.name for path in folder.iterdir() if not is_draft(path)}
-    if held and held <= {RECIPE, IMAGES} and (folder / RECIPE).is_file():
+    if held and held <= _BEFORE_THE_FIRST_STEP and (folder / RECIPE).is_file():
         return (folder / RECIPE).read_bytes().startswith(WRITTEN_BY_US.encode())
     return not held
 
@@ -208,6 +211,20 @@ def prepare(recipe: Recipe, images: RunImages, *, anew: bool) -> None:
     write_atomically(folder / RECIPE, as_yaml(recipe))
     if anew:
         write_images(folder / IMAGES, images)
+
+
+@contextmanager
+def withdrawn_unless_begun(folder: Path) -> Iterator[None]:
+    """Leave nothing of a run that fails before its first step, so that the corrected one finds a free folder."""
+    try:
+        yield
+    except Exception:
+        if is_main() and folder.exists() and _is_free(folder):
+            for name in (IMAGES, RECIPE):
+                (folder / name).unlink(missing_ok=True)
+            with suppress(OSError):  # a tracker's files stay
+                folder.rmdir()
+        raise
 
 
 def finish(folder: Path) -> None:

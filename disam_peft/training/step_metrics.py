@@ -15,7 +15,7 @@ from disam_peft.config.method import MethodConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.disam.step_report import StepReport
-from disam_peft.errors import UserError
+from disam_peft.errors import Diverged
 from disam_peft.training.guarded_optimizer import StepOutcome
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -78,14 +78,14 @@ class StepMetrics:
         """Count the step, and write it down if it is time, as soon as it is known whether it was taken.
 
         Raises:
-            UserError: this is the tenth step in a row that was skipped; names files of its batch.
+            Diverged: this is the tenth step in a row that was skipped; names files of its batch.
         """
         outcome.when_known(lambda skipped: self._finish(step, skipped))
 
     def _finish(self, step: FinishedStep, skipped: bool) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            raise UserError(self._diverged(step.indices_B))
+            raise Diverged(self._diverged(step.indices_B))
         loss = step.report.loss
         self._losses = torch.stack([loss if self._losses is None else self._losses[0], loss])
         self._count(step.report, skipped)
@@ -172,6 +172,23 @@ class StepMetrics:
         self._counts = torch.tensor([totals[name] for name in COUNTED], device=device)
         self._losses = None if losses is None else losses.to(device)
 
+    @property
+    def has_trained(self) -> bool:
+        """Whether any step so far changed the weights."""
+        return self._steps > self.skipped
+
+    def require_training(self) -> None:
+        """Pass if any step of the run changed the weights.
+
+        Raises:
+            Diverged: all of them were skipped.
+        """
+        if not self.has_trained:
+            raise Diverged(
+                f"nothing was trained: all {self._steps} steps of the run had a loss or gradient that is not finite "
+                f"and were skipped; try {self._remedy}"
+            )
+
     def warn_at_the_end(self) -> None:
         """Say what happened more often than the method is meant for."""
         if self._method.effective_variance_weight == 0:
@@ -196,9 +213,12 @@ class StepMetrics:
 
     def _diverged(self, indices_B: Tensor) -> str:
         files = "\n".join(f"  {self._dataset.source(i)}" for i in indices_B[:10].tolist())
-        fp16 = self._config.mixed_precision == "fp16"
-        hint = "mixed_precision=bf16" if fp16 else "a lower train.learning_rate or method.rho"
         return (
             f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a loss or gradient that is not finite and were skipped; "
-            f"try {hint}. The last batch held, among others:\n{files}"
+            f"try {self._remedy}. The last batch held, among others:\n{files}"
         )
+
+    @property
+    def _remedy(self) -> str:
+        fp16 = self._config.mixed_precision == "fp16"
+        return "train.mixed_precision=bf16" if fp16 else "a lower train.learning_rate or method.rho"

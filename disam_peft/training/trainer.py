@@ -277,13 +277,14 @@ def fit(
             is_validated = step % interval == 0 or step == config.steps
             if is_validated:
                 trainer.optimizer.flush()
-                for weights, validation in best.offer(step).items():
+                for weights, validation in (best.offer(step) if trainer.metrics.has_trained else {}).items():
                     trainer.validated = validation.words
                     about = {} if weights == RAW else {"weights": weights}
                     emit("validation", step=step, **about, **validation.numbers)
                     prefix = "validation" if weights == RAW else f"validation/{weights}"
                     trainer.metrics.track(step, {f"{prefix}/{name}": v for name, v in validation.numbers.items()})
             manager.end_of_step(step, validated=is_validated)
+        trainer.metrics.require_training()
 
     trainer.metrics.warn_at_the_end()
     states = best.finish(config.steps, announce=resumed_after > 0)  # a power cut may have taken what was saved of it

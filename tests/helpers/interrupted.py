@@ -158,3 +158,34 @@ def ends_itself(module: Any, name: str, count: int, *, number: int = signal.SIGK
 def saved(recipe: Recipe) -> list[str]:
     """The names of the checkpoints of an unfinished run."""
     return sorted(path.name for path in (recipe.folder("photo") / "checkpoints").glob("step-*"))
+
+
+def ends_itself_at_a_write(recipe: Recipe, count: int) -> Callable[[], None]:
+    """For a child: SIGKILL right before the ``count``-th change that it makes in the folder of its run, counted from
+    the end of training on. Changes are files that are opened for writing, renamed, removed or cut, and folders."""
+    folder, seen = str(recipe.folder("photo")), list[str]()
+    changes = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"}
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            _, mode, flags = arguments
+            writes = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)) if mode is None else mode[0] in "wax+"
+            if not writes:
+                return
+        elif event not in changes:
+            return
+        if folder in str(arguments[0]) or folder.replace("/photo", "/.photo") in str(arguments[0]):
+            seen.append(event)
+            if len(seen) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def begin() -> None:
+        real = run._judge_all_weights
+
+        def judge(*arguments: Any) -> Any:
+            sys.addaudithook(watch)
+            return real(*arguments)
+
+        run._judge_all_weights = judge  # type: ignore[assignment]
+
+    return begin

@@ -23,13 +23,14 @@ from disam_peft.data.load import load
 from disam_peft.disam.perturbation import AscentDirection
 from disam_peft.errors import Notice, UserError
 from disam_peft.evaluation.protocols import Score
+from disam_peft.experiments.run_folder import is_finished, plan
 from disam_peft.training.accelerator import start_accelerator
 from disam_peft.training.checkpoint import storage as checkpoints
 from disam_peft.training.checkpoint.manager import CheckpointConfig
 from disam_peft.training.checkpoint.serialization import from_json_and_tensors, to_json_and_tensors
 from disam_peft.training.guarded_optimizer import GuardedOptimizer
 from disam_peft.training.trainer import fit
-from tests.helpers.interrupted import ended, ends_itself, result, saved
+from tests.helpers.interrupted import ended, ends_itself, ends_itself_at_a_write, result, saved
 
 pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="processes are forked and killed as POSIX systems do it"),
@@ -65,6 +66,39 @@ def test_row_33_killed_again_and_again_a_run_ends_in_the_same_bits(finished, mak
         assert result(recipe) == expected
         shutil.rmtree(recipe.output)
     assert kills["perturbed"] >= 3 and kills["saving"] >= 3 and sum(kills.values()) >= 10, kills
+
+
+SMALL = {"samples": 2, "ascent_steps": 1, "hessian_iterations": 3, "slice_points": 3}
+"""As little of sharpness as there can be."""
+
+
+@pytest.mark.slow
+def test_row_60_killed_before_any_write_at_the_end_of_a_run_it_is_completed(finished, make_recipe, start):
+    """The folder is that of a run which was killed right after training; each child goes on from a copy of it."""
+    changes = {"train": {"steps": 2, "save_every": 2}, "evaluation": {"sharpness": SMALL}}
+    expected = finished(**changes)
+    recipe = make_recipe(**changes)
+    folder = recipe.folder("photo")
+    assert ended(start(recipe, ends_itself_at_a_write(recipe, 1))) == -signal.SIGKILL
+    trained = folder.with_name("trained")
+    shutil.copytree(folder, trained)
+    unfinished = 0
+    for count in range(1, 200):
+        shutil.rmtree(folder)
+        shutil.copytree(trained, folder)
+        code = ended(start(recipe, ends_itself_at_a_write(recipe, count)))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        unfinished += not is_finished(folder)
+        assert is_finished(folder) == (folder / "finished.json").is_file()
+        if not is_finished(folder):
+            with pytest.raises(UserError, match="did not finish; --resume continues it"):
+                plan(recipe, lambda: load(recipe.data))
+        assert ended(start(recipe)) == 0
+        assert result(recipe) == expected, f"killed before change {count}"
+    assert unfinished > 10 and count > unfinished, "before and after the last file"
+    assert result(recipe) == expected
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ from disam_peft.common.processes import from_all, largest, on_main
 from disam_peft.config.base import Config
 from disam_peft.config.training import TrainConfig
 from disam_peft.disam.random_state import RandomState
-from disam_peft.errors import Notice, Stopped, UserError
+from disam_peft.errors import Diverged, Notice, Stopped, UserError
+from disam_peft.training.checkpoint.recorded_steps import cut_back
 from disam_peft.training.checkpoint.serialization import from_json_and_tensors, to_json_and_tensors
 from disam_peft.training.checkpoint.signals import StopSignals
 from disam_peft.training.checkpoint.storage import complete_checkpoints, read_checkpoint, sweep, write_checkpoint
@@ -121,7 +122,8 @@ class CheckpointManager:
             place, files, record = newest
             self._restore(place, files, record)
         if self._accelerator.is_main_process:
-            _cut(where.records, None if record is None else record.records_bytes)
+            length, step = (None, 0) if record is None else (record.records_bytes, record.step)
+            cut_back(where.records, length, step)
             after = "from the start: there is no checkpoint yet" if record is None else f"after step {record.step}"
             warnings.warn(f"going on {after} (of {self._config.steps} steps)", Notice, stacklevel=3)
         return 0 if record is None else record.step
@@ -137,6 +139,12 @@ class CheckpointManager:
                 yield
         except Stopped as stopped:
             stopped.args = (f"{stopped}. {self._safe()}",)
+            raise
+        except Diverged as error:
+            error.args = (
+                f"{error}\nGoing on from a checkpoint would come to the same: give the changed command with "
+                "--overwrite, or with another name",
+            )
             raise
         except UserError as error:
             error.args = (f"{error}\n{self._safe()}",)
@@ -264,9 +272,3 @@ def _length_on_disk(records: Path | None) -> int | None:
     with open(records, "rb") as file:
         os.fsync(file.fileno())
         return file.seek(0, os.SEEK_END)
-
-
-def _cut(records: Path | None, length: int | None) -> None:
-    """What was recorded after the checkpoint will be recorded again."""
-    if records is not None and records.exists():
-        os.truncate(records, min(records.stat().st_size, length or 0))

@@ -105,7 +105,61 @@ def test_a_resumed_run_tracks_every_step_once(make_recipe, cut):
 def test_after_a_mistake_that_stops_a_run_before_its_first_step_the_corrected_one_starts(make_recipe):
     with pytest.raises(UserError, match="batch_size=1 cannot hold a sample of each of the 2 domains"):
         run.train(make_recipe(train={"batch_size": 1}))
+    assert not make_recipe().folder("photo").exists(), "the run never was"
     assert run.train(make_recipe())[0].fit is not None
+
+
+def test_row_75_a_run_that_trained_nothing_has_no_results_and_advises_no_resume(make_recipe, monkeypatch, capsys):
+    recipe = make_recipe(method={"name": "sam", "rho": 3e38})
+    path = recipe.output / "recipe.yaml"
+    path.parent.mkdir()
+    path.write_text(as_yaml(recipe))
+    for options in ([], ["--resume"]):
+        monkeypatch.setattr(sys, "argv", ["disam-peft", "train", str(path), *options])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        said = capsys.readouterr().err
+        assert caught.value.code == 2
+        assert "nothing was trained: all 4 steps" in said
+        assert "would come to the same: give the changed command with --overwrite" in said
+        assert "give the same command with --resume" not in said
+    left = {path.name for path in recipe.folder("photo").iterdir()}
+    assert left == {"recipe.yaml", "images.parquet", "metrics.jsonl", "checkpoints"}
+    assert run.train(make_recipe(), overwrite=True)[0].fit is not None
+
+
+def test_row_62_metrics_that_are_gone_are_said_and_the_run_goes_on_to_the_same_result(make_recipe, cut):
+    recipe = make_recipe()
+    cut(recipe)
+    (recipe.folder("photo") / "metrics.jsonl").unlink()
+    with pytest.warns(UserWarning, match=r"the records of steps 1 to 2 are missing in .*photo.metrics\.jsonl"):
+        [outcome] = run.train(recipe, resume=True)
+    assert [event["step"] for event in read_events(outcome.folder / "metrics.jsonl", "step")] == [3, 4]
+    [lost] = read_events(outcome.folder / "metrics.jsonl", "records_lost")
+    assert (lost["first_step"], lost["last_step"]) == (1, 2)
+    before = (outcome.folder / "results.json").read_bytes()
+    run.train(recipe, overwrite=True)
+    assert (outcome.folder / "results.json").read_bytes() == before
+
+
+def test_row_60_results_alone_do_not_make_a_finished_run(make_recipe, monkeypatch):
+    recipe = make_recipe(evaluation={"workers": 0, "sharpness": {}})
+
+    def no_memory(*_, **__):
+        raise Cut
+
+    monkeypatch.setattr(run, "write_sharpness", no_memory)
+    with pytest.raises(Cut):
+        run.train(recipe)
+    folder = recipe.folder("photo")
+    assert (folder / "results.json").is_file()
+    with pytest.raises(UserError, match="did not finish; --resume continues it"):
+        run.train(recipe)
+    monkeypatch.undo()
+    with pytest.warns(Notice, match=r"going on after step 4 \(of 4 steps\)"):
+        run.train(recipe, resume=True)
+    assert (folder / "sharpness.json").is_file() and (folder / "finished.json").is_file()
+    assert run.train(recipe)[0].fit is None
 
 
 def test_resume_where_nothing_is_starts_with_a_notice(make_recipe):

@@ -19,7 +19,7 @@ from disam_peft.config.data import AugmentConfig, DataConfig
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
-from disam_peft.errors import UserError
+from disam_peft.errors import Diverged, UserError
 from disam_peft.evaluation.protocols import Score
 from disam_peft.objectives.cross_entropy import cross_entropy
 from disam_peft.training.accelerator import check_precision, start_accelerator
@@ -208,6 +208,22 @@ def test_row_11_losses_that_stay_nan_stop_the_run_and_name_the_files(make_classi
             on_event=lambda name, **values: events.append(values),
         )
     assert [values["skipped"] for values in events] == [True] * 9, "the tenth raises"
+
+
+def test_row_75_a_run_whose_every_step_was_skipped_is_an_error_and_nothing_is_saved(make_classifier, dataset):
+    classifier = make_classifier(LinearProbeConfig())
+    with torch.no_grad():
+        next(iter(classifier.trainable().values())).fill_(math.nan)
+    saved = []
+    with pytest.raises(Diverged, match=r"nothing was trained: all 4 steps .* try a lower train.learning_rate"):
+        fit(
+            classifier,
+            dataset,
+            config=TrainConfig(**{**SETTINGS, "steps": 4, "validate_every": 1}),
+            validate=lambda: 0.5,
+            on_best=saved.append,
+        )
+    assert saved == []
 
 
 def test_a_skipped_step_changes_nothing_and_does_not_advance_the_schedule(make_classifier, dataset, monkeypatch):
