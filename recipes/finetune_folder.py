@@ -7,20 +7,25 @@ FOLDER/<domain>/<class>/*.jpg; the small CLIP that comes with the package: --bac
 """
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 import disam_peft as dp
 
+BACKBONE = "A model of open_clip, or demo: the small CLIP that comes with the package, with --pretrained ''."
+PRETRAINED = "Its weights. Empty ('') for a model that has its own: demo, or local-dir:FOLDER."
+
 
 def main(
-    folder: Path,
-    held_out: str,
-    backbone: str = "ViT-B-16",
-    pretrained: str = "openai",
+    folder: Annotated[Path, typer.Argument(help="FOLDER/<domain>/<class>/*.jpg.")],
+    held_out: Annotated[str, typer.Argument(help="The domain that training does not see.")],
+    backbone: Annotated[str, typer.Option(help=BACKBONE)] = "ViT-B-16",
+    pretrained: Annotated[str, typer.Option(help=PRETRAINED)] = "openai",
     steps: int = 500,
     output: Path = Path("adapter"),
 ) -> None:
+    """Train a LoRA with DISAM on every domain but one, and judge it there beside zero-shot CLIP."""
     sources, target = dp.leave_out(dp.load_data(dp.DataConfig(root=folder)), held_out)
     training, validation = dp.split_train_validation(sources, fraction=0.2, seed=0)
 

@@ -8,6 +8,7 @@ The small CLIP that comes with the package: --backbone demo --pretrained ""
 """
 
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
@@ -15,8 +16,18 @@ from accelerate import Accelerator
 
 import disam_peft as dp
 
+BACKBONE = "A model of open_clip, or demo: the small CLIP that comes with the package, with --pretrained ''."
+PRETRAINED = "Its weights. Empty ('') for a model that has its own: demo, or local-dir:FOLDER."
 
-def main(folder: Path, held_out: str, backbone: str = "ViT-B-16", pretrained: str = "openai", steps: int = 200) -> None:
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="FOLDER/<domain>/<class>/*.jpg.")],
+    held_out: Annotated[str, typer.Argument(help="The domain that training does not see.")],
+    backbone: Annotated[str, typer.Option(help=BACKBONE)] = "ViT-B-16",
+    pretrained: Annotated[str, typer.Option(help=PRETRAINED)] = "openai",
+    steps: int = 200,
+) -> None:
+    """Train a LoRA with DISAM in a loop of your own, and judge it on the held-out domain."""
     accelerator = Accelerator()
     sources, target = dp.leave_out(dp.load_data(dp.DataConfig(root=folder)), held_out)
     clip = dp.load_backbone(dp.BackboneConfig(name=backbone, pretrained=pretrained or None))

@@ -12,7 +12,7 @@ from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from disam_peft.common.strict_json import read_json
 from disam_peft.config.adapters import AdapterConfig
-from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.backbone import BackboneConfig, FilePreprocessing
 from disam_peft.config.base import Config
 from disam_peft.errors import UserError
 
@@ -23,6 +23,14 @@ MAX_TENSOR_BYTES = 4 * 2**30  # beyond the largest CLIP's own weights in half pr
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+_AS_OPENAI = FilePreprocessing(
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+    interpolation="bicubic",
+    resize="shortest",
+)
 
 
 class BackboneEntry(BackboneConfig):
@@ -36,7 +44,12 @@ class BackboneEntry(BackboneConfig):
     """Everything else, in named parts. Version 0.1 recorded none."""
 
     def config(self) -> BackboneConfig:
-        return BackboneConfig(**self.model_dump(include=set(BackboneConfig.model_fields)))
+        config = BackboneConfig(**self.model_dump(include=set(BackboneConfig.model_fields)))
+        if self.fingerprint is not None or not (config.pretrained or "").endswith(".safetensors"):
+            return config
+        # 0.1 took every bare weights file to be preprocessed as OpenAI's, and so this adapter was trained.
+        activation: Literal["gelu", "quick_gelu"] = "quick_gelu" if self.quick_gelu else "gelu"
+        return config.model_copy(update={"activation": activation, "preprocessing": _AS_OPENAI})
 
 
 class TensorEntry(Config):

@@ -6,7 +6,6 @@ W token width, E embedding width of the shared image-text space.
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -295,12 +294,3 @@ class ClipBackbone(ABC):
         """Write ``model`` (this backbone's architecture, e.g. with merged adapters) as a complete checkpoint of the
         family: weights as safetensors, config, image transform, tokenizer. The family's own loader takes it as is.
         """
-
-
-def warn_random_weights(config: BackboneConfig) -> None:
-    """The loud warning of ``pretrained: none``."""
-    warnings.warn(
-        f"backbone '{config.name}' has RANDOM weights (pretrained: none): accuracies will be at chance and say "
-        "nothing about the method; set backbone.pretrained to a tag such as 'openai'",
-        stacklevel=2,
-    )

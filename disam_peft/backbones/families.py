@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from disam_peft.config.backbone import DEMO, BackboneConfig
+from disam_peft.config.backbone import DEMO, RANDOM_WEIGHTS, BackboneConfig
 
 if TYPE_CHECKING:
     from disam_peft.backbones.base import ClipBackbone
@@ -44,11 +45,18 @@ BACKBONES: dict[str, Callable[[BackboneConfig], ClipBackbone]] = {
 
 
 def load_backbone(config: BackboneConfig) -> ClipBackbone:
-    """A frozen CLIP on the CPU, in float32 and eval mode.
+    """A frozen CLIP on the CPU, in float32 and eval mode. Random weights come with a warning.
 
     Raises:
         UserError: an unknown name or tag, weights that are missing, pickled or cannot be fetched.
     """
+    if config.pretrained == RANDOM_WEIGHTS:
+        warnings.warn(
+            f"backbone '{config.name}' has RANDOM weights (pretrained: random): accuracies will be at chance and say "
+            "nothing about the method; set backbone.pretrained to a tag such as 'openai', or leave it out where the "
+            "name brings weights",
+            stacklevel=2,
+        )
     backbone = BACKBONES[config.family](located(config))
     backbone.config = config  # records and exports name the model, not a folder of this machine
     return backbone

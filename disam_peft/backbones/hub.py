@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
+from disam_peft.config.backbone import BackboneConfig
 from disam_peft.errors import UserError
 
 PATIENCE_SECONDS = 8.0
@@ -111,6 +112,16 @@ def require_safetensors(path: Path) -> None:
             f"{path} is not a safetensors file: pickled weights could run code and are not loaded; convert it where "
             "you trust it (torch.load with weights_only=True, then safetensors.torch.save_file)"
         )
+
+
+def refuse_file_settings(config: BackboneConfig) -> None:
+    """Raises UserError for settings of a bare weights file where the weights are something else."""
+    for name in ("activation", "preprocessing"):
+        if getattr(config, name) is not None:
+            raise UserError(
+                f"backbone.{name} has no meaning with '{config.name}' and backbone.pretrained "
+                f"'{config.pretrained}': only a safetensors file cannot say it itself; leave it out"
+            )
 
 
 def _cached_snapshot(repo: str, revision: str | None) -> Path | None:

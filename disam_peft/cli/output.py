@@ -17,7 +17,6 @@ from disam_peft.errors import printable
 
 if TYPE_CHECKING:
     from disam_peft.common.cache import Kept
-    from disam_peft.data.check import DataReport
     from disam_peft.doctor.check_result import CheckResult
     from disam_peft.doctor.examine import Examination
     from disam_peft.report.comparison import Comparison, TextTable
@@ -126,7 +125,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
         f"{', '.join(filter(None, (f.condition, f.arm, f.held_out)))}, seed {f.seed}: {f.error.splitlines()[0]}"
         for f in comparison.failed
     ]
-    _list(console, "failed runs", failed)
+    print_list(console, "failed runs", failed)
 
 
 def _width(table: TextTable) -> int:
@@ -183,10 +182,12 @@ def print_sweep(rows: Iterable[Mapping[str, Any]], title: str, console: Console 
     """One line per setting, in the order given."""
     console = console or Terminal()
     table = Table(title=escape(title), box=box.SIMPLE, title_justify="left")
+    table.add_column("method")
     for name in ("learning rate", "rho", "lambda", "best step", "top-1 (%)", "NLL"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
+            row["method"],
             *(f"{row[key]:g}" for key in ("learning_rate", "rho", "variance_weight")),
             str(row["best_step"]),
             "diverged" if row["source_top1"] is None else _percent(row["source_top1"]),
@@ -211,40 +212,11 @@ def print_sharpness(rows: Iterable[ResultRow], console: Console | None = None) -
     console.print(table)
 
 
-def print_data_report(report: DataReport, console: Console | None = None) -> None:
-    """The census, then what is wrong with it."""
-    console = console or Terminal()
-    table = Table(title=f"{report.total} images", box=box.SIMPLE, title_justify="left")
-    table.add_column("class")
-    for domain in report.domains:
-        table.add_column(escape(domain), justify="right")
-    for label, name in enumerate(report.classes):
-        prompt = report.prompt_names[label]
-        shown = name if prompt == name else f"{name} ({prompt})"
-        table.add_row(escape(shown), *(str(row[label]) if row[label] else "-" for row in report.counts))
-    table.add_section()
-    table.add_row("all", *(str(sum(row)) for row in report.counts))
-    console.print(table)
-    if report.sizes is not None:
-        small, median, large = report.sizes.smallest, report.sizes.median, report.sizes.largest
-        console.print(
-            f"sizes: {small[0]}x{small[1]} to {large[0]}x{large[1]} pixels, median {median[0]:g}x{median[1]:g}"
-        )
-    for kind, count in report.ignored.items():
-        console.print(f"passed over: {count} {kind}", markup=False)
-    _list(console, "bad files", [f"{bad.source}: {bad.reason}" for bad in report.bad])
-    _list(console, "the same image twice in a domain", [" = ".join(g.sources) for g in report.duplicates_within])
-    _list(
-        console,
-        "the same image in several domains (a leak once one of them is held out)",
-        [" = ".join(g.sources) for g in report.duplicates_across],
-    )
-
-
-def _list(console: Console, title: str, lines: list[str]) -> None:
+def print_list(console: Console, title: str, lines: list[str]) -> None:
+    """A title with the number of lines, and the first of them."""
     console.print(f"{title}: {len(lines) or 'none'}", markup=False)
     for line in lines[:_LISTED]:
-        console.print(f"  {line}", markup=False)
+        console.print(f"  {line}", markup=False, soft_wrap=True)  # paths stay whole
     if len(lines) > _LISTED:
         console.print(f"  and {len(lines) - _LISTED} more")
 

@@ -117,8 +117,17 @@ def sweep(
     rows = sweeps.sweep(checked, learning_rates=learning_rates, rhos=rhos, variance_weights=variance_weights)
     for held_out in dict.fromkeys(row.held_out for row in rows):
         found = [row for row in rows if row.held_out == held_out]
-        print_sweep([vars(row) for row in found], f"{training_domains(held_out)}: accuracy on held-back source data")
-        say(f"next: {sweeps.best_command(recipe, overrides or [], found[0])}")
+        print_sweep(
+            [{**vars(row), "method": row.method} for row in found],
+            f"{training_domains(held_out)}: accuracy on held-back source data",
+        )
+        best, equal = found[0], sweeps.ties(found)
+        if equal:
+            say(f"{equal} other settings are exactly as good as the first, which is the simplest of them")
+        if best.method != "disam":
+            say(f"the best setting is {best.method}: disam with {'rho' if best.method == 'erm' else 'lambda'} 0")
+        say(f"wrote {sweeps.sweep_file(checked, held_out)}")
+        say(f"next: {sweeps.best_command(recipe, overrides or [], best)}")
 
 
 def compare(

@@ -5,17 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import statistics
 import warnings
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from disam_peft.common.cache import use
 from disam_peft.common.files import cache_folder, write_atomically
@@ -25,7 +20,7 @@ from disam_peft.data.transforms.decode import BadImage, decode_image
 from disam_peft.errors import UserError
 
 MAX_BAD_SHARE = 0.01
-_FORMAT = 3  # of the findings in the cache; to be raised when decoding judges a file differently
+_FORMAT = 4  # of the findings in the cache; to be raised when decoding judges a file differently
 _LISTED = 10
 
 
@@ -39,93 +34,6 @@ class CheckedFile:
     height: int
     reason: str
     """Why it cannot be used; empty where it can."""
-
-
-@dataclass(frozen=True)
-class BadFile:
-    """An image that cannot be used."""
-
-    source: str
-    domain: str
-    class_name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class DuplicateGroup:
-    """Files with the same content."""
-
-    sha256: str
-    sources: tuple[str, ...]
-    domains: tuple[str, ...]
-    """The different domains they are in. More than one is a leak when one of them is held out."""
-    classes: tuple[str, ...]
-    """The different classes they are in. More than one means that a label is wrong."""
-
-
-@dataclass(frozen=True)
-class SizeSummary:
-    """Widths and heights of the good images, in pixels."""
-
-    smallest: tuple[int, int]
-    median: tuple[float, float]
-    largest: tuple[int, int]
-    """``smallest`` and ``largest`` are by number of pixels; ``median`` is the median width and the median height."""
-
-
-@dataclass(frozen=True)
-class DataReport:
-    """How many samples there are, and what the check found; plain data, see ``to_dict``.
-
-    Attributes:
-        counts: samples by domain (rows) and class (columns), bad ones included.
-        duplicates_within: groups of files with the same content in one domain.
-        duplicates_across: groups of files with the same content in several domains.
-        ignored: files that are no samples, counted by kind.
-        sizes: None where no image is good.
-    """
-
-    origin: str
-    fingerprint: str
-    domains: tuple[str, ...]
-    classes: tuple[str, ...]
-    prompt_names: tuple[str, ...]
-    counts: tuple[tuple[int, ...], ...]
-    bad: tuple[BadFile, ...]
-    duplicates_within: tuple[DuplicateGroup, ...]
-    duplicates_across: tuple[DuplicateGroup, ...]
-    sizes: SizeSummary | None
-    ignored: dict[str, int]
-
-    @property
-    def total(self) -> int:
-        """Number of samples, bad ones included."""
-        return sum(map(sum, self.counts))
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON types only."""
-        return json.loads(json.dumps({**asdict(self), "total": self.total}))
-
-
-def inspect(dataset: DomainDataset, *, progress: bool = True) -> DataReport:
-    """Check every file of ``dataset``. Bad files are listed in the report and are no error."""
-    findings = examine(dataset, progress=progress)
-    counts_DC = np.zeros((len(dataset.domains), len(dataset.classes)), dtype=np.int64)
-    np.add.at(counts_DC, (dataset.domain_ids, dataset.labels), 1)
-    groups = _duplicates(dataset, findings)
-    return DataReport(
-        origin=dataset.origin,
-        fingerprint=dataset.fingerprint,
-        domains=dataset.domains,
-        classes=dataset.classes,
-        prompt_names=dataset.prompt_names,
-        counts=tuple(tuple(row) for row in counts_DC.tolist()),
-        bad=tuple(_bad_file(dataset, i, f.reason) for i, f in enumerate(findings) if f.reason),
-        duplicates_within=tuple(group for group in groups if len(group.domains) == 1),
-        duplicates_across=tuple(group for group in groups if len(group.domains) > 1),
-        sizes=_sizes(findings),
-        ignored=dict(dataset.ignored),
-    )
 
 
 def verified(
@@ -142,9 +50,20 @@ def verified(
     """
     known = None if again else remembered(dataset)
     findings = known if known is not None else _examine_files(dataset, progress=progress)
+    return with_findings(dataset, findings, skip_bad=skip_bad, remembered=known is not None)
+
+
+def with_findings(
+    dataset: DomainDataset, findings: Sequence[CheckedFile], *, skip_bad: bool, remembered: bool
+) -> DomainDataset:
+    """``dataset`` with what was found out about each of its samples, see ``verified``.
+
+    Raises:
+        UserError: as ``verified``.
+    """
     bad = [i for i, finding in enumerate(findings) if finding.reason]
     hashes = tuple(finding.sha256 for finding in findings)
-    hashed = replace(dataset, hashes=hashes, remembered=known is not None)
+    hashed = replace(dataset, hashes=hashes, remembered=remembered)
     if not bad:
         return hashed
     share = f"{len(bad)} of {len(dataset)} images ({len(bad) / len(dataset):.1%}) cannot be used"
@@ -216,40 +135,6 @@ def _find(dataset: DomainDataset, index: int) -> CheckedFile:
     except BadImage as error:
         return CheckedFile(digest, 0, 0, error.reason)
     return CheckedFile(digest, image.width, image.height, "")
-
-
-def _bad_file(dataset: DomainDataset, index: int, reason: str) -> BadFile:
-    return BadFile(
-        source=dataset.source(index),
-        domain=dataset.domains[dataset.domain_ids[index]],
-        class_name=dataset.classes[dataset.labels[index]],
-        reason=reason,
-    )
-
-
-def _duplicates(dataset: DomainDataset, findings: list[CheckedFile]) -> list[DuplicateGroup]:
-    by_hash: dict[str, list[int]] = defaultdict(list)
-    for i, finding in enumerate(findings):
-        if not finding.reason:  # ten empty files are ten bad files, not duplicates
-            by_hash[finding.sha256].append(i)
-    return [
-        DuplicateGroup(
-            sha256=digest,
-            sources=tuple(dataset.source(i) for i in members),
-            domains=tuple(dataset.domains[d] for d in np.unique(dataset.domain_ids[members])),
-            classes=tuple(dataset.classes[c] for c in np.unique(dataset.labels[members])),
-        )
-        for digest, members in by_hash.items()
-        if len(members) > 1
-    ]
-
-
-def _sizes(findings: list[CheckedFile]) -> SizeSummary | None:
-    sizes = sorted(((f.width, f.height) for f in findings if not f.reason), key=lambda s: (s[0] * s[1], s))
-    if not sizes:
-        return None
-    median = (statistics.median(w for w, _ in sizes), statistics.median(h for _, h in sizes))
-    return SizeSummary(smallest=sizes[0], median=median, largest=sizes[-1])
 
 
 # -- findings in the cache ----------------------------------------------------------------------------------

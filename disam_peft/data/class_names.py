@@ -17,6 +17,7 @@ from disam_peft.errors import UserError, did_you_mean
 # `02_dog`, `257-cat`. The 18 of `18_wheeler` belongs to the name. A letter must follow.
 _NUMBERING = re.compile(r"^(?:\d+\.|0\d+[_\- ]|\d{3,}[_\- ])[_\-. ]*(?=.*[^\W\d_])")
 _SEPARATORS = re.compile(r"[_\-]+|(?<!\d)\.|\.(?!\d)")
+_NO_WORD = re.compile(r"[+-]?[\d.,_]*\d|n\d{8}|(?:class|label|category)?[ _\-.]?\d+", re.IGNORECASE)
 # Two small letters before the capital, so that iPod and McDonald stay whole.
 _CAMEL = re.compile(r"(?<=[a-z]{2})(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
@@ -26,8 +27,8 @@ def clean_class_name(name: str) -> str:
 
     Unicode is brought to NFC; numbering in front goes (``001.ak47``); underscores, hyphens, dots and CamelCase
     become spaces. Where every word is capitalised (``Alarm_Clock``) the capitals are style and go, except in
-    acronyms (``TV``); where only some are (``the_Eiffel_Tower``) they are meant and stay. Braces, emoji and
-    right-to-left text pass unchanged.
+    acronyms (``TV``, ``GIRAFFE``); where only some are (``the_Eiffel_Tower``, ``African elephant``) they are meant and
+    stay. Braces, emoji and right-to-left text pass unchanged.
 
     Raises:
         UserError: nothing is left.
@@ -41,6 +42,11 @@ def clean_class_name(name: str) -> str:
     if all(word[0].isupper() for word in cased):
         words = [word.lower() if word[1:].islower() or len(word) == 1 else word for word in words]
     return " ".join(words)
+
+
+def says_nothing(name: str) -> bool:
+    """Whether a class is a number or a code, which no language model knows as a word: ``7``, ``0.0``, ``n01440764``."""
+    return _NO_WORD.fullmatch(name.strip()) is not None
 
 
 def read_overrides(path: Path) -> dict[str, str]:

@@ -52,11 +52,16 @@ def same_content(first: DomainDataset, second: DomainDataset) -> list[tuple[int,
     Raises:
         BadImage: a file that has to be read cannot be.
     """
+    if first.hashes is not None and second.hashes is not None:
+        known: dict[str, list[int]] = defaultdict(list)
+        for i, digest in enumerate(first.hashes):
+            known[digest].append(i)
+        return [(i, j) for j, digest in enumerate(second.hashes) for i in known.get(digest, ())]
     first_sizes, second_sizes = first.sizes_and_times[0], second.sizes_and_times[0]
     # Only files of equal size can have equal content, so most files need not be read.
     by_hash: dict[str, list[int]] = defaultdict(list)
-    for i in np.flatnonzero(np.isin(first_sizes, second_sizes)):
-        by_hash[first.content_hash(int(i))].append(int(i))
+    for index in np.flatnonzero(np.isin(first_sizes, second_sizes)):
+        by_hash[first.content_hash(int(index))].append(int(index))
     candidates = np.flatnonzero(np.isin(second_sizes, first_sizes))
     return [(i, int(j)) for j in candidates for i in by_hash.get(second.content_hash(int(j)), [])]
 

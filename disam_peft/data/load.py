@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from disam_peft.config.data import ClassPolicy, DataConfig
 from disam_peft.config.names import same_but_for_case
 from disam_peft.data.check import verified
-from disam_peft.data.class_names import prompt_names, read_overrides
+from disam_peft.data.class_names import prompt_names, read_overrides, says_nothing
 from disam_peft.data.dataset import DomainDataset, PixelPlan
 from disam_peft.data.sources.folder_tree import NOT_REGULAR, OUTSIDE
 from disam_peft.data.sources.samples import Samples, require_domains
@@ -23,8 +24,6 @@ from disam_peft.errors import UserError
 
 def load(config: DataConfig) -> DomainDataset:
     """The dataset of ``config``: classes and domains sorted, samples in a fixed order, and checked if ``verify`` is on.
-
-    To look at data as they are, as ``check-data`` does, load with ``verify`` off and ``classes`` "union".
 
     Raises:
         UserError: a source that is missing or laid out otherwise; a domain that is not there; classes that differ
@@ -52,7 +51,8 @@ def passed_over(dataset: DomainDataset) -> list[str]:
         where = ", ".join(name or "the top folder" for name in folders[: 2 if more else 3])
         package = package_for(kind)
         advice = f" (install {package} to read them, or convert them)" if package else ""
-        lines.append(f"{count} {kind}" + (f" in {where}{more}" if where else "") + advice)
+        name = kind.replace("image", "images", 1) if kind == OUTSIDE and count > 1 else kind
+        lines.append(f"{count} {name}" + (f" in {where}{more}" if where else "") + advice)
     return lines
 
 
@@ -62,8 +62,9 @@ def assemble(samples: Samples, config: DataConfig) -> DomainDataset:
     Raises:
         UserError: as ``load``.
     """
-    labels = [unicodedata.normalize("NFC", name) for name in samples.labels]
-    domain_names = [unicodedata.normalize("NFC", name) for name in samples.domains]
+    if samples.without_images and config.domains is None:
+        raise UserError("\n".join(samples.without_images.values()))
+    labels, domain_names = _normalised(samples)
     domains = _chosen_domains(domain_names, config.domains, samples.origin)
     _refuse_domain_twins(domains, samples.origin)
     present: dict[str, set[str]] = {name: set() for name in domains}
@@ -71,17 +72,46 @@ def assemble(samples: Samples, config: DataConfig) -> DomainDataset:
         if domain in present:
             present[domain].add(label)
     classes = agree(present, config.classes)
-    class_id = {name: i for i, name in enumerate(classes)}
-    domain_id = {name: i for i, name in enumerate(domains)}
     overrides = read_overrides(config.class_names) if config.class_names is not None else None
-    if overrides is None and all(name.isdecimal() for name in classes):
+    if overrides is None and all(map(says_nothing, classes)):
+        kind = "codes" if any(any(map(str.isalpha, name)) for name in classes) else "bare numbers"
         warnings.warn(
-            f"the classes of {samples.origin} are bare numbers ({', '.join(classes[:5])}), and so are the prompts; "
+            f"the classes of {samples.origin} are {kind} ({', '.join(classes[:5])}), and so are the prompts; "
             "if they stand for words, give data.class_names",
             stacklevel=3,
         )
+    return _numbered(samples, domains, classes, prompt_names(classes, overrides), config)
+
+
+def as_they_are(samples: Samples, config: DataConfig) -> DomainDataset:
+    """Every sample, for a look at data that ``assemble`` may refuse: nothing is compared, and domains without an image
+    keep their place."""
+    labels, domain_names = _normalised(samples)
+    found = {*domain_names, *samples.without_images}
+    wanted = {unicodedata.normalize("NFC", name) for name in config.domains or found}
+    domains = tuple(sorted(wanted if wanted <= found else found))
+    classes = tuple(sorted(set(labels)))
+    names: tuple[str, ...] = classes
+    with suppress(UserError):
+        names = prompt_names(classes, read_overrides(config.class_names) if config.class_names is not None else None)
+    return _numbered(samples, domains, classes, names, config)
+
+
+def _normalised(samples: Samples) -> tuple[list[str], list[str]]:
+    """Labels and domains in one spelling of Unicode."""
+    known = {name: unicodedata.normalize("NFC", name) for name in {*samples.labels, *samples.domains}}
+    return [known[name] for name in samples.labels], [known[name] for name in samples.domains]
+
+
+def _numbered(
+    samples: Samples, domains: tuple[str, ...], classes: tuple[str, ...], names: tuple[str, ...], config: DataConfig
+) -> DomainDataset:
+    """The samples of these domains and classes, sorted by their names, not by the order in which a disk or a table
+    lists them."""
+    labels, domain_names = _normalised(samples)
+    class_id = {name: i for i, name in enumerate(classes)}
+    domain_id = {name: i for i, name in enumerate(domains)}
     kept = [i for i in range(len(labels)) if labels[i] in class_id and domain_names[i] in domain_id]
-    # Sorted by names, not by the order in which a disk or a table lists the samples.
     kept.sort(key=lambda i: (domain_id[domain_names[i]], class_id[labels[i]], samples.keys[i]))
     return DomainDataset(
         images=samples.images,
@@ -90,7 +120,7 @@ def assemble(samples: Samples, config: DataConfig) -> DomainDataset:
         domain_ids=np.asarray([domain_id[domain_names[i]] for i in kept], dtype=np.int64),
         keys=tuple(samples.keys[i] for i in kept),
         classes=classes,
-        prompt_names=prompt_names(classes, overrides),
+        prompt_names=names,
         domains=domains,
         origin=samples.origin,
         base=samples.base,
@@ -128,7 +158,7 @@ def agree(present: Mapping[str, set[str]], policy: ClassPolicy) -> tuple[str, ..
         if not common:
             raise UserError(
                 f"the domains {', '.join(present)} have no class in common; check the folder names, "
-                "or set data.classes to union"
+                "or keep every class with data.classes=union"
             )
         return tuple(common)
     if len(common) < len(everything):
@@ -140,7 +170,7 @@ def agree(present: Mapping[str, set[str]], policy: ClassPolicy) -> tuple[str, ..
         raise UserError(
             f"the domains have different classes ({len(common)} of {len(everything)} are in all of them):\n"
             + "\n".join(lines)
-            + "\nadd what is missing, or set data.classes to intersection (common classes) or union (all)"
+            + "\nadd what is missing, or choose data.classes=intersection (common classes) or data.classes=union (all)"
         )
     return tuple(everything)
 

@@ -25,8 +25,8 @@ def require_two_classes(dataset: DomainDataset) -> None:
     if len(dataset.classes) < 2:
         found = ", ".join(map(repr, dataset.classes)) or "none"
         raise UserError(
-            f"{dataset.origin} has one class, {found}: a classifier needs two or more. Expected folders are "
-            "root/<domain>/<class>/*.jpg; where data.classes is intersection, set it to union to keep every class"
+            f"{dataset.origin} has one class, {found}: a classifier needs two or more. Expected are folders "
+            "root/<domain>/<class>/*.jpg; where data.classes is intersection, data.classes=union keeps every class"
         )
 
 
@@ -42,7 +42,8 @@ def held_out_domains(held_out: str | None, domains: tuple[str, ...]) -> list[str
         return [None]
     if len(domains) < 2:
         raise UserError(
-            f"leaving one domain out needs two domains or more, found {', '.join(domains) or 'none'}"
+            "no domain can be held out: leaving one domain out needs two domains or more, "
+            f"found {', '.join(domains) or 'none'}"
             + (" (the data do not say which domain an image belongs to)" if domains == (UNNAMED_DOMAIN,) else "")
             + "; protocol=all trains on every domain and holds nothing out"
         )
@@ -140,9 +141,10 @@ def split_train_validation(sources: DomainDataset, fraction: float, seed: int) -
 
 def _warn_of_parts(sources: DomainDataset, few: list[str], unused: list[str]) -> None:
     if few:
+        listed = ", ".join(few[:10]) + (f" and {len(few) - 10} more domains" if len(few) > 10 else "")
         action = "add samples" if sources.given_parts is not None else "add samples or raise the fraction"
         warnings.warn(
-            f"few validation samples in {', '.join(few)}: choosing a checkpoint by them is mostly chance; {action}",
+            f"few validation samples in {listed}: choosing a checkpoint by them is mostly chance; {action}",
             stacklevel=3,
         )
     if unused:

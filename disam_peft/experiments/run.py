@@ -48,7 +48,7 @@ from disam_peft.training.checkpoint.manager import CheckpointConfig
 from disam_peft.training.rehearsal import rehearse
 from disam_peft.training.selection import Validation, put_into, validation
 from disam_peft.training.trackers.base import TrackedRun
-from disam_peft.training.trackers.tracking import require_tracker, tracking
+from disam_peft.training.trackers.tracking import forget_tracked, require_tracker, tracking
 from disam_peft.training.trainer import FitResult, fit
 
 
@@ -151,7 +151,10 @@ def _train_one(
     narrator.inferred(recipe.domains, inferred)
     narrator.model(recipe, classifier)
     narrator.training(recipe, data, accelerator.device, accelerator.num_processes)
+    tracked = TrackedRun(folder, as_dict(recipe))
     on_main(lambda: run_folder.prepare(recipe, images, anew=plan == "start"))
+    if is_main and plan == "start":
+        forget_tracked(tracked)
     trained_with = {"recipe": as_dict(recipe), "held_out": recipe.protocol.held_out, "classes": list(dataset.classes)}
 
     def validate() -> Validation:
@@ -165,7 +168,6 @@ def _train_one(
         append_event(folder / METRICS, event, **values)
         narrator.event(event, **values)
 
-    tracked = TrackedRun(folder, as_dict(recipe))
     with run_folder.withdrawn_unless_begun(folder), tracking(recipe.train.tracker, tracked, accelerator):
         fitted = fit(
             classifier,

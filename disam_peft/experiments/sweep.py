@@ -55,14 +55,20 @@ class SweepRow:
     source_top1: float | None
     source_nll: float | None
 
+    @property
+    def method(self) -> str:
+        """The method that this setting is: with lambda 0 DISAM is SAM, and with rho 0 both are ERM."""
+        if self.rho == 0:
+            return "erm"
+        return "sam" if self.variance_weight == 0 else "disam"
+
     def overrides(self) -> list[str]:
-        """For ``disam-peft train``, to train this setting. DISAM, of which ERM (rho 0) and SAM (lambda 0) are cases:
-        under another name the recipe would leave rho or lambda aside."""
+        """For ``disam-peft train``, to train this setting."""
+        used = {"erm": [], "sam": ["rho"], "disam": ["rho", "variance_weight"]}[self.method]
         return [
-            "method.name=disam",
+            f"method.name={self.method}",
             f"train.learning_rate={self.learning_rate!r}",
-            f"method.rho={self.rho!r}",
-            f"method.variance_weight={self.variance_weight!r}",
+            *(f"method.{name}={getattr(self, name)!r}" for name in used),
         ]
 
 
@@ -89,7 +95,8 @@ def sweep(
     """Train the recipe's linear probe with every combination, all of them side by side; the best first.
 
     Values that are left out are the recipe's. The best is the one whose best state the recipe's rule of selection puts
-    first; averages of the weights are not kept. The results go to ``sweep-<held-out domain>.json`` in the run's folder.
+    first, and of equals the simplest: ERM before SAM before DISAM, then the smaller rho, lambda and learning rate.
+    Averages of the weights are not kept. The results go to ``sweep_file``.
 
     Raises:
         UserError: another adapter than a linear probe; values out of range; augmentation without ``features.views``.
@@ -106,11 +113,23 @@ def sweep(
         data = split_data(holding_out(recipe, held_out), dataset)
         check_duplicates(data.source_parts(), recipe.data.duplicates, target=data.target)
         found = _sweep_sources(recipe, data, held_out, settings, accelerator.device, accelerator.autocast)
-        folder = recipe.output / recipe.name
-        output_folder(folder)
-        write_json(folder / f"sweep-{recipe.folder(held_out).name}.json", [vars(row) for row in found])
+        path = sweep_file(recipe, held_out)
+        output_folder(path.parent)
+        write_json(path, [vars(row) for row in found])
         rows += found
     return rows
+
+
+def sweep_file(recipe: Recipe, held_out: str | None) -> Path:
+    """Where a sweep writes its table."""
+    return recipe.output / recipe.name / f"sweep-{recipe.folder(held_out).name}.json"
+
+
+def ties(rows: Sequence[SweepRow]) -> int:
+    """How many settings are as good as the first."""
+    first = rows[0]
+    same = (first.source_top1, first.source_nll)
+    return sum((row.source_top1, row.source_nll) == same for row in rows) - 1 if first.source_top1 is not None else 0
 
 
 def _settings(
@@ -119,7 +138,7 @@ def _settings(
     method = recipe.method
     return [
         ProbeSetting(*values)
-        for values in product(
+        for values in _products(
             learning_rates or [recipe.train.learning_rate],
             rhos or [method.effective_rho],
             variance_weights or [method.effective_variance_weight],
@@ -189,9 +208,17 @@ def _defined(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _rank(trial: ProbeTrial) -> tuple[bool, tuple[float, ...]]:
-    """The best trial has the least rank; those that diverged come last."""
-    return trial.best_score is None, () if trial.best_score is None else tuple(-x for x in trial.best_score.decides)
+def _rank(trial: ProbeTrial) -> tuple[bool, tuple[float, ...], tuple[float, ...]]:
+    """The best trial has the least rank, of equals the simplest; those that diverged come last."""
+    setting, score = trial.setting, trial.best_score
+    variance_weight = setting.variance_weight if setting.rho > 0 else 0.0
+    simpler = (setting.rho > 0, variance_weight > 0, setting.rho, variance_weight, setting.learning_rate)
+    return score is None, () if score is None else tuple(-x for x in score.decides), (*simpler, setting.variance_weight)
+
+
+def _products(*values: Sequence[float]) -> Iterator[tuple[float, ...]]:
+    """Every combination, each once."""
+    return product(*(dict.fromkeys(of_one) for of_one in values))
 
 
 def _rows(recipe: Recipe, training: DomainDataset, views: int, device: torch.device) -> Iterator[Tensor]:

@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from disam_peft.backbones import towers
-from disam_peft.backbones.base import ClipBackbone, Target, TowerName, warn_random_weights
+from disam_peft.backbones.base import ClipBackbone, Target, TowerName
 from disam_peft.backbones.blocks import BlockParts, at_one_position, replace_quick_gelu, shallow_clone
 from disam_peft.backbones.open_clip.attention import SplitAttention, fused_state, split_attention
 from disam_peft.backbones.open_clip.weights import create, is_custom_text, preprocessing, resolve
 from disam_peft.backbones.pass_cache import PassCache
-from disam_peft.config.backbone import RANDOM_WEIGHTS, BackboneConfig
+from disam_peft.config.backbone import BackboneConfig
 from disam_peft.errors import UserError
 
 BLOCK_ROLES: towers.BlockRoles = {
@@ -50,8 +50,6 @@ class OpenClipBackbone(ClipBackbone):
 
     def __init__(self, config: BackboneConfig) -> None:
         source = resolve(config)
-        if config.pretrained == RANDOM_WEIGHTS:
-            warn_random_weights(config)
         model = create(source, config)
         self.config = config
         self.model = model

@@ -18,7 +18,8 @@ from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors import SafetensorError
 
-from disam_peft.backbones.hub import fetch_text_files, hub_folder, require_safetensors
+from disam_peft.backbones.hub import fetch_text_files, hub_folder, refuse_file_settings, require_safetensors
+from disam_peft.backbones.open_clip.weights_file import file_settings
 from disam_peft.common.preprocessing import Preprocessing
 from disam_peft.config.backbone import RANDOM_WEIGHTS, BackboneConfig
 from disam_peft.errors import UserError, did_you_mean, nearest
@@ -67,13 +68,15 @@ def resolve(config: BackboneConfig) -> Source:
     if schema is not None and config.pretrained not in (None, RANDOM_WEIGHTS):
         raise UserError(
             f"backbone.pretrained '{config.pretrained}' has no meaning with '{config.name}', which brings its own "
-            f"weights: leave it out (or '{RANDOM_WEIGHTS}' for random weights)"
+            f"weights: leave it out (or 'random' for random weights)"
         )
     if schema != "hf-hub" and config.revision is not None:
         raise UserError(
             f"backbone.revision '{config.revision}' has no meaning with '{config.name}': only hub repositories "
             "have revisions; leave it out"
         )
+    if schema is not None:
+        refuse_file_settings(config)
     if schema == "local-dir":
         return _from_folder(Path(identifier).expanduser(), config, config.name)
     if schema == "hf-hub":
@@ -118,6 +121,7 @@ def _from_name(name: str, config: BackboneConfig) -> Source:
     tags = open_clip.list_pretrained_tags_by_model(name)
     pretrained = config.pretrained
     if pretrained == RANDOM_WEIGHTS:
+        refuse_file_settings(config)
         fetch_text_files(model_config["text_cfg"])
         return Source(name, name, model_config)
     known = f"tags of {name}: {', '.join(tags)}" if tags else f"open_clip has no pretrained weights for {name}"
@@ -125,12 +129,15 @@ def _from_name(name: str, config: BackboneConfig) -> Source:
         raise UserError(f"backbone.pretrained is not set for '{name}'; {known}")
     tag = open_clip.get_pretrained_cfg(name, pretrained)
     if tag:
+        refuse_file_settings(config)
         fetch_text_files(model_config["text_cfg"])
         return _from_tag(name, pretrained, tag, model_config)
     path = Path(pretrained).expanduser()
     if path.is_file():
         require_safetensors(path)
-        return Source(name, name, model_config, weights=str(path))
+        fetch_text_files(model_config["text_cfg"])
+        preprocess, model_config = file_settings(name, config, model_config)
+        return Source(name, name, model_config, weights=str(path), preprocess=preprocess)
     # Not did_you_mean: where nothing is near, the first tags are still better than none.
     close = nearest(pretrained, tags) or list(tags[:3])
     raise UserError(

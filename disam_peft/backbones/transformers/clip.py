@@ -19,9 +19,9 @@ from transformers.activations import QuickGELUActivation
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 
 from disam_peft.backbones import towers
-from disam_peft.backbones.base import ClipBackbone, Target, TowerName, warn_random_weights
+from disam_peft.backbones.base import ClipBackbone, Target, TowerName
 from disam_peft.backbones.blocks import BlockParts, at_one_position, replace_quick_gelu, shallow_clone
-from disam_peft.backbones.hub import hub_folder
+from disam_peft.backbones.hub import hub_folder, refuse_file_settings
 from disam_peft.backbones.pass_cache import PassCache
 from disam_peft.backbones.transformers.processor import preprocessing
 from disam_peft.config.backbone import RANDOM_WEIGHTS, BackboneConfig
@@ -50,8 +50,6 @@ class HfBackbone(ClipBackbone):
 
     def __init__(self, config: BackboneConfig) -> None:
         folder = _checkpoint_folder(config)
-        if config.pretrained == RANDOM_WEIGHTS:
-            warn_random_weights(config)
         self.config = config
         model: Any = _load_model(folder, config)
         replace_quick_gelu(model, QuickGELUActivation)
@@ -220,10 +218,11 @@ class HfBackbone(ClipBackbone):
 
 
 def _checkpoint_folder(config: BackboneConfig) -> Path:
+    refuse_file_settings(config)
     if config.pretrained not in (None, RANDOM_WEIGHTS):
         raise UserError(
             f"backbone.pretrained '{config.pretrained}' has no meaning for transformers, where backbone.name says "
-            f"which weights: leave it out (or '{RANDOM_WEIGHTS}' for random weights)"
+            f"which weights: leave it out (or 'random' for random weights)"
         )
     folder = Path(config.name).expanduser()
     weights = [] if config.pretrained == RANDOM_WEIGHTS else [WEIGHTS]

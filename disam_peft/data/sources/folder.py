@@ -60,7 +60,7 @@ def read_folders(root: Path, domains: Sequence[str] | None = None, *, use_given_
         use_given_splits: read folders called train, val and test as given splits, where ``domains`` does not name them.
 
     Raises:
-        UserError: no such folder, another layout, a domain folder without images, or a link that leads out of ``root``.
+        UserError: no such folder, another layout, no such domain, or a link that leads out of ``root``.
     """
     import datasets
 
@@ -76,7 +76,6 @@ def read_folders(root: Path, domains: Sequence[str] | None = None, *, use_given_
         require_domains(sorted(wanted), set(names), str(root))
         chosen = [i for i, name in enumerate(names) if name in wanted]
         folders, names = [folders[i] for i in chosen], [names[i] for i in chosen]
-    _require_no_domain_without_images(tree, layout, set(names), domains)
     paths = ["/".join((*folder.parts, name)) for folder in folders for name in folder.files]
     counts = [len(folder.files) for folder in folders]
     labels = [folder.parts[layout.others[-1]] for folder in folders]
@@ -90,6 +89,7 @@ def read_folders(root: Path, domains: Sequence[str] | None = None, *, use_given_
         base=root.absolute(),
         ignored=dict(sorted(tree.ignored.items())),
         ignored_in={kind: dict(where) for kind, where in tree.ignored_in.items()},
+        without_images=_without_images(tree, layout, set(names)) if domains is None else {},
         given_parts=_parts(folders, layout, counts),
     )
 
@@ -159,27 +159,30 @@ def _parts(folders: Sequence[ImageFolder], layout: _Layout, counts: Sequence[int
     return _repeated([part for part in parts if part is not None], counts)
 
 
-def _require_no_domain_without_images(
-    tree: FolderTree, layout: _Layout, found: set[str], domains: Sequence[str] | None
-) -> None:
+def _without_images(tree: FolderTree, layout: _Layout, found: set[str]) -> dict[str, str]:
     """A folder that stands where domains stand, and gave no sample, would be a domain that is gone without a word."""
     if layout.domain is None:
-        return
+        return {}
+    places: dict[str, list[tuple[str, ...]]] = {}
     for parts in tree.folders:
-        if len(parts) != layout.domain + 1 or domains is not None:
-            continue
-        name = _nfc(parts[-1])
-        if name not in found and tree.holds_pictures(parts):
-            inside = Counter[str]()
-            for kind, where in tree.ignored_in.items():
-                inside[kind] += sum(n for folder, n in where.items() if f"{folder}/".startswith("/".join(parts) + "/"))
-            passed = ", ".join(f"{count} {kind}" for kind, count in inside.most_common(5) if count)
-            raise UserError(
-                f"domain {name!r} of {tree.root} has no image that can be used"
-                + (f" (passed over: {passed})" if passed else " (its folder is empty)")
-                + f"; read are {' '.join(sorted(readable_extensions()))}, laid out as {LAYOUT}. Convert or move its "
-                "files, remove the folder, or name the domains to use in data.domains"
-            )
+        if len(parts) == layout.domain + 1 and _nfc(parts[-1]) not in found:
+            places.setdefault(_nfc(parts[-1]), []).append(parts)
+    return {
+        name: f"domain {name!r} of {tree.root} has no image that can be used ({_inside(tree, folders)}); read are "
+        f"{' '.join(sorted(readable_extensions()))}, laid out as {LAYOUT}. Convert or move its files, remove the "
+        "folder, or name the domains to use in data.domains"
+        for name, folders in places.items()
+        if any(map(tree.holds_pictures, folders))
+    }
+
+
+def _inside(tree: FolderTree, folders: Sequence[tuple[str, ...]]) -> str:
+    starts = tuple("/".join(parts) + "/" for parts in folders)
+    kinds = Counter[str]()
+    for kind, where in tree.ignored_in.items():
+        kinds[kind] += sum(count for folder, count in where.items() if f"{folder}/".startswith(starts))
+    listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5) if count)
+    return f"passed over: {listed}" if listed else "its folder is empty"
 
 
 def _too_deep(tree: FolderTree, folder: ImageFolder, *, ignored: bool) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from disam_peft.errors import UserError
 
 GivenPart = Literal["train", "validation", "test"]
+PARTS: Final[tuple[GivenPart, ...]] = get_args(GivenPart)
 
 WORDS: Final[dict[str, GivenPart]] = {
     "train": "train",

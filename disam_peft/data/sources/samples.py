@@ -39,6 +39,8 @@ class Samples:
     """Kind of file -> number of files that are no samples."""
     ignored_in: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Kind of file -> folder below ``base`` -> number, for messages."""
+    without_images: Mapping[str, str] = field(default_factory=dict)
+    """Domains that the source has a place for but no image that can be used -> what to say of them."""
     given_parts: Sequence[GivenPart] | None = None
     """Which part the source itself puts each sample into; None where it does not say."""
 

@@ -61,6 +61,10 @@ class Tracker(ABC, Generic[SomeConfig]):
     def hint(self, run: TrackedRun) -> str:
         """What shows, reads or uploads the numbers, as the end of a sentence."""
 
+    @classmethod
+    def forget(cls, run: TrackedRun) -> None:
+        """Remove what an earlier run in the same folder wrote outside of it, which is about to be started again."""
+
     @abstractmethod
     def open(self, run: TrackedRun) -> GeneralTracker:
         """Accelerate's tracker for this run, not started yet."""

@@ -20,7 +20,15 @@ class TensorBoard(Tracker[TensorBoardConfig]):
     package = "tensorboard"
 
     def place(self, run: TrackedRun) -> Path:
-        return run.folder.parent / "tensorboard" / run.folder.name
+        return _place(run)
+
+    @classmethod
+    def forget(cls, run: TrackedRun) -> None:
+        """Event files alone: TensorBoard would draw the old run and the new one as one line."""
+        place = _place(run)
+        if place.is_dir() and not place.is_symlink():
+            for path in place.glob("events.out.tfevents.*"):
+                path.unlink()
 
     def hint(self, run: TrackedRun) -> str:
         return f"tensorboard --logdir {self.place(run).parent} shows it"
@@ -28,3 +36,7 @@ class TensorBoard(Tracker[TensorBoardConfig]):
     def open(self, run: TrackedRun) -> GeneralTracker:
         place = self.place(run)
         return TensorBoardTracker(place.name, place.parent)
+
+
+def _place(run: TrackedRun) -> Path:
+    return run.folder.parent / "tensorboard" / run.folder.name

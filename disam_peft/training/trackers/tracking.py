@@ -33,6 +33,13 @@ def require_tracker(config: TrackerConfig) -> None:
         TRACKERS[config.kind](config).require_installed()
 
 
+def forget_tracked(run: TrackedRun) -> None:
+    """Remove what trackers of every kind wrote for an earlier run in the same folder, which is started again: the new
+    one may have another tracker, or none."""
+    for kind in TRACKERS.values():
+        kind.forget(run)
+
+
 @contextmanager
 def tracking(config: TrackerConfig, run: TrackedRun, accelerator: Accelerator) -> Iterator[None]:
     """Inside this context ``accelerator.log`` writes to the config's tracker, and the user is told where.

@@ -13,9 +13,9 @@ import pytest
 
 import disam_peft.cli
 from disam_peft.cli import app as command_line
+from disam_peft.cli.data_tables import print_data_report
 from disam_peft.cli.output import (
     Terminal,
-    print_data_report,
     print_evaluation,
     print_examination,
     print_held_out,
@@ -24,7 +24,7 @@ from disam_peft.cli.output import (
 )
 from disam_peft.common.progress import track
 from disam_peft.common.records import ResultRow
-from disam_peft.data.check import BadFile, DataReport
+from disam_peft.data.census import BadFile, DataReport
 from disam_peft.doctor.check_result import CheckResult
 from disam_peft.doctor.examine import Examination
 from disam_peft.errors import Notice, Stopped, UserError, printable

@@ -20,7 +20,7 @@ HOSTILE = [
     *("a\0b", "\0", "a\nb", "\r", "\t", "\x1b[31mred", "\x7f", "a\u2028b", "a ", " ", "a.", ".hidden", ".photo.lock"),
     *("a*b", "what?", 'say "x"', "<a>", "a|b", "%2F", "%2E%2E", "%252F", "%%2F", "%2%2F", "a%41", "CON", "con", "Nul"),
     *("aux.txt", "COM1", "lpt9.tar.gz", "com¹", "CONIN$", "con ", "nul .txt", "sweep-photo.json", "Sweep-x.JSON"),
-    *("/" * 66, *sorted(OURS), *(name.upper() for name in OURS)),
+    *("/" * 66, *sorted(OURS), *(name.upper() for name in sorted(OURS))),
 ]
 TOO_LONG = ["a" * (MAX_BYTES + 1), "é" * 101, "/" * 67, "草" * 67, "x" * 100_000]
 

@@ -240,6 +240,6 @@ def test_names_that_are_no_archive_of_ours(tmp_path):
 def test_check_data_reads_an_archive(root, tmp_path, capsys):
     from disam_peft.cli.app import check_data
 
-    check_data(pack(root, tmp_path / "x.tar.xz", "top"), json_file=tmp_path / "found.json")
+    check_data(str(pack(root, tmp_path / "x.tar.xz", "top")), json_file=tmp_path / "found.json")
     assert "12 images" in capsys.readouterr().out
     assert '"domains": [' in (tmp_path / "found.json").read_text()

@@ -11,7 +11,8 @@ import pytest
 
 from disam_peft.config.data import DataConfig
 from disam_peft.data import check
-from disam_peft.data.check import inspect, verified
+from disam_peft.data.census import SizeSummary, inspect
+from disam_peft.data.check import verified
 from disam_peft.data.load import load
 from disam_peft.errors import UserError
 from tests.helpers.tiny_images import write_image
@@ -60,7 +61,7 @@ def test_report(tree):
     assert [Path(s).name for s in within.sources] == ["0.png", "again.png"]
     assert within.domains == ("a",) and within.classes == ("x", "y")
     assert across.domains == ("a", "b") and across.classes == ("x",)
-    assert report.sizes == check.SizeSummary(smallest=(12, 10), median=(12, 10), largest=(30, 20))
+    assert report.sizes == SizeSummary(smallest=(12, 10), median=(12, 10), largest=(30, 20))
     assert report.ignored == {".txt": 1}
     as_dict = report.to_dict()
     assert json.loads(json.dumps(as_dict)) == as_dict
@@ -181,4 +182,4 @@ def test_pacs_mini_is_clean(pacs_mini):
     report = inspect(dataset_of(pacs_mini))
     assert report.total == 1680 and report.bad == () and report.duplicates_across == ()
     assert report.counts == ((60,) * 7,) * 4
-    assert report.sizes == check.SizeSummary((227, 227), (227, 227), (227, 227))
+    assert report.sizes == SizeSummary((227, 227), (227, 227), (227, 227))

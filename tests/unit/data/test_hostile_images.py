@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, features
 
 from disam_peft.config.data import DataConfig
-from disam_peft.data.check import inspect
+from disam_peft.data.census import inspect
 from disam_peft.data.load import load
 from disam_peft.data.transforms.decode import BadImage, decode_image
 from disam_peft.data.transforms.formats import readable_formats

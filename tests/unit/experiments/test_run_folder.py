@@ -501,3 +501,34 @@ def test_row_64_locks_are_not_written_through_links(make_recipe, tmp_path):
         with pytest.raises(UserError, match=f"{name} is a link to"):
             run.train(recipe)
         assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_overwriting_a_run_removes_its_old_tensorboard_files_and_no_others(make_recipe):
+    recipe = make_recipe(train={"tracker": "tensorboard"})
+    place = recipe.folder("photo").parent / "tensorboard/photo"
+
+    def events():
+        return sorted(path.name for path in place.glob("events.out.tfevents.*"))
+
+    run.train(recipe)
+    first = events()
+    assert first
+    (place / "notes.txt").write_text("mine")
+    other = place.with_name("art") / "events.out.tfevents.1"
+    other.parent.mkdir()
+    other.write_text("of another run")
+    run.train(recipe, overwrite=True)
+    assert events() and not set(events()) & set(first)
+    run.train(make_recipe(), overwrite=True)
+    assert events() == [], "without a tracker there are no numbers of the old run either"
+    assert (place / "notes.txt").read_text() == "mine" and other.is_file()
+
+
+def test_a_resumed_run_keeps_its_tensorboard_files(make_recipe, cut):
+    recipe = make_recipe(train={"tracker": "tensorboard"})
+    cut(recipe)
+    place = recipe.folder("photo").parent / "tensorboard/photo"
+    before = {path.name for path in place.glob("events*")}
+    assert before
+    run.train(recipe, resume=True)
+    assert {path.name for path in place.glob("events*")} > before

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -11,7 +12,9 @@ from disam_peft.cli import app as cli
 from disam_peft.config.recipe import load_recipe
 from disam_peft.errors import UserError
 from disam_peft.experiments import run
-from disam_peft.experiments.sweep import SweepRow, best_command, sweep
+from disam_peft.experiments import sweep as sweeping
+from disam_peft.experiments.sweep import SweepRow, best_command, sweep, ties
+from disam_peft.training.stacked_probes import ProbeSetting
 
 
 @pytest.fixture
@@ -99,3 +102,58 @@ def test_it_says_what_cannot_be_swept(recipe_path):
         sweep(load_recipe(recipe_path, ["augment.kind=standard"]))
     result = CliRunner().invoke(cli.app, ["sweep", str(recipe_path), "--rho", "0.1;0.2"])
     assert isinstance(result.exception, UserError) and "not a list of numbers" in str(result.exception)
+
+
+def test_among_equals_the_simplest_is_recommended_and_called_by_its_name(recipe_path, monkeypatch):
+    # with rho 0 every lambda gives the same bits
+    rows = sweep(load_recipe(recipe_path), learning_rates=[1e-2], rhos=[0.0], variance_weights=[0.7, 0.1, 0, 0.1])
+    assert [row.variance_weight for row in rows] == [0, 0.1, 0.7], "each once, the smallest first"
+    assert ties(rows) == 2
+    assert [row.method for row in rows] == ["erm"] * 3
+    assert rows[0].overrides() == ["method.name=erm", "train.learning_rate=0.01"]
+
+
+@pytest.mark.parametrize(
+    ("rho", "variance_weight", "method", "overrides"),
+    [
+        (0.0, 0.5, "erm", []),
+        (0.2, 0.0, "sam", ["method.rho=0.2"]),
+        (0.2, 0.5, "disam", ["method.rho=0.2", "method.variance_weight=0.5"]),
+    ],
+)
+def test_a_setting_is_trained_under_the_name_of_the_method_that_it_is(rho, variance_weight, method, overrides):
+    row = SweepRow("photo", 1e-3, rho, variance_weight, 4, 0.5, 0.1)
+    assert row.method == method
+    assert row.overrides() == [f"method.name={method}", "train.learning_rate=0.001", *overrides]
+
+
+def test_the_rank_of_equals_goes_by_simplicity_and_never_above_the_score():
+    def trial(score, learning_rate, rho, variance_weight):
+        kept = None if score is None else sweeping._Score((score,), score, 0.0)
+        return SimpleNamespace(setting=ProbeSetting(learning_rate, rho, variance_weight), best_score=kept)
+
+    ordered = [
+        trial(0.9, 1e-1, 0.5, 0.5),
+        trial(0.8, 1e-2, 0.0, 0.3),
+        trial(0.8, 1e-3, 0.05, 0.0),
+        trial(0.8, 1e-2, 0.05, 0.0),
+        trial(0.8, 1e-3, 0.01, 0.1),
+        trial(0.8, 1e-3, 0.05, 0.1),
+        trial(None, 1e-3, 0.0, 0.0),
+    ]
+    mixed = ordered[::-1]
+    assert sorted(mixed, key=sweeping._rank) == ordered
+
+
+def test_the_command_says_where_its_table_is_and_what_the_best_setting_is(recipe_path, tmp_path):
+    arguments = ["sweep", str(recipe_path), "train.steps=4", "--rho", "0.05", "--variance-weight", "0"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    assert f"wrote {tmp_path / 'runs/probe/sweep-photo.json'}" in result.output.replace("\n", "")
+    assert "the best setting is sam: disam with lambda 0" in result.output
+    assert "method.name=sam" in result.output
+
+
+def test_no_tie_where_everything_diverged():
+    row = SweepRow("photo", 1e-3, 0.1, 0.1, 0, None, None)
+    assert ties([row, row]) == 0
