@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from disam_peft.common.slurm import slurm_task
 from disam_peft.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,8 +39,11 @@ def has_group() -> bool:
 
 def is_main() -> bool:
     """Whether this is the process that writes records and speaks to the user. Before there is a process group, the
-    launcher's environment variable ``RANK`` decides."""
-    return rank() == 0 if has_group() else os.environ.get("RANK", "0") == "0"
+    launcher's environment variable ``RANK`` decides, or the number of a SLURM task."""
+    if has_group():
+        return rank() == 0
+    task = slurm_task()
+    return os.environ.get("RANK", "0") == "0" if task is None else task.rank == 0
 
 
 def wait() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,7 +12,8 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 
-from disam_peft.errors import UserError
+from disam_peft.common.slurm import is_batch_script, slurm_task
+from disam_peft.errors import Notice, UserError
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
@@ -50,9 +52,35 @@ def start_accelerator(
 
 def _join(timeout_minutes: float) -> PartialState:
     """Accelerate's knowledge of the processes. Not told ``cpu``, it looks for them on accelerators alone: of several
-    processes on CPUs (torchrun) each would believe itself alone, and all would write the same files."""
+    processes on CPUs (torchrun) each would believe itself alone, and all would write the same files. It does not know
+    the tasks of a SLURM step either.
+
+    Raises:
+        UserError: the tasks of a SLURM step cannot find each other.
+    """
     on_cpus = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=on_cpus, timeout=timedelta(minutes=timeout_minutes))
+    task = slurm_task()
+    if task is not None and not torch.distributed.is_initialized():
+        os.environ.update(task.variables())
+        if not on_cpus and (seen := torch.accelerator.device_count()) > 0:
+            # SLURM may show to each task its own GPU alone, which is then the first one
+            os.environ["LOCAL_RANK"] = str(task.local_rank % seen)
+    elif is_batch_script() and (tasks := os.environ.get("SLURM_NTASKS", "1")) != "1":
+        text = (
+            f"this batch script may start {tasks} tasks, and this is one process; srun disam-peft ... uses all of them"
+        )
+        warnings.warn(text, Notice, stacklevel=4)
+    try:
+        return PartialState(cpu=on_cpus, timeout=timedelta(minutes=timeout_minutes))
+    except RuntimeError as error:
+        if task is None:
+            raise
+        raise UserError(
+            f"the {task.tasks} tasks of this SLURM step could not meet at {task.address}, port {task.port} ({error}); "
+            "set MASTER_ADDR and MASTER_PORT, or start one torchrun on each node: srun --ntasks-per-node=1 torchrun "
+            "--nnodes $SLURM_NNODES --nproc-per-node N --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
+            "-m disam_peft.cli train ..."
+        ) from error
 
 
 @contextmanager
