@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,8 +21,12 @@ from disam_peft.experiments.run_cache import RunCache
 from disam_peft.experiments.study import Cell, StudyPlan, load_plan
 from disam_peft.report.comparison import COMPARISON, ZERO_SHOT, Comparison, Failure, MeasureRow, RunPlace, judge
 from disam_peft.report.comparison_page import write_comparison
+from disam_peft.report.configurations import zero_shot_key
 from disam_peft.report.run_measures import run_measures, zero_shot_measures
 from disam_peft.report.runs import RunRecord
+
+Place = tuple[str, str | None, int]
+"""Condition, held-out domain and seed."""
 
 
 @dataclass(frozen=True)
@@ -166,12 +170,21 @@ def _collected(plan: StudyPlan, output: Path, errors: dict[tuple[str, str, str |
     rows: dict[tuple[str, str, str | None, int, str], MeasureRow] = {}
     runs: list[RunPlace] = []
     failed: list[Failure] = []
+    records = {_key(cell): RunRecord(cell.folder) for cell in plan.cells if _key(cell) not in errors}
+    zero_shot = zero_shot_names(
+        plan.arms,
+        {
+            (cell.arm, (cell.condition, cell.held_out, cell.seed)): zero_shot_key(record.data, record.settings)
+            for cell in plan.cells
+            if (record := records.get(_key(cell))) is not None
+        },
+    )
     for cell in plan.cells:
         if _key(cell) in errors:
             failed.append(Failure(cell.condition, cell.arm, cell.held_out, cell.seed, errors[_key(cell)]))
             continue
-        record = RunRecord(cell.folder)
-        for arm, values in ((cell.arm, run_measures(record)), (ZERO_SHOT, zero_shot_measures(record))):
+        record = records[_key(cell)]
+        for arm, values in ((cell.arm, run_measures(record)), (zero_shot[cell.arm], zero_shot_measures(record))):
             for metric, value in values.items():
                 row = MeasureRow(cell.condition, arm, cell.held_out, cell.seed, metric, value)
                 rows[row.condition, row.arm, row.held_out, row.seed, row.metric] = row
@@ -195,6 +208,28 @@ def _collected(plan: StudyPlan, output: Path, errors: dict[tuple[str, str, str |
         failed=failed,
     )
     return replace(comparison, verdicts=judge(comparison))
+
+
+def zero_shot_names(arms: Iterable[str], keys: Mapping[tuple[str, Place], str]) -> dict[str, str]:
+    """What the zero-shot numbers of each arm are called: ``zero_shot`` where all arms start from the same model, else
+    with the arms that share one.
+
+    Args:
+        keys: arm and place (condition, held-out domain, seed) -> what the zero-shot numbers depend on.
+    """
+    groups: list[tuple[list[str], dict[Place, str]]] = []
+    for arm in arms:
+        own = {place: key for (of, place), key in keys.items() if of == arm}
+        for members, known in groups:
+            if all(known.get(place, key) == key for place, key in own.items()):
+                members.append(arm)
+                known |= own
+                break
+        else:
+            groups.append(([arm], own))
+    if len(groups) == 1:
+        return dict.fromkeys(groups[0][0], ZERO_SHOT)
+    return {arm: f"{ZERO_SHOT}, {' and '.join(members)}" for members, _ in groups for arm in members}
 
 
 def _key(cell: Cell) -> tuple[str, str, str | None, int]:

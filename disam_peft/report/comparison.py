@@ -27,7 +27,7 @@ class MeasureRow:
 
     condition: str
     arm: str
-    """``zero_shot``: of the model before it was trained."""
+    """``zero_shot``: of the model before it was trained; ``zero_shot, A`` where arm A starts from another one."""
     held_out: str | None
     seed: int
     metric: str
@@ -210,7 +210,7 @@ def verdict_table(comparison: Comparison, metric: str) -> TextTable:
 def diagnostics_table(comparison: Comparison) -> TextTable:
     """How the training of each arm went: means over held-out domains and seeds, of what was measured at all."""
     several = len(comparison.conditions) > 1
-    known = {row.metric for row in comparison.rows if row.arm != ZERO_SHOT and row.value is not None}
+    known = {row.metric for row in comparison.rows if not is_zero_shot(row.arm) and row.value is not None}
     shown = {name: measure for name, measure in DIAGNOSTICS.items() if name in known}
     lines = []
     for condition in comparison.conditions:
@@ -228,8 +228,15 @@ def diagnostics_table(comparison: Comparison) -> TextTable:
     )
 
 
+def is_zero_shot(arm: str) -> bool:
+    """Whether these are numbers of a model before it was trained."""
+    return arm == ZERO_SHOT or arm.startswith(f"{ZERO_SHOT}, ")
+
+
 def arm_title(arm: str) -> str:
     """Of a method as everywhere; of another arm its name."""
+    if is_zero_shot(arm):
+        return f"{METHOD_TITLES[ZERO_SHOT]}{arm.removeprefix(ZERO_SHOT)}"
     return METHOD_TITLES.get(arm, "ERM 2x" if arm == "erm_2x" else arm)
 
 
@@ -266,8 +273,9 @@ def by_seed(values: dict[tuple[str | None, int], float], held_out: Sequence[str 
 
 
 def _arms(comparison: Comparison, metric: str) -> list[str]:
-    known = any(row.arm == ZERO_SHOT and row.metric == metric and row.value is not None for row in comparison.rows)
-    return [*([ZERO_SHOT] if known and ZERO_SHOT not in comparison.arms else []), *comparison.arms]
+    known = [row.arm for row in comparison.rows if row.metric == metric and row.value is not None]
+    before = [arm for arm in dict.fromkeys(known) if is_zero_shot(arm) and arm not in comparison.arms]
+    return [*before, *comparison.arms]
 
 
 def _text(values: dict[tuple[str | None, int], float], held_out: Sequence[str | None], measure: Measure) -> str:

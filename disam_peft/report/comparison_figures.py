@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from disam_peft.report.comparison import Comparison, Judgement, arm_title, seed_values
+from disam_peft.report.comparison import Comparison, Judgement, arm_title, is_zero_shot, seed_values
 from disam_peft.report.drawing import COLOURS, METHOD_COLOURS, STYLE, svg
 from disam_peft.report.run_measures import MEASURES
 from disam_peft.report.runs import RunRecord
@@ -53,7 +53,7 @@ def arm_lines(comparison: Comparison, metric: str, means: Mapping[str, Sequence[
         axes: Any = figure.subplots()
         for number, (arm, values) in enumerate(means.items()):
             heights = [float("nan") if value is None else measure.scale * value for value in values]
-            style = "--" if arm == "zero_shot" else "-"
+            style = "--" if is_zero_shot(arm) else "-"
             colour = METHOD_COLOURS.get(arm_title(arm), COLOURS[(number + 2) % len(COLOURS)])
             axes.plot(heights, style, marker="o", markersize=4, color=colour, label=arm_title(arm))
         axes.set_xticks(range(len(comparison.conditions)), list(comparison.conditions), rotation=20, ha="right")

@@ -42,10 +42,10 @@ class Validation:
 
     @classmethod
     def of(cls, value: Any) -> Validation:
-        """From what a user's ``validate`` returned: a Validation, a number, or a (named) tuple of numbers."""
+        """From what a user's ``validate`` returned: a Validation, a number, or a list or (named) tuple of numbers."""
         if isinstance(value, cls):
             return value
-        if isinstance(value, tuple):
+        if isinstance(value, (tuple, list)):
             score = tuple(float(number) for number in value)
             names = getattr(value, "_fields", [f"score_{number}" for number in range(len(score))])
             return cls(score, dict(zip(names, score, strict=True)))

@@ -9,6 +9,7 @@ from rich.console import Console
 from disam_peft.cli.output import print_comparison
 from disam_peft.common.records import write_json
 from disam_peft.errors import UserError
+from disam_peft.experiments.compare import zero_shot_names
 from disam_peft.report.comparison import (
     COMPARISON,
     Comparison,
@@ -48,6 +49,27 @@ def test_row_49_a_held_out_domain_called_mean_is_a_line_of_its_own():
     [table] = value_tables(replace(one, rows=rows, held_out={"": ["mean", "worst"]}), "nll")
     assert [line[0] for line in table.lines] == ["mean", "worst", "mean over domains"]
     assert table.pooled == 1
+
+
+def test_zero_shot_numbers_of_arms_that_start_from_other_models_are_not_merged():
+    place = ("", "art", 0)
+    assert zero_shot_names(["erm", "sam"], {("erm", place): "x", ("sam", place): "x"}) == {
+        "erm": "zero_shot",
+        "sam": "zero_shot",
+    }
+    other = ("", "art", 1)
+    keys = {("erm", place): "x", ("sam", place): "x", ("long", place): "y", ("sam", other): "z", ("late", other): "q"}
+    assert zero_shot_names(["erm", "sam", "long", "late"], keys) == {
+        "erm": "zero_shot, erm and sam",
+        "sam": "zero_shot, erm and sam",
+        "long": "zero_shot, long and late",  # nothing says that they differ
+        "late": "zero_shot, long and late",
+    }
+    one = comparison(["sam", "long"])
+    rows = [MeasureRow("", f"zero_shot, {arm}", "art", 0, "nll", value) for arm, value in (("sam", 3.0), ("long", 4.0))]
+    [table] = value_tables(replace(one, rows=[*one.rows, *rows]), "nll")
+    assert table.columns == ("held out", "zero-shot, sam", "zero-shot, long", "SAM", "long")
+    assert table.lines[0][1:3] == ("3.000", "4.000")
 
 
 def test_a_narrow_terminal_shows_every_arm():

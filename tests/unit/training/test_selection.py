@@ -49,6 +49,7 @@ def test_what_is_recorded_is_the_score_and_the_usual_numbers():
 def test_what_a_users_validate_may_return():
     assert Validation.of(0.5) == Validation((0.5,), {"score": 0.5})
     assert Validation.of((1, 2.0)) == Validation((1.0, 2.0), {"score_0": 1.0, "score_1": 2.0})
+    assert Validation.of([1, 2.0]) == Validation.of((1, 2.0))
     assert Validation.of(Score(0.5, -1.0)).numbers == {"mean_top1": 0.5, "negative_nll": -1.0}
     kept = Validation((0.1,), {"anything": 3.0})
     assert Validation.of(kept) is kept
