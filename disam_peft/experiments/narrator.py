@@ -19,6 +19,7 @@ from disam_peft.config.data import DomainsConfig
 from disam_peft.config.recipe import Recipe
 from disam_peft.config.unused import method_in_words, unused_settings
 from disam_peft.data.dataset import DomainDataset
+from disam_peft.data.sources.given_splits import PARTS
 from disam_peft.experiments.split_data import SplitData
 
 _LISTED = 8
@@ -53,6 +54,9 @@ class Narrator:
             f"data: {dataset.origin}: {_count(len(dataset), 'image')} of {_count(len(dataset.classes), 'class')} in "
             f"{_count(len(domains), 'domain')} ({listed})"
         )
+        if dataset.given_parts is not None:
+            given = _some(f"{part} {dataset.given_parts.count(part)}" for part in PARTS)
+            self.say(f"  the data give the splits: {given} (data.given_splits=ignore: not used)")
         if dataset.ignored:
             self.say(f"  passed over: {_some(f'{count} {kind}' for kind, count in dataset.ignored.items())}")
         if dataset.skipped:

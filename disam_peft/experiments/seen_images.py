@@ -13,7 +13,7 @@ from disam_peft.data.load import load
 from disam_peft.data.transforms.decode import BadImage
 from disam_peft.errors import Notice, UserError
 from disam_peft.experiments.run_data import images_of
-from disam_peft.experiments.split_data import split_data
+from disam_peft.experiments.split_data import samples_in_use, split_data
 
 SEEN_TRAINING, SEEN_VALIDATION, UNSEEN, UNKNOWN = "seen_training", "seen_validation", "unseen", "unknown"
 
@@ -40,14 +40,16 @@ class RunsImages:
         """
         if self.recorded is None:
             return self._own_splits_of_an_older_run(recipe, dataset)
-        if _rows(self.recorded) != _rows_of(dataset, _contents(dataset, hashed=self.recorded.is_hashed)):
+        used = samples_in_use(self.recipe, dataset)
+        if _rows(self.recorded) != _rows_of(used, _contents(used, hashed=self.recorded.is_hashed)):
             return None
-        return split_data(self.recipe, dataset).by_split()
+        data = split_data(self.recipe, dataset)
+        return data.by_split() if _parts(images_of(data)) == _parts(self.recorded) else None
 
     def _own_splits_of_an_older_run(self, recipe: Recipe, dataset: DomainDataset) -> dict[str, DomainDataset] | None:
         if recipe.data != self.recipe.data:
-            before = self._recomputed
-            if before is None or _rows(before) != _rows_of(dataset, _contents(dataset, hashed=True)):
+            before, used = self._recomputed, samples_in_use(self.recipe, dataset)
+            if before is None or _rows(before) != _rows_of(used, _contents(used, hashed=True)):
                 return None
         else:
             warnings.warn(
@@ -110,6 +112,10 @@ class RunsImages:
 def _rows(images: RunImages) -> tuple[list[tuple[str, ...]], dict[str, str]]:
     rows = zip(images.key, images.content, images.domain, images.class_name, strict=True)
     return sorted(rows), dict(images.class_words)
+
+
+def _parts(images: RunImages) -> dict[str, str]:
+    return dict(zip(images.key, images.part, strict=True))
 
 
 def _rows_of(dataset: DomainDataset, contents: Sequence[str]) -> tuple[list[tuple[str, ...]], dict[str, str]]:

@@ -72,6 +72,15 @@ def holding_out(recipe: Recipe, domain: str | None) -> Recipe:
     return recipe.model_copy(update={"protocol": recipe.protocol.model_copy(update={"held_out": domain})})
 
 
+def samples_in_use(recipe: Recipe, dataset: DomainDataset) -> DomainDataset:
+    """The samples that a run uses: all but the given test parts of domains other than the one that it holds out."""
+    held_out, parts = recipe.protocol.held_out, dataset.given_parts
+    if parts is None or held_out is None:
+        return dataset
+    names = [dataset.domains[number] for number in dataset.domain_ids.tolist()]
+    return dataset.select(i for i, part in enumerate(parts) if part != "test" or names[i] == held_out)
+
+
 def split_data(recipe: Recipe, dataset: DomainDataset) -> SplitData:
     """Split ``dataset`` as the protocol of one run says, which names the domain to hold out or holds nothing out.
 

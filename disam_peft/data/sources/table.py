@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -51,9 +52,24 @@ def read_parquet(path: Path) -> Dataset:
     """
     import datasets
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
     try:
+        cache.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache).close()
+    except OSError as error:
+        raise UserError(
+            f"{path} is read through the cache of the library datasets, but {cache} cannot be written "
+            f"({error.strerror or error}); make it writable, or set HF_DATASETS_CACHE to a folder that is"
+        ) from error
+    try:
+        names = pq.read_schema(path).names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(_there_twice(path, twice, names))
         return datasets.Dataset.from_parquet(str(path))
+    except UserError:
+        raise
     except (pa.ArrowException, datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from error
 
@@ -127,7 +143,11 @@ def _refuse_twice(names: Sequence[str], columns: Columns, path: Path) -> None:
     wanted = {*columns.by_setting.values(), columns.split_column(names)}
     twice = sorted(name for name in wanted if name is not None and names.count(name) > 1)
     if twice:
-        raise UserError(
-            f"{path} has the column {', '.join(map(repr, twice))} more than once (columns: {', '.join(names)}); "
-            "remove or rename all but one"
-        )
+        raise UserError(_there_twice(path, twice, names))
+
+
+def _there_twice(path: Path, twice: Sequence[str], names: Sequence[str]) -> str:
+    return (
+        f"{path} has the column {', '.join(map(repr, twice))} more than once (columns: {', '.join(names)}); "
+        "remove or rename all but one"
+    )

@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+from disam_peft.common.run_images import write_images
 from disam_peft.config.data import DataConfig
 from disam_peft.config.protocol import ProtocolConfig
 from disam_peft.config.recipe import Recipe
@@ -19,6 +20,7 @@ from disam_peft.data.sources.given_splits import WORDS
 from disam_peft.data.splits import split_train_validation
 from disam_peft.errors import UserError
 from disam_peft.experiments.run_data import images_of
+from disam_peft.experiments.seen_images import RunsImages
 from disam_peft.experiments.split_data import split_data
 from tests.helpers.tiny_images import write_image
 
@@ -237,6 +239,23 @@ def test_images_say_what_a_run_used_each_of_them_for(tmp_path):
     images = images_of(split_data(run, load(run.data)))
     assert Counter(images.part) == {"training": 10, "validation": 4, "held_out": 14, "test": 6}
     assert {domain for domain, part in zip(images.domain, images.part, strict=True) if part == "test"} == {"sketch"}
+
+
+def test_the_data_of_a_run_are_known_again(tmp_path):
+    """The test parts of its sources, which it did not use, are no difference; another split is one."""
+    rows = records(write(tmp_path / "d", "{domain}/{name}"))
+    path = tmp_path / "d" / "t.csv"
+    path.write_text(as_csv(rows))
+    run = recipe(tmp_path)
+    run = run.model_copy(update={"data": DataConfig(table=path)})
+    before = images_of(split_data(run, load(run.data)))
+    write_images(tmp_path / "images.parquet", before)
+    known = RunsImages(tmp_path, run)
+    splits = known.own_splits(run, load(run.data))
+    assert splits is not None and list(splits) == ["source_validation", "held_out", "held_out_test"]
+    swapped = {"train": "val", "val": "train", "test": "test"}
+    path.write_text(as_csv([{**row, "split": swapped[row["split"]]} for row in rows]))
+    assert known.own_splits(run, load(run.data)) is None
 
 
 def test_without_a_given_validation_part_it_is_drawn_from_the_training_part(tmp_path):

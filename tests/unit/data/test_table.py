@@ -273,6 +273,26 @@ def test_a_column_that_holds_no_images(tmp_path):
         load(DataConfig(hub=str(tmp_path / "stored")))
 
 
+def test_row_72_an_unwritable_cache_of_the_library(tree, tmp_path, monkeypatch):
+    embedded(tree).to_parquet(tmp_path / "data.parquet")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    with pytest.raises(UserError, match=r"cache of the library datasets, but .*file/cache cannot be written") as caught:
+        load(DataConfig(table=tmp_path / "data.parquet"))
+    assert "as Parquet" not in str(caught.value)
+
+
+def test_row_72_a_column_twice_in_a_parquet_file(tree):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root = tree(["a", "b"], ["cat"], 1)
+    columns = [["a/cat/0.png", "b/cat/0.png"], ["cat", "cat"], ["a", "b"], ["x", "y"]]
+    pq.write_table(pa.table(columns, names=["image", "label", "domain", "label"]), root / "t.parquet")
+    with pytest.raises(UserError, match=r"t\.parquet has the column 'label' more than once"):
+        load(DataConfig(table=root / "t.parquet"))
+
+
 def test_hub_that_does_not_exist(tmp_path):
     with pytest.raises(UserError, match="does not exist; give a hub id"):
         load(DataConfig(hub=str(tmp_path / "nowhere")))
