@@ -39,12 +39,14 @@ class Terminal(Console):
 
 
 def print_held_out(rows: Iterable[ResultRow], console: Console | None = None) -> None:
-    """What the runs of one training are worth: on the domains that they held out, or on held-back images of every
-    domain where nothing was held out."""
+    """What the runs of one training are worth: on the domains that they held out; where nothing was held out, on the
+    test part of the data, or on held-back images of every domain where the data give none."""
     found = list(rows)
     if any(row.held_out is None for row in found):
-        shown = [row for row in found if row.split == "source_validation" and row.pooled is None]
-        title, corner = "Accuracy on held-back images (top-1, %)", "domain"
+        split = "test" if any(row.split == "test" for row in found) else "source_validation"
+        shown = [row for row in found if row.split == split and row.pooled is None]
+        which = "the test part of the data" if split == "test" else "held-back images"
+        title, corner = f"Accuracy on {which} (top-1, %)", "domain"
     else:
         shown = [row for row in found if row.split == "held_out" and row.is_of(row.held_out)]
         title, corner = "Accuracy on the held-out domain (top-1, %)", "held out"

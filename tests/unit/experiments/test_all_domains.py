@@ -12,7 +12,7 @@ from disam_peft.common.records import Confusion, read_list, read_results
 from disam_peft.config.recipe import Recipe, load_recipe
 from disam_peft.data.load import load
 from disam_peft.data.splits import held_out_domains
-from disam_peft.errors import UserError
+from disam_peft.errors import Notice, UserError
 from disam_peft.experiments import run
 from disam_peft.experiments.evaluate import evaluate
 from disam_peft.experiments.export_run import export_run
@@ -21,6 +21,7 @@ from disam_peft.experiments.study import load_plan
 from disam_peft.experiments.sweep import best_command, sweep
 from disam_peft.report.page import build_report
 from disam_peft.report.runs import read_runs
+from disam_peft.training.step_metrics import StepMetrics
 from tests.helpers.folders import write_domains
 
 
@@ -78,6 +79,42 @@ def test_a_run_on_all_domains_is_trained_kept_evaluated_exported_and_reported(ma
     build_report(read_runs([tmp_path / "runs"]), tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "Training on all domains" in page and "without None" not in page
+
+
+def test_a_test_part_of_the_data_is_what_a_run_on_all_domains_is_judged_on(make_recipe, tmp_path, capsys):
+    root = tmp_path / "given"
+    for part, count in (("train", 6), ("test", 2)):
+        write_domains(root / part, count=count, domains=("art", "photo"), size=32 + (part == "test"))
+    recipe = make_recipe(data={"root": root})
+    data = split_data(recipe, load(recipe.data))
+    assert data.test is not None and len(data.test) == 16 and len(data.sources) == 48
+    [outcome] = run.train(recipe)
+    assert {row.split for row in outcome.rows} == {"source_validation", "test"}
+    print_held_out(outcome.rows)
+    assert "Accuracy on the test part of the data" in capsys.readouterr().out
+    confusions = read_list(outcome.folder / "confusion.json", Confusion)
+    assert sum(count for one in confusions for _, _, count in one.counts) == 16
+
+
+def test_a_run_on_all_domains_goes_on_after_a_kill_to_the_same_bits(make_recipe, monkeypatch):
+    expected = run.train(make_recipe(name="whole"))[0]
+    whole = StepMetrics.record
+
+    def dies(self, step, outcome):
+        if step.number == 3:
+            raise KeyboardInterrupt
+        whole(self, step, outcome)
+
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(StepMetrics, "record", dies)
+        run.train(make_recipe(name="cut"))
+    with pytest.raises(UserError, match=r"all_domains holds a run that did not finish"):
+        run.train(make_recipe(name="cut"))
+    with pytest.warns(Notice, match="going on after step 2"):
+        [resumed] = run.train(make_recipe(name="cut"), resume=True)
+    assert (resumed.folder / "results.json").read_bytes() == (expected.folder / "results.json").read_bytes()
+    weights = [next((o.folder / "adapter").glob("*.safetensors")).read_bytes() for o in (expected, resumed)]
+    assert weights[0] == weights[1]
 
 
 def test_foreign_data_are_evaluated_whole(make_recipe, tmp_path):
