@@ -62,6 +62,20 @@ def load_backbone(config: BackboneConfig) -> ClipBackbone:
     return backbone
 
 
+def require_known(config: BackboneConfig) -> None:
+    """Pass if there is such a model, as far as can be told without fetching or loading it.
+
+    Raises:
+        UserError: an unknown name or tag, with the near ones; a folder that is not there.
+    """
+    config = located(config)
+    if config.family == "open_clip":
+        from disam_peft.backbones.open_clip.weights import require_known as known
+    else:
+        from disam_peft.backbones.transformers.clip import require_known as known
+    known(config)
+
+
 def imagenet_templates() -> tuple[str, ...]:
     """The 80 sentences of CLIP's ImageNet ensemble, each with one ``{}``."""
     from disam_peft.backbones.open_clip.backbone import imagenet_templates as templates

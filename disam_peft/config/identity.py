@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, cast
 
-from disam_peft.config.average import kept_averages
+from disam_peft.config.average import Averages, NoAverageConfig, kept_averages
 from disam_peft.config.base import Config
-from disam_peft.config.recipe import Recipe, effective
+from disam_peft.config.objective import ObjectiveConfig
+from disam_peft.config.training import TrainConfig
 
 HARMLESS = {
     "name": "the folder may have been renamed",
@@ -33,29 +34,56 @@ COMPUTED_FROM_DATA = frozenset({"data.pixel_store"})
 """The settings of ``data`` that say how images are computed with, not which images they are."""
 
 
+class Settings(Protocol):
+    """A recipe, as far as it is looked at here."""
+
+    @property
+    def average(self) -> Averages: ...
+
+    @property
+    def objective(self) -> ObjectiveConfig: ...
+
+    @property
+    def train(self) -> TrainConfig: ...
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]: ...
+
+
+def effective(recipe: Settings) -> dict[str, Any]:
+    """All values of the recipe in one spelling, for comparing. Recipes that ask for the same run have the same
+    values, also where one of them leaves out what the other writes down."""
+    values = recipe.model_dump(mode="json")
+    averages = [average.model_dump(mode="json") for average in kept_averages(recipe.average)]
+    none = NoAverageConfig().model_dump(mode="json")
+    values["average"] = averages if len(averages) > 1 else next(iter(averages), none)
+    values["objective"]["mean_over"] = recipe.objective.effective_mean_over
+    values["train"]["validate_every"] = recipe.train.validation_interval
+    return values
+
+
 def is_harmless(key: str) -> bool:
     """Whether a setting, or the group of settings that it stands in, leaves the weights as they are."""
     parts = key.split(".")
     return any(".".join(parts[:count]) in HARMLESS for count in range(1, len(parts) + 1))
 
 
-def identifying_settings(recipe: Recipe) -> dict[str, Any]:
+def identifying_settings(recipe: Settings) -> dict[str, Any]:
     """Dotted key -> value, as it takes effect, of every setting that makes another run. Two runs with equal settings
     and equal data differ in nothing but their seed and the domain that they hold out.
 
     The seed, the held-out domain and what the data are stand apart: the data are known by their content, see
     ``common.run_images``.
     """
-    return {key: value for key, value in _flat(effective(recipe)).items() if key != "seed" and _identifies(key)}
+    return {key: value for key, value in flat(effective(recipe)).items() if key != "seed" and _identifies(key)}
 
 
-def settings_hash(recipe: Recipe) -> str:
+def settings_hash(recipe: Settings) -> str:
     """Eight hex digits over the settings that make another run, the seed included. Data and held-out domain are not.
 
     Settings with their default values do not enter, so that a later version, which has more settings, gives the same
     digits to the same run.
     """
-    told = _beyond_defaults(recipe)
+    told = _beyond_defaults(cast(Config, recipe))
     if averages := [_beyond_defaults(average) for average in kept_averages(recipe.average)]:
         told["average"] = averages
     else:
@@ -65,7 +93,7 @@ def settings_hash(recipe: Recipe) -> str:
     _set_or_drop(told, "objective", "mean_over", objective.effective_mean_over, unset)
     interval = train.model_copy(update={"validate_every": None}).validation_interval
     _set_or_drop(told, "train", "validate_every", train.validation_interval, interval)
-    counted = {key: value for key, value in _flat(told).items() if _identifies(key)}
+    counted = {key: value for key, value in flat(told).items() if _identifies(key)}
     return hashlib.sha256(json.dumps(counted, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
@@ -105,11 +133,12 @@ def _set_or_drop(told: dict[str, Any], group: str, key: str, value: Any, unset: 
     told[group] = within
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of nested settings."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = value
     return found

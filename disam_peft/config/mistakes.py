@@ -104,6 +104,8 @@ class _Mistake:
             kinds = ", ".join(_kinds(place.choices))
             return f"{where}.{_plain(self.details['ctx']['discriminator'])}: Field required (one of {kinds})"
         message = self.details["msg"].removeprefix("Value error, ")
+        if not place.keys and message.startswith("name: "):  # of a name with fields, which needs the whole recipe
+            return message
         if kind in ("model_type", "model_attributes_type"):
             message = "Input should be keys and values"
         one_choice = kind == "literal_error" and len(_quoted(self.details["ctx"]["expected"])) == 1

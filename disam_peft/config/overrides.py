@@ -14,6 +14,9 @@ def apply_override(values: dict[str, Any], override: str, mistakes: list[str]) -
     if not separator or not key:
         mistakes.append(f"override {override!r} must look like train.steps=200")
         return
+    if key == "name" and "{" in text:  # a name with fields, which YAML would take for a mapping
+        values[key] = text
+        return
     try:
         value = parse_yaml(text, f"override {override!r}: the value")
     except UserError as error:

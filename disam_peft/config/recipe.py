@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from disam_peft.config.adapters import AdapterConfig
-from disam_peft.config.average import Averages, NoAverageConfig, kept_averages
+from disam_peft.config.average import Averages, NoAverageConfig
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.base import Config
 from disam_peft.config.data import AugmentConfig, DataConfig, DomainsConfig, FeatureConfig
 from disam_peft.config.evaluation import EvaluationConfig
+from disam_peft.config.identity import flat
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.mistakes import all_mistakes, explain
-from disam_peft.config.names import ALL_DOMAINS, folder_name, require_folder_name
+from disam_peft.config.names import ALL_DOMAINS, folder_name
 from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.overrides import apply_override
 from disam_peft.config.prompts import PromptConfig
 from disam_peft.config.protocol import Protocol
+from disam_peft.config.run_name import DEFAULT_NAME, NAME, require_name, run_name
 from disam_peft.config.selection import SelectionConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.config.yaml import read_yaml
@@ -35,9 +36,10 @@ WRITTEN_BY_US = "# The resolved recipe"
 class Recipe(Config):
     """One experiment: everything that its numbers depend on."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$"), AfterValidator(partial(require_folder_name, what="name"))]
+    name: Annotated[str, Field(pattern=NAME), AfterValidator(require_name)] = DEFAULT_NAME
     """Name of the run's folder under ``output``: letters, digits, ``_``, ``-`` and ``.``, and no name that a run's own
-    files or the devices of Windows have."""
+    files or the devices of Windows have. Settings may stand in it: ``"{adapter}-{method}-r{adapter.rank}"``. ``{hash}``
+    are eight digits that differ where any setting does that makes another run; the data do not enter."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the split, the batches, the augmentation, dropout and the adapter's initial weights."""
     output: Path = Path("runs")
@@ -57,6 +59,11 @@ class Recipe(Config):
     protocol: Protocol
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _name_without_fields(self) -> Recipe:
+        object.__setattr__(self, "name", run_name(self.name, self))  # a recipe is frozen
+        return self
 
     def folder(self, held_out: str | None) -> Path:
         """Where the run that leaves ``held_out`` out keeps its files; None: the run that holds nothing out.
@@ -99,9 +106,20 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def as_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as the text of a file that ``load_recipe`` reads back."""
-    header = f"{WRITTEN_BY_US} of this run. A setting that is not listed has its default, or no value.\n"
-    return header + yaml.safe_dump(as_dict(recipe), sort_keys=False, allow_unicode=True)
+    """The resolved recipe as the text of a file that ``load_recipe`` reads back. Every setting is told: those that
+    cannot be written down, since they have no value or no meaning beside others, in comments at the end."""
+    written = as_dict(recipe)
+    header = f"{WRITTEN_BY_US} of this run. Settings that are not listed have no value, or stand at the end.\n"
+    return header + yaml.safe_dump(written, sort_keys=False, allow_unicode=True) + _others(recipe, written)
+
+
+def _others(recipe: Recipe, written: Mapping[str, Any]) -> str:
+    told = flat(written)
+    left = {key: value for key, value in flat(recipe.model_dump(mode="json")).items() if key not in told}
+    unset = [key for key, value in left.items() if value is None]
+    defaults = [f"{key}={value}" for key, value in left.items() if value is not None]
+    lines = (("Without a value:", unset), ("With their defaults, as far as they have a meaning here:", defaults))
+    return "".join(f"# {title} {', '.join(keys)}\n" for title, keys in lines if keys)
 
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:
@@ -110,18 +128,6 @@ def as_dict(recipe: Recipe) -> dict[str, Any]:
     values = recipe.model_dump(mode="json", exclude_none=True)
     for key in ("data", "augment"):
         values[key] = getattr(recipe, key).model_dump(mode="json", exclude_none=True, exclude_unset=True)
-    return values
-
-
-def effective(recipe: Recipe) -> dict[str, Any]:
-    """All values of the recipe in one spelling, for ``differences``. Recipes that ask for the same run have the same
-    values, also where one of them leaves out what the other writes down."""
-    values = recipe.model_dump(mode="json")
-    averages = [average.model_dump(mode="json") for average in kept_averages(recipe.average)]
-    none = NoAverageConfig().model_dump(mode="json")
-    values["average"] = averages if len(averages) > 1 else next(iter(averages), none)
-    values["objective"]["mean_over"] = recipe.objective.effective_mean_over
-    values["train"]["validate_every"] = recipe.train.validation_interval
     return values
 
 

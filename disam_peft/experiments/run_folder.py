@@ -16,8 +16,8 @@ from disam_peft.common.files import is_draft, require_no_link, wait_for_disk, wr
 from disam_peft.common.processes import is_main
 from disam_peft.common.records import RESULTS
 from disam_peft.common.run_images import IMAGES, RunImages, read_images, write_images
-from disam_peft.config.identity import COMPUTED_FROM_DATA, is_harmless
-from disam_peft.config.recipe import WRITTEN_BY_US, Recipe, as_yaml, differences, effective, load_recipe
+from disam_peft.config.identity import COMPUTED_FROM_DATA, effective, is_harmless
+from disam_peft.config.recipe import WRITTEN_BY_US, Recipe, as_yaml, differences, load_recipe
 from disam_peft.errors import Notice, UserError
 from disam_peft.experiments.run_data import DataComparison, compare_data
 
@@ -66,7 +66,7 @@ def plan(
         return Planned("start")
     changes = changed(recipe)
     if changes:
-        raise UserError(_other_run(folder, "another run", changes, resume=resume))
+        raise UserError("\n".join([*_mistakes(recipe), _other_run(folder, "another run", changes, resume=resume)]))
     compared = compared_data(recipe, data)
     if compared.differences:
         raise UserError(_other_run(folder, "a run of other data", compared.differences, resume=resume))
@@ -75,6 +75,24 @@ def plan(
     if not resume:
         raise UserError(f"{folder} holds a run that did not finish; --resume continues it, --overwrite starts it again")
     return Planned("continue")
+
+
+def _mistakes(recipe: Recipe) -> list[str]:
+    """What is wrong with a recipe beyond what its keys and values show, as far as it can be told without loading
+    anything: a misspelt model is a mistake, and not another run."""
+    from disam_peft.adapters.prompts import ClassPrompts, fill_templates, prompt_templates
+    from disam_peft.backbones.families import require_known
+
+    found = []
+    for check in (
+        lambda: require_known(recipe.backbone),
+        lambda: fill_templates(ClassPrompts(("class",), prompt_templates(recipe.prompts))),
+    ):
+        try:
+            check()
+        except UserError as error:
+            found.append(str(error))
+    return found
 
 
 def _other_run(folder: Path, what: str, differences: Sequence[str], *, resume: bool) -> str:

@@ -86,6 +86,23 @@ def resolve(config: BackboneConfig) -> Source:
     return _from_name(identifier.replace("/", "-"), config)
 
 
+def require_known(config: BackboneConfig) -> None:
+    """Pass if there are a model and weights of these names, as far as can be told without fetching or loading them.
+
+    Raises:
+        UserError: as ``resolve``.
+    """
+    schema, name = config.name.partition(":")[::2] if ":" in config.name else ("", config.name)
+    name = name.replace("/", "-")
+    if schema == "hf-hub":
+        return
+    if not schema and open_clip.get_model_config(name) is not None:
+        tag = config.pretrained
+        if tag == RANDOM_WEIGHTS or (tag is not None and open_clip.get_pretrained_cfg(name, tag)):
+            return
+    resolve(config)
+
+
 def _from_folder(folder: Path, config: BackboneConfig, name: str) -> Source:
     path = folder / HF_CONFIG_NAME
     if not path.is_file():

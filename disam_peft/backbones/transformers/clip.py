@@ -217,6 +217,18 @@ class HfBackbone(ClipBackbone):
 # -- where a checkpoint comes from ---------------------------------------------------------------------------
 
 
+def require_known(config: BackboneConfig) -> None:
+    """Pass if there is such a folder, as far as can be told without fetching or loading anything.
+
+    Raises:
+        UserError: there is none, or it holds something else.
+    """
+    folder = Path(config.name).expanduser()
+    on_hub = not folder.is_dir() and not config.name.startswith((".", "~", "/")) and config.name.count("/") <= 1
+    if not on_hub or config.pretrained not in (None, RANDOM_WEIGHTS):
+        _checkpoint_folder(config)
+
+
 def _checkpoint_folder(config: BackboneConfig) -> Path:
     refuse_file_settings(config)
     if config.pretrained not in (None, RANDOM_WEIGHTS):

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from disam_peft.config.identity import HARMLESS, identifying_settings, is_harmless, settings_hash
-from disam_peft.config.recipe import Recipe, effective
+from disam_peft.config.identity import HARMLESS, effective, identifying_settings, is_harmless, settings_hash
+from disam_peft.config.recipe import Recipe
 
 BASE: dict[str, Any] = {
     "name": "try",

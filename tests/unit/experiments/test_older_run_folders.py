@@ -128,3 +128,28 @@ def test_the_recipe_of_a_run_that_never_began_is_in_nobodys_way(tmp_path: Path) 
     path.write_text("name: a recipe that somebody wrote\n", encoding="utf-8")
     with pytest.raises(UserError, match="holds another run"):
         run_folder.plan(other, not_loaded)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "mistake"),
+    [
+        ({"name": "ViT-B-23", "pretrained": "openai"}, "open_clip has no model 'ViT-B-23'; did you mean 'ViT-B-32'"),
+        ({"name": "ViT-B-32", "pretrained": "opnai"}, "'opnai' is neither a pretrained tag .* did you mean 'openai'"),
+        ({"name": "local-dir:/not/there"}, "there is no such folder"),
+        ({"name": "/not/there", "family": "transformers"}, "there is no folder '/not/there'"),
+    ],
+)
+def test_mistakes_of_the_recipe_are_told_before_the_settings_that_differ(
+    tmp_path: Path, backbone: dict[str, Any], mistake: str
+) -> None:
+    path = saved(make_recipe(tmp_path))
+    (path.parent / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
+    prompts = {"templates": ["a photo"]}
+    with pytest.raises(
+        UserError, match=rf"(?s)^.*{mistake}.*exactly one {{}}.*holds another run.*backbone\."
+    ) as caught:
+        run_folder.plan(make_recipe(tmp_path, backbone=backbone, prompts=prompts), not_loaded)
+    assert str(caught.value).index("holds another run") > str(caught.value).index("template 'a photo'")
+    for known in ({"name": "ViT-B-32", "pretrained": "openai"}, {"name": "hf-hub:owner/name"}):
+        with pytest.raises(UserError, match=r"^\S* holds another run"):
+            run_folder.plan(make_recipe(tmp_path, backbone=known), not_loaded)
