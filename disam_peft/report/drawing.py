@@ -8,7 +8,8 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ METHOD_COLOURS = {"zero-shot": "#999999", "ERM": "#0072B2", "SAM": "#E69F00", "D
 INK = "#1c2330"
 WIDE, NARROW = 7.6, 3.7
 """Inches: of a page, and of a phone. The font is 9 pt in both, so neither is shrunk until it cannot be read."""
+_LETTER, _HANDLE = 0.075, 0.55  # inches: of a letter in 9 pt, and of a line in a legend with the space around it
 STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a dollar sign in a name is a dollar sign
@@ -85,17 +87,31 @@ def grid(count: int, width: float, panel: float, height: float) -> tuple[Figure,
     return figure, list(axes.flat[:count])
 
 
+def columns_of(panels: list[Any]) -> int:
+    """In how many columns ``grid`` has put the panels."""
+    return int(panels[0].get_subplotspec().get_gridspec().ncols)
+
+
 def edges(panels: list[Any]) -> tuple[list[Any], list[Any]]:
     """The panels of the first column, and the lowest of each column: where labels belong."""
     places = [panel.get_subplotspec() for panel in panels]
-    columns = places[0].get_gridspec().ncols
+    columns = columns_of(panels)
     left = [panel for panel, place in zip(panels, places, strict=True) if place.colspan.start == 0]
     return left, panels[-columns:]
 
 
-def panel_title(title: str) -> str:
-    """Settings in a line of their own: there is little room above a panel."""
-    return title.replace(" (", "\n(", 1)
+def panel_title(title: str, width: float) -> str:
+    """A title with its settings, which stand in brackets, in lines of their own that fit into ``width`` inches."""
+    method, bracket, settings = title.partition(" (")
+    if not bracket:
+        return title
+    return "\n".join([method, *textwrap.wrap(f"({settings}", max(12, int(width / _LETTER)), break_long_words=False)])
+
+
+def legend_columns(titles: Sequence[str], width: float) -> int:
+    """How many columns of a legend with these titles fit into ``width`` inches, at most six."""
+    longest = max(map(len, titles), default=0)
+    return max(1, min(6, len(titles), int(width / (_HANDLE + _LETTER * longest))))
 
 
 def svg(figure: Figure) -> str:

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from disam_peft.common.records import RAW
 from disam_peft.report.configurations import Configuration, configuration_titles
-from disam_peft.report.drawing import COLOURS, METHOD_COLOURS, edges, grid, panel_title
+from disam_peft.report.drawing import COLOURS, METHOD_COLOURS, columns_of, edges, grid, legend_columns, panel_title
 from disam_peft.report.result_tables import METHOD_TITLES, ComparisonTable, SeedMean
 from disam_peft.report.runs import RunRecord
 
@@ -107,18 +107,18 @@ def _shortened(name: str, width: float) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
-def domain_curves(runs: Sequence[RunRecord], field: str, label: str, width: float) -> Figure:
+def domain_curves(named: Sequence[tuple[str, RunRecord]], field: str, label: str, width: float) -> Figure:
     """``domain_loss`` or ``domain_weight`` of every source domain over the steps, a panel per run.
 
     Each batch as a thin line, its moving average over a tenth of the run as a thick one.
     """
-    figure, panels = grid(len(runs), width, 2.2, 2.3)
-    domains = sorted({name for run in runs for step in run.steps for name in step[field]})
-    for axes, run, title in zip(panels, runs, titles(runs), strict=True):
+    figure, panels = grid(len(named), width, 2.2, 2.3)
+    domains = sorted({name for _, run in named for step in run.steps for name in step[field]})
+    for axes, (title, run) in zip(panels, named, strict=True):
         for number, domain in enumerate(domains):
             points = [(step["step"], step[field][domain]) for step in run.steps if step[field].get(domain) is not None]
             _curve(axes, points, *_look(number))
-        axes.set_title(panel_title(title))
+        axes.set_title(panel_title(title, width / columns_of(panels)))
         axes.grid(alpha=0.25, linewidth=0.5)
     left, lowest = edges(panels)
     for axes in left:
@@ -127,24 +127,24 @@ def domain_curves(runs: Sequence[RunRecord], field: str, label: str, width: floa
         axes.set_xlabel("step")
     # made here: matplotlib leaves names that begin with an underscore out of its own
     handles = [Line2D([], [], color=c, linestyle=s, linewidth=1.6) for c, s in map(_look, range(len(domains)))]
-    columns = max(1, min(6, len(domains), int(width / 1.2)))
+    columns = legend_columns(domains, width)
     figure.legend(handles, domains, loc="outside upper center", ncols=columns, frameon=False, columnspacing=1.2)
     return figure
 
 
-def cosine_curves(runs: Sequence[RunRecord], width: float) -> Figure:
+def cosine_curves(named: Sequence[tuple[str, RunRecord]], width: float) -> Figure:
     """The cosine between each run's ascent direction and plain SAM's on the same batch, over the steps."""
     figure, [axes] = grid(1, width, width, 2.4)
     axes.axhline(1, color="#999999", linewidth=0.8, linestyle=":")
-    for number, (run, title) in enumerate(zip(runs, titles(runs), strict=True)):
+    for number, (title, run) in enumerate(named):
         points = [(s["step"], s["ascent_cosine"]) for s in run.steps if s.get("ascent_cosine") is not None]
         method = METHOD_TITLES[run.trained.method]
-        same_method = sum(other.trained.method == run.trained.method for other in runs) > 1
+        same_method = sum(other.trained.method == run.trained.method for _, other in named) > 1
         _curve(axes, points, COLOURS[number % len(COLOURS)] if same_method else METHOD_COLOURS[method], "-", title)
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.set_xlabel("step")
     axes.set_ylabel("cosine to SAM")
-    figure.legend(loc="outside upper center", ncols=max(1, int(width / 1.2)), frameon=False)
+    figure.legend(loc="outside upper center", ncols=legend_columns([title for title, _ in named], width), frameon=False)
     return figure
 
 

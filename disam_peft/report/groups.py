@@ -74,7 +74,8 @@ def _group(number: int, members: list[Configuration], data: str) -> Group:
     row = chosen[0].runs[0].trained
     seeds = sorted({run.trained.seed for one in chosen for run in one.runs})
     shown = [min(one.runs, key=lambda run: run.trained.seed) for one in chosen]
-    names = titles(shown)
+    of_all = titles([min(one.runs, key=lambda run: run.trained.seed) for one in members])
+    names = [of_all[members.index(one)] for one in chosen]
     seed = f"seed {seeds[0]}" if len(seeds) == 1 else f"figures of seed {seeds[0]}, the first of {len(seeds)}"
     if len({run.trained.seed for run in shown}) > 1:
         seed = f"figures of the first of the seeds {', '.join(map(str, seeds))} that each configuration has"
@@ -85,8 +86,8 @@ def _group(number: int, members: list[Configuration], data: str) -> Group:
         "source validation; the tables above have all of them"
     )
     prefix = f"{number:02d}_{'all_domains' if row.held_out is None else row.held_out}"
-    curves = [run for run in shown if run.steps]
-    cosines = [run for run in curves if any(step.get("ascent_cosine") is not None for step in run.steps)]
+    curves = [(name, run) for name, run in zip(names, shown, strict=True) if run.steps]
+    cosines = [(name, run) for name, run in curves if any(step.get("ascent_cosine") is not None for step in run.steps)]
     planes = [(name, plane) for name, run in zip(names, shown, strict=True) for plane in run.loss_slices]
     matrices = [
         (name if row.held_out is not None else f"{name}, {matrix.domain}", matrix)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
 from disam_peft.common.records import Confusion, LossSlice
-from disam_peft.report.drawing import INK, edges, grid, panel_title
+from disam_peft.report.drawing import INK, columns_of, edges, grid, panel_title
 
 LARGEST_MATRIX = 40
 """Classes of a confusion matrix that can still be read."""
@@ -38,7 +38,7 @@ def loss_planes(planes: Sequence[tuple[str, LossSlice]], width: float) -> Figure
             if rho < x[-1]:
                 axes.add_patch(Circle((0, 0), rho, fill=False, linestyle="--", linewidth=0.8, edgecolor=INK))
         axes.set_aspect("equal")
-        axes.set_title(panel_title(title))
+        axes.set_title(panel_title(title, width / columns_of(panels)))
     left, lowest = edges(panels)
     first, second = planes[0][1].directions
     for axes in left:
@@ -68,7 +68,9 @@ def confusion_maps(matrices: Sequence[tuple[str, Confusion]], width: float) -> F
         right, total = sum(counts[i][i] for i in range(classes)), sum(map(sum, counts))
         not_finite = f", {matrix.not_finite} not finite" if matrix.not_finite else ""
         share = f"{100 * right / (total + matrix.not_finite):.0f} %" if total else "n/a"
-        axes.set_title(f"{panel_title(title)}: {share} right{not_finite}")
+        shown = f"{share} right{not_finite}"
+        settings = panel_title(title, width / columns)
+        axes.set_title(f"{settings}\n{shown}" if "\n" in settings else f"{title}: {shown}")
     left, lowest = edges(panels)
     for axes in left:
         axes.set_ylabel("true")

@@ -130,6 +130,11 @@ class RunRecord:
         return marked or [row for row in trained if row.weights == trained[-1].weights]
 
     @property
+    def place(self) -> str:
+        """The last two folders of its path: the name and the held-out domain."""
+        return "/".join(self.folder.parts[-2:])
+
+    @property
     def title(self) -> str:
         row = self.trained
         return f"{row.adapter}, {row.method}, {training_domains(row.held_out)}, seed {row.seed}"
