@@ -9,7 +9,7 @@ from collections.abc import Callable
 from random import Random
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -33,6 +33,12 @@ def originals() -> dict[str, bytes]:
         f"TIFF {name}": encode(image, "TIFF", compression=name)
         for name in ("tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits")
     }
+    Image.init()
+    found |= {
+        kind: encode(image, kind) for kind in ("DIB", "ICO", "PCX", "SGI", "DDS", "AVIF", "QOI") if kind in Image.SAVE
+    }
+    if features.check("jpg_2000"):
+        found["JPEG2000"] = encode(image, "JPEG2000")
     found |= {
         "JPEG progressive": encode(image, "JPEG", progressive=True, exif=exif),
         "JPEG CMYK": encode(image.convert("CMYK"), "JPEG"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from disam_peft.data.sources.given_splits import SPLIT_COLUMNS, GivenPart, part_of, parts_of_column
 from disam_peft.data.sources.samples import UNNAMED_DOMAIN, Fence, Samples
-from disam_peft.errors import UserError, did_you_mean, nearest
+from disam_peft.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,10 +46,13 @@ class Columns:
         """Those of ``by_setting`` that are not ``found``. The domain may be missing, where it is optional and nothing
         has a name like it."""
         lost = {setting: name for setting, name in self.by_setting.items() if name not in found}
-        others = [name for name in found if name not in self.by_setting.values()]
-        if lost.keys() == {"domain_column"} and self.domain_is_optional and not nearest(self.domain, others):
-            return {}
-        return lost
+        alike = [name for name in found if name not in self.by_setting.values() and self._is_like_domain(name)]
+        return {} if lost.keys() == {"domain_column"} and self.domain_is_optional and not alike else lost
+
+    def _is_like_domain(self, name: str) -> bool:
+        """Whether a column is likely meant: ``Domain``, ``domain_name``, ``domian``; not ``origin``."""
+        plain, wanted = name.strip().casefold(), self.domain.casefold()
+        return wanted in plain or difflib.SequenceMatcher(None, wanted, plain).ratio() > 0.75
 
     def split_column(self, found: Sequence[str]) -> str | None:
         """The column to look for given parts in; None where there is none, or where they are ignored."""

@@ -82,3 +82,6 @@ def test_room_is_required_to_the_byte(tmp_path, monkeypatch):
     store.require_room(tmp_path / "draft", 2_600_000_000, "a store", "make room")
     with pytest.raises(UserError, match=r"^a store needs 2\.6 GB, but .* has 2\.6 GB left; make room$"):
         store.require_room(tmp_path / "draft", 2_600_000_001, "a store", "make room")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0, 0, 1_500_000))
+    with pytest.raises(UserError, match=r"^a store needs 40\.0 MB, but .* has 1\.5 MB left; make room$"):
+        store.require_room(tmp_path / "draft", 40_000_000, "a store", "make room")

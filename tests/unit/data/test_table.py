@@ -114,9 +114,12 @@ def test_a_table_without_domains_is_one_unnamed_domain(tree):
     assert load(DataConfig(table=path)).domains == ("unnamed",)
     with pytest.raises(UserError, match=r"domain_column='domain' is not a column"):
         load(DataConfig(table=path, domain_column="domain"))
-    path = write_csv(tree, header="image,label,Domain")
-    with pytest.raises(UserError, match=r"domain_column='domain' is not a column.*did you mean 'Domain'"):
-        load(DataConfig(table=path))
+    for name in ("Domain", "domains", "domian"):
+        path = write_csv(tree, header=f"image,label,{name}")
+        with pytest.raises(UserError, match=rf"domain_column='domain' is not a column.*did you mean '{name}'"):
+            load(DataConfig(table=path))
+    for name in ("origin", "main_colour", "location"):
+        assert load(DataConfig(table=write_csv(tree, header=f"image,label,{name}"))).domains == ("unnamed",)
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
