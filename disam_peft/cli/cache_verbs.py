@@ -116,4 +116,4 @@ def _print_json(entries: list[Kept]) -> None:
         }
         for entry in entries
     ]
-    typer.echo(json.dumps(rows, indent=1))
+    say(json.dumps(rows, indent=1))

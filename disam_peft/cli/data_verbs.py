@@ -54,8 +54,9 @@ def _recipe(source: str, overrides: list[str], held_out: str | None) -> Recipe:
         UserError: all mistakes in it, at once.
     """
     from disam_peft.config.mistakes import all_mistakes
-    from disam_peft.config.overrides import apply_override, set_key
-    from disam_peft.config.recipe import checked
+    from disam_peft.config.name_texts import with_names
+    from disam_peft.config.overrides import apply_overrides, set_key
+    from disam_peft.config.recipe import Recipe, checked
     from disam_peft.config.yaml import read_yaml
     from disam_peft.errors import UserError
 
@@ -70,14 +71,19 @@ def _recipe(source: str, overrides: list[str], held_out: str | None) -> Recipe:
             overrides = [source, *overrides]
         elif not any(override.partition("=")[0] in _sources() for override in overrides):
             set_key(values, f"data.{_setting(path)}", source, mistakes)
-    for override in overrides:
-        apply_override(values, override, mistakes)
+    apply_overrides(values, overrides, mistakes)
     if held_out is not None:
         set_key(values, "protocol.held_out", held_out, mistakes)
     protocol = values.setdefault("protocol", {})
     if what == "data" and isinstance(protocol, dict) and protocol.get("kind") != "all":
         protocol.setdefault("held_out", "all")
-    recipe = checked(values, mistakes)
+
+    def texts() -> dict[str, Any]:
+        found = {} if what == "data" else read_yaml(path, "recipe", as_text=True)
+        apply_overrides(found, overrides, [], as_text=True)
+        return found
+
+    recipe = checked(with_names(values, Recipe, texts), mistakes)
     if recipe is None or mistakes:
         raise UserError(all_mistakes(mistakes, what))
     return recipe

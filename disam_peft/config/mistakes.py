@@ -51,6 +51,11 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
     return lines
 
 
+def keys_of(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    """The keys of the file that one of pydantic's locations leads to."""
+    return _follow(model, location).keys
+
+
 def all_mistakes(mistakes: Sequence[str], where: str) -> str:
     """One message for all mistakes of a file."""
     count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"

@@ -18,9 +18,10 @@ from disam_peft.config.evaluation import EvaluationConfig
 from disam_peft.config.identity import flat
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.mistakes import all_mistakes, explain
+from disam_peft.config.name_texts import with_names
 from disam_peft.config.names import ALL_DOMAINS, folder_name
 from disam_peft.config.objective import ObjectiveConfig
-from disam_peft.config.overrides import apply_override
+from disam_peft.config.overrides import apply_overrides
 from disam_peft.config.prompts import PromptConfig
 from disam_peft.config.protocol import Protocol
 from disam_peft.config.run_name import DEFAULT_NAME, NAME, require_name, run_name
@@ -83,9 +84,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     values = read_yaml(path, "recipe")
     mistakes: list[str] = []
-    for override in overrides:
-        apply_override(values, override, mistakes)
-    recipe = checked(values, mistakes)
+    apply_overrides(values, overrides, mistakes)
+
+    def texts() -> dict[str, Any]:
+        found = read_yaml(path, "recipe", as_text=True)
+        apply_overrides(found, overrides, [], as_text=True)
+        return found
+
+    recipe = checked(with_names(values, Recipe, texts), mistakes)
     if recipe is None or mistakes:
         raise UserError(all_mistakes(mistakes, f"recipe {path}"))
     return recipe

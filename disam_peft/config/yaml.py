@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from disam_peft.errors import UserError, nearest
 
 MAX_CHARACTERS = 4 * 2**20
+_MERGE, _VALUE = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:value"
+MAX_FILE_BYTES = 512 * 2**10
+"""Of a recipe or study; its reader, which names the line of a mistake, takes seconds for this much."""
 MAX_VALUES = 200_000
 """With every alias written out; a handful of lines can otherwise stand for billions."""
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str, *, as_text: bool | Literal["keys"] = False) -> Any:
     """The value of a YAML document; ``where`` begins the messages.
+
+    Args:
+        as_text: numbers, dates and words such as ``true`` and ``null`` are the texts that stand there, for they may be
+            names; or those that are keys. Only what is empty, or ``~``, is None.
 
     Raises:
         UserError: not YAML, a tag that would build objects, a key given twice, too large.
@@ -23,7 +30,7 @@ def parse_yaml(text: str, where: str) -> Any:
     if len(text) > MAX_CHARACTERS:
         raise UserError(f"{where} has {len(text)} characters; more than {MAX_CHARACTERS} are not read, shorten it")
     try:
-        content = yaml.load(text, _loader())
+        content = yaml.load(text, _loader(as_text))
         count = _count(content, {})
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not valid YAML: {error}") from error
@@ -34,7 +41,7 @@ def parse_yaml(text: str, where: str) -> Any:
     return content
 
 
-def _loader() -> Any:
+def _loader(as_text: bool | Literal["keys"]) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -43,11 +50,18 @@ def _loader() -> Any:
 
         merged = 0
 
+        def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+            tag = super().resolve(kind, value, implicit)
+            is_plain = as_text is True and kind is yaml.ScalarNode and implicit[0] and value not in ("", "~")
+            return tag if not is_plain or tag == _MERGE else self.DEFAULT_SCALAR_TAG
+
         def compose_mapping_node(self, anchor: Any) -> Any:
             node = super().compose_mapping_node(anchor)
             seen = set()
             for key, value in node.value:
                 if isinstance(key, yaml.ScalarNode):
+                    if as_text == "keys" and key.style is None and key.tag != _MERGE and key.value not in ("", "~"):
+                        key.tag = self.DEFAULT_SCALAR_TAG
                     if key.value in seen:
                         raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} twice", key.start_mark)
                     seen.add(key.value)
@@ -61,6 +75,8 @@ def _loader() -> Any:
             if self.merged > MAX_VALUES:
                 raise yaml.constructor.ConstructorError(None, None, "merges of too many keys", node.start_mark)
 
+    for tag in (_MERGE, _VALUE):  # << and = have a meaning as keys alone; a value may be called so
+        Loader.yaml_constructors = {**Loader.yaml_constructors, tag: yaml.SafeLoader.construct_yaml_str}
     return Loader
 
 
@@ -78,19 +94,23 @@ def _count(value: Any, known: dict[int, int]) -> int:
     return known[id(value)]
 
 
-def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """The keys and values of a YAML file; ``what`` it is goes into the messages.
+def read_yaml(path: Path, what: str, *, as_text: bool = False) -> dict[str, Any]:
+    """The keys and values of a YAML file, see ``parse_yaml``; ``what`` it is goes into the messages.
 
     Raises:
-        UserError: no such file, not YAML, no keys at the top.
+        UserError: no such file, too large, not YAML, no keys at the top.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+        text = content.decode("utf-8-sig")
+        if len(content) > MAX_FILE_BYTES:
+            raise UserError(f"{path} has more than {MAX_FILE_BYTES} bytes, too many for a {what}; shorten it")
     except OSError as error:
         raise UserError(f"cannot read the {what} {path}: {error.strerror}{_files_near(path)}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8 ({error.reason}); save it as such") from error
-    values = parse_yaml(text, str(path))
+    values = parse_yaml(text, str(path), as_text=as_text)
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values at the top, found {type(values).__name__}")
     return values

@@ -73,8 +73,9 @@ def read_overrides(path: Path) -> dict[str, str]:
 
 
 def _parse(path: Path, text: str) -> Any:
+    where = f"data.class_names: {path}"
     if path.suffix != ".json":
-        return parse_yaml(text, f"data.class_names: {path}")
+        return parse_yaml(text, where, as_text="keys")  # 0, no and 2009 are names of classes as others are
     try:
         return parse_json(text.encode())
     except ValueError as error:

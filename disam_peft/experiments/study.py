@@ -15,9 +15,10 @@ from pydantic import ValidationError
 from disam_peft.config.adapters import ADAPTER_KINDS
 from disam_peft.config.data import DataConfig
 from disam_peft.config.mistakes import all_mistakes, explain
+from disam_peft.config.name_texts import with_names
 from disam_peft.config.names import folder_name
 from disam_peft.config.objective import ObjectiveConfig
-from disam_peft.config.overrides import apply_override, set_key
+from disam_peft.config.overrides import apply_overrides, set_key
 from disam_peft.config.protocol import ALL, DOMAIN_PREFIX
 from disam_peft.config.recipe import Recipe, checked
 from disam_peft.config.shapes import DOMAINS
@@ -91,26 +92,42 @@ def load_plan(
     Raises:
         UserError: unknown keys, arms or domains, recipes that cannot be: all mistakes at once.
     """
-    values = read_yaml(path, "study")
-    if "recipe" not in values and "backbone" in values:
-        values = {"recipe": values}
+    values = _read_study(path)
     if seeds is not None:
         values["seeds"] = seeds
     if held_out:
         values["held_out"] = list(held_out)
     mistakes: list[str] = []
     try:
-        study = Study.model_validate(values)
+        study = Study.model_validate(with_names(values, Study, lambda: _read_study(path, as_text=True)))
     except ValidationError as error:
         raise UserError(all_mistakes(explain(error, Study), f"study {path}")) from error
-    base = study.recipe if isinstance(study.recipe, dict) else read_yaml(path.parent / study.recipe, "recipe")
-    base = copy.deepcopy(base)
-    for override in overrides:
-        apply_override(base, override, mistakes)
+
+    def texts() -> dict[str, Any]:
+        found = _base_of(path, _read_study(path, as_text=True)["recipe"], as_text=True)
+        apply_overrides(found, overrides, [], as_text=True)
+        return found
+
+    base = _base_of(path, study.recipe)
+    apply_overrides(base, overrides, mistakes)
+    base = with_names(base, Recipe, texts)
     plan = _Planner(study, base, path.stem, output, adapters, mistakes).plan()
     if mistakes:
         raise UserError(all_mistakes(list(dict.fromkeys(mistakes)), f"study {path}"))
     return plan
+
+
+def _read_study(path: Path, *, as_text: bool = False) -> dict[str, Any]:
+    """The values of a study file; a plain recipe becomes the study of it."""
+    values = read_yaml(path, "study", as_text=as_text)
+    return {"recipe": values} if "recipe" not in values and "backbone" in values else values
+
+
+def _base_of(path: Path, recipe: Path | dict[str, Any], *, as_text: bool = False) -> dict[str, Any]:
+    """The values of the recipe that the study at ``path`` varies."""
+    if isinstance(recipe, dict):
+        return copy.deepcopy(recipe)
+    return read_yaml(path.parent / recipe, "recipe", as_text=as_text)
 
 
 class _Planner:

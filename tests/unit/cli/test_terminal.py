@@ -73,7 +73,7 @@ def test_row_66_tables_show_terminal_escapes_and_do_not_send_them(table):
     text = io.StringIO()
     PRINTED[table](Terminal(file=text, width=400))
 
-    assert SHOWN in text.getvalue().replace("\n", "")  # a narrow table breaks its title
+    assert SHOWN.replace(" ", "") in "".join(text.getvalue().split())  # a narrow table breaks its title
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u202e]", text.getvalue())
 
 

@@ -84,7 +84,7 @@ def test_override_of_an_unknown_class_or_with_nothing():
     ("name", "content", "message"),
     [
         ("n.yaml", "- a\n- b\n", "holds a list"),
-        ("n.yaml", "no: nope\n", "False: 'nope'.*quotes"),
+        ("n.yaml", "no: 3\n", "'no': 3.*quotes"),
         ("n.yaml", "a: 3\n", "'a': 3.*quotes"),
         ("n.yaml", "a: [", "n.yaml is not valid YAML"),
         ("n.json", "{", "cannot be parsed"),
@@ -98,3 +98,17 @@ def test_override_file_is_strict(tmp_path, name, content, message):
         read_overrides(path)
     with pytest.raises(UserError, match="cannot read"):
         read_overrides(tmp_path / "none.yaml")
+
+
+def test_row_50_classes_that_look_like_numbers_are_named_in_a_file(tmp_path):
+    path = tmp_path / "names.yaml"
+    path.write_text("0: zero\n007: agent\n1e3: thousand\n0.0: nothing\nno: norway\nnull: void\n2009-01-01: new year\n")
+    assert read_overrides(path) == {
+        "0": "zero",
+        "007": "agent",
+        "1e3": "thousand",
+        "0.0": "nothing",
+        "no": "norway",
+        "null": "void",
+        "2009-01-01": "new year",
+    }

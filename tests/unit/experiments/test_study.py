@@ -1,5 +1,6 @@
 """Study files: what they become, and all of their mistakes at once."""
 
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -183,3 +184,15 @@ def test_row_47_names_of_arms_that_cannot_be_folders_are_mistakes(tmp_path):
     assert "2 mistakes" in str(caught.value)
     assert "arms: the name 'xxx" in str(caught.value) and "at most 200 are possible" in str(caught.value)
     assert "arms: two of the names Sam, sam give the same folder" in str(caught.value)
+
+
+def test_row_50_a_study_holds_out_domains_that_look_like_numbers(tmp_path, domains_folder):
+    root = tmp_path / "data"
+    for name, domain in (("0", "photo"), ("2009", "art"), ("true", "cartoon")):
+        shutil.copytree(domains_folder / domain, root / name)
+    text = RECIPE.replace("{shapes: {images_per_class: 5}}", f"{{root: {root}, domains: [0, 2009, true]}}")
+    found = plan(tmp_path, text + "held_out: [0, true]\nseeds: 1\narms: [sam, disam]\n")
+    assert [cell.held_out for cell in found.cells] == ["0", "0", "true", "true"]
+    assert found.cells[0].recipe.data.domains == ["0", "2009", "true"]
+    found = plan(tmp_path, text.replace("held_out: sketch", "held_out: 2009") + "seeds: 1\n", ["train.steps=40"])
+    assert {cell.held_out for cell in found.cells} == {"2009"}
