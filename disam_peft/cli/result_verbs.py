@@ -50,6 +50,12 @@ def export(
     held_out: Annotated[str | None, typer.Option(help="Which run, if the folder holds several.")] = None,
 ) -> None:
     """Write the adapter, or the whole model with the adapter merged in, for use elsewhere."""
+    from disam_peft.config.export import check_form
+
+    check_form(to)
+    from disam_peft.experiments.run_folder import find_run
+
+    find_run(folder, held_out)  # before the imports below, which take seconds
     from disam_peft.experiments.export_run import export_run
 
     say(f"wrote {export_run(folder, to, output, held_out=held_out)}")

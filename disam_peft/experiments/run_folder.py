@@ -17,8 +17,9 @@ from disam_peft.common.processes import is_main
 from disam_peft.common.records import RESULTS
 from disam_peft.common.run_images import IMAGES, RunImages, read_images, write_images
 from disam_peft.config.identity import COMPUTED_FROM_DATA, effective, is_harmless
+from disam_peft.config.names import name_of_folder
 from disam_peft.config.recipe import WRITTEN_BY_US, Recipe, as_yaml, differences, load_recipe
-from disam_peft.errors import Notice, UserError
+from disam_peft.errors import Notice, UserError, did_you_mean
 from disam_peft.experiments.run_data import DataComparison, compare_data
 
 if TYPE_CHECKING:
@@ -191,6 +192,24 @@ def _same_place(before: Path | None, now: Path | None) -> bool:
     return before == now or (
         before is not None and now is not None and os.path.realpath(before) == os.path.realpath(now)
     )
+
+
+def find_run(folder: Path, held_out: str | None = None) -> Path:
+    """The one run in ``folder``, or the one there that left ``held_out`` out.
+
+    Raises:
+        UserError: there is none, or there are several and none was chosen.
+    """
+    runs = find_runs(folder)
+    names = [name_of_folder(run.name) for run in runs]
+    if held_out is not None:
+        runs = [run for run, name in zip(runs, names, strict=True) if held_out in (name, run.name)]
+        if not runs:
+            raise UserError(f"no run with held-out domain {held_out!r} in {folder}{did_you_mean(held_out, names)}")
+    if len(runs) > 1:
+        listed = ", ".join(names)
+        raise UserError(f"{folder} holds {len(runs)} runs ({listed}): choose one with --held-out, or name its folder")
+    return runs[0]
 
 
 def find_runs(folder: Path) -> list[Path]:

@@ -89,3 +89,17 @@ def test_python_m_runs_the_command_line() -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"disam-peft {disam_peft.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["export", ".", "--to", "pefft", "--output", "out"], "--to 'pefft' is not one of peft, merged; did you mean"),
+        (["export", "docs", "--to", "peft", "--output", "out"], "no finished run in docs"),
+    ],
+)
+def test_export_answers_mistakes_before_torch_is_imported(words: list[str], message: str) -> None:
+    done = answer(*words)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "torch" not in done.stderr.strip().splitlines()[-1]
