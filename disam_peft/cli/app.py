@@ -17,6 +17,7 @@ from disam_peft.cli.cache_verbs import cache
 from disam_peft.cli.data_verbs import check_data
 from disam_peft.cli.demo_verbs import demo, doctor
 from disam_peft.cli.result_verbs import evaluate, export, report
+from disam_peft.cli.run_verbs import runs
 from disam_peft.cli.terminal import say
 from disam_peft.cli.training_verbs import compare, sweep, train
 from disam_peft.common import progress
@@ -24,7 +25,7 @@ from disam_peft.common.processes import is_main
 from disam_peft.errors import Notice, Stopped, UserError
 
 app = typer.Typer(name="disam-peft", no_args_is_help=True, pretty_exceptions_enable=False)
-for verb in (check_data, train, sweep, compare, evaluate, export, report, demo, doctor):
+for verb in (check_data, train, sweep, compare, runs, evaluate, export, report, demo, doctor):
     app.command()(verb)
 app.add_typer(cache)
 

@@ -126,6 +126,13 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def holder(folder: Path) -> str | None:
+    """Who holds ``folder`` now, in words; None where nobody does, as far as can be told here. Nothing is locked."""
+    note = folder.with_name(f".{folder.name}.owner.json")
+    owner = _read_owner(note)
+    return _describe(owner) if owner is not None and _may_be_alive(owner) else None
+
+
 def _read_owner(note: Path) -> dict[str, Any] | None:
     try:
         owner = json.loads(note.read_text(encoding="utf-8"))

@@ -78,7 +78,7 @@ class RunRecord:
     @cached_property
     def data(self) -> RunData:
         """By the content of the images; of a run of 0.1, which did not record it, by what its recipe says."""
-        source = "" if self.recipe is None else _source(self.recipe)
+        source = "" if self.recipe is None else data_source(self.recipe)
         if (self.folder / IMAGES).is_file():
             images = read_images(self.folder / IMAGES)
             return RunData(images.identity, source, len(images))
@@ -140,7 +140,7 @@ class RunRecord:
         return f"{row.adapter}, {row.method}, {training_domains(row.held_out)}, seed {row.seed}"
 
 
-def _source(recipe: Recipe) -> str:
+def data_source(recipe: Recipe) -> str:
     """The last part of the path of the data, or what else names them."""
     given = {name: getattr(recipe.data, name) for name in SOURCE_SETTINGS}
     name, value = next((name, value) for name, value in given.items() if value is not None)
