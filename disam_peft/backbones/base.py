@@ -28,6 +28,7 @@ from disam_peft.backbones.packed_prompts import PackedPrompts
 from disam_peft.backbones.pass_cache import PassCache
 from disam_peft.common.preprocessing import Preprocessing
 from disam_peft.config.backbone import BackboneConfig
+from disam_peft.errors import UserError
 
 TowerName = Literal["image", "text"]
 
@@ -206,6 +207,30 @@ class ClipBackbone(ABC):
         feature. For other towers the prompts are returned as they are."""
         ends_C = self._pooled_positions(tokens_CL) if self._is_causal_text() else None
         return tokens_CL if ends_C is None else tokens_CL[:, : int(ends_C.max()) + 1]
+
+    def require_different(self, prompts_NL: Tensor, templates: int) -> None:
+        """Refuse prompts of which the tower reads the same tokens for every class.
+
+        Args:
+            prompts_NL: tokens of all prompts of the first class, then of the second, and so on.
+            templates: prompts of each class.
+
+        Raises:
+            UserError: whatever the weights are, all classes have the same features.
+        """
+        prompts_CTL = prompts_NL.unflatten(0, (-1, templates))
+        ends_N = self._pooled_positions(prompts_NL) if self._is_causal_text() else None
+        if ends_N is not None:  # a causal tower sees nothing behind the token whose output is the feature
+            seen_NL = torch.arange(prompts_NL.shape[1], device=prompts_NL.device) <= ends_N[:, None]
+            prompts_CTL = torch.where(seen_NL, prompts_NL, -1).unflatten(0, (-1, templates))
+        if len(prompts_CTL) > 1 and bool((prompts_CTL == prompts_CTL[:1]).all()):
+            first = [token for token in prompts_CTL[0, 0].tolist() if token >= 0]
+            raise UserError(
+                f"the text tower of '{self.config.name}' reads the same tokens for every one of the "
+                f"{len(prompts_CTL)} classes ({first[:8]}{', ...' if len(first) > 8 else ''}), so that all have one "
+                f"feature (read at: {self._text_pooling()}): the tokenizer does not know the words, or does not belong "
+                "to this model"
+            )
 
     def pack_prompts(self, tokens_CL: Tensor, shared: int) -> PackedPrompts | None:
         """The layout for ``encode_packed_prompts`` of prompts whose first ``shared`` tokens have the same embeddings;

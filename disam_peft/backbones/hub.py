@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,9 @@ PATIENCE_SECONDS = 8.0
 
 FileGroup = Sequence[str]
 """Patterns that must each match a file of the repository."""
+
+TOKENIZER_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+TOKENIZER_CONFIGS = ("tokenizer_config.json", "config.json")
 
 Result = TypeVar("Result")
 
@@ -47,6 +51,7 @@ def hub_folder(
     )
 
     cached = _cached_snapshot(repo, revision)
+    held: list[str] = []
     if cached is not None:
         held = [path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()]
         if any(_satisfied(group, held) for group in choices):
@@ -54,6 +59,7 @@ def hub_folder(
 
     wanted = " or ".join(" + ".join(group) for group in choices)
     at = "" if revision is None else f" at revision '{revision}'"
+    missing = min(([one for one in group if not _satisfied([one], held)] for group in choices), key=len)
     try:
         info = _within(
             PATIENCE_SECONDS,
@@ -78,11 +84,12 @@ def hub_folder(
     except HFValidationError as error:
         raise UserError(f"'{repo}' is neither a folder nor a hub id of the form OWNER/NAME") from error
     except (OSError, HTTPError) as error:
+        which = "" if revision is None else f" --revision {revision}"
+        more = f" (nor {', '.join(missing[1:])})" if missing[1:] else ""
         raise UserError(
-            f"{wanted} of '{repo}'{at} is not in the cache {constants.HF_HUB_CACHE}, and {constants.ENDPOINT} "
-            f"does not answer ({_first_line(error)}); with a connection, run `hf download {repo}"
-            f"{'' if revision is None else f' --revision {revision}'}` beforehand, or copy that cache folder here "
-            "(HF_HOME or HF_HUB_CACHE says where it is)"
+            f"{missing[0]} of '{repo}'{at} is missing: with a connection, run `hf download {repo}{which}` beforehand, "
+            f"or copy its cache folder here. It is not in the cache {constants.HF_HUB_CACHE}{more}, which HF_HOME or "
+            f"HF_HUB_CACHE can move, and {constants.ENDPOINT} does not answer ({_first_line(error)})"
         ) from error
     pickled = [name for name in held if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if pickled:
@@ -94,15 +101,26 @@ def hub_folder(
     raise UserError(f"hub repository '{repo}'{at} has no {wanted} (it has: {', '.join(sorted(held)[:8])})")
 
 
-def fetch_text_files(text_config: dict[str, Any]) -> None:
+def fetch_text_files(text_config: dict[str, Any]) -> Path | None:
     """Have what a foreign text tower (open_clip's ``text_cfg``) takes from the hub in the cache, before its own loader
-    waits for it."""
+    waits for it.
+
+    Returns:
+        the folder with the files of its tokenizer; None where that is open_clip's own.
+
+    Raises:
+        UserError: as ``hub_folder``.
+    """
     tower, tokenizer = text_config.get("hf_model_name"), text_config.get("hf_tokenizer_name")
     if tower and not Path(tower).is_dir():
         hub_folder(tower, [["config.json"]])
-    if tokenizer:
-        vocabularies = [["tokenizer.json"], ["vocab.txt"], ["vocab.json"], ["*.model"]]
-        hub_folder(tokenizer, vocabularies, optional=["*token*.json", "config.json"])
+    if not tokenizer:
+        return None
+    if Path(tokenizer).is_dir():
+        return Path(tokenizer)
+    # A vocabulary alone does not say how texts are cut, padded and ended: one of the configs does.
+    choices = [[vocabulary, config] for config in TOKENIZER_CONFIGS for vocabulary in TOKENIZER_VOCABULARIES]
+    return hub_folder(tokenizer, choices, optional=["*token*.json", "config.json"])
 
 
 def require_safetensors(path: Path) -> None:
@@ -112,6 +130,18 @@ def require_safetensors(path: Path) -> None:
             f"{path} is not a safetensors file: pickled weights could run code and are not loaded; convert it where "
             "you trust it (torch.load with weights_only=True, then safetensors.torch.save_file)"
         )
+
+
+@contextmanager
+def loading_tokenizer(name: str) -> Iterator[None]:
+    """Around the loading of a tokenizer of transformers: what it raises becomes a UserError of one line."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"the tokenizer of '{name}' does not load ({type(error).__name__}: {_first_line(error)}); with a "
+            "connection, fetch all its files with `hf download`, or install the library that it needs"
+        ) from error
 
 
 def refuse_file_settings(config: BackboneConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -103,6 +104,40 @@ def tower_targets(
     for block in range(blocks):
         found += block_targets(model, tower, block, f"{stack}.{block}", roles)
     return found + [target for target in loose if target.projection != stem_norm]
+
+
+def end_of_text(name: str, configured: int | Sequence[int] | None, prompt: Sequence[int], own: int | None) -> int:
+    """The token at which a text tower reads a prompt's feature: the configured one if prompts end with it, otherwise
+    the tokenizer's own, with a warning.
+
+    A tower looks for the first such token. One that never comes, or comes before the words, would give every text the
+    same feature.
+
+    Args:
+        name: of the backbone, for messages.
+        configured: what the model's config says.
+        prompt: the tokens of some text, without padding.
+        own: the tokenizer's token for the end of a text.
+
+    Raises:
+        UserError: prompts end with neither.
+    """
+
+    def ends(token: int | None) -> bool:
+        return token is not None and token in prompt and prompt.index(token) == len(prompt) - 1
+
+    candidates = [configured] if isinstance(configured, int) or configured is None else list(configured)
+    for token in candidates:
+        if token is not None and ends(token):
+            return token
+    said = f"the config of '{name}' gives eos_token_id {configured}, with which prompts do not end"
+    if own is None or not ends(own):
+        raise UserError(
+            f"{said}, nor do they with the tokenizer's end of text, {own} (they are like {list(prompt)}): every text "
+            "would have the same feature; give the tokenizer that belongs to this model, or set eos_token_id"
+        )
+    warnings.warn(f"{said}: the tokenizer's, {own}, is taken", stacklevel=2)
+    return own
 
 
 def check_length(text: str, count: int, context_length: int) -> None:

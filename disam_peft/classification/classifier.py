@@ -16,6 +16,10 @@ from disam_peft.adapters.base import Adapter, Autocast, cosine_logits
 from disam_peft.adapters.prompts import ClassPrompts, FrozenText, fill_templates, text_trunk, zero_shot_features
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.pass_cache import PassCache
+from disam_peft.errors import UserError
+
+SAME = 1e-6
+"""Normalised features that differ by less differ by rounding."""
 
 
 class ClipClassifier(nn.Module):
@@ -32,7 +36,8 @@ class ClipClassifier(nn.Module):
             so that it can read what is stored for an adapter; unset: the whole tower. An adapter has its own split.
 
     Raises:
-        UserError: a template or class name that cannot be used, or a prompt longer than the context (names it).
+        UserError: a template or class name that cannot be used, a prompt longer than the context (names it), or
+            prompts that the text tower cannot tell apart.
         ValueError: both an adapter and an ``image_split``.
     """
 
@@ -48,6 +53,8 @@ class ClipClassifier(nn.Module):
         self._zero_shot_split = image_split
         self.prompts = prompts
         self._tokens_NL = backbone.tokenize(fill_templates(prompts))
+        if len(set(prompts.class_names)) > 1:
+            backbone.require_different(self._tokens_NL, len(prompts.templates))
         self._text: FrozenText | None = None
         self._text_key: tuple[torch.device, torch.dtype] | None = None
         self.train(False)
@@ -97,8 +104,19 @@ class ClipClassifier(nn.Module):
         split = None if self.adapter is None else self.adapter.text_split
         if split is None:
             features_CE = zero_shot_features(self.backbone, tokens_NL, templates)
+            self._require_different(features_CE)
             return FrozenText(tokens_NL, templates, None, features_CE)
         return FrozenText(tokens_NL, templates, text_trunk(self.backbone, tokens_NL, split), None)
+
+    def _require_different(self, features_CE: Tensor) -> None:
+        """Raises UserError if the text tower makes the same of all classes, which classifies at chance."""
+        same = len(set(self.class_names)) > 1 and bool((features_CE - features_CE[:1]).abs().max() <= SAME)
+        if same:
+            raise UserError(
+                f"the text features of all {len(features_CE)} classes are equal, although their prompts differ: "
+                f"backbone '{self.backbone.config.name}' has weights, a tokenizer or a pooling that do not belong "
+                "together; check the files that it was loaded from"
+            )
 
     def encode_frozen(self, pixels_BCHW: Tensor) -> Tensor:
         """The image tower up to ``image_split``: block activations, or features (B, E) where all is frozen."""

@@ -26,7 +26,7 @@ from disam_peft.backbones import towers
 from disam_peft.backbones.base import ClipBackbone, Target, TowerName
 from disam_peft.backbones.blocks import BlockParts, at_one_position, replace_quick_gelu, shallow_clone
 from disam_peft.backbones.open_clip.attention import SplitAttention, fused_state, split_attention
-from disam_peft.backbones.open_clip.weights import create, is_custom_text, preprocessing, resolve
+from disam_peft.backbones.open_clip.weights import create, is_custom_text, load_tokenizer, preprocessing, resolve
 from disam_peft.backbones.pass_cache import PassCache
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.errors import UserError
@@ -42,6 +42,8 @@ BLOCK_ROLES: towers.BlockRoles = {
     "mlp.c_proj": ("fc2", "linear"),
 }
 
+PROBE = "a photo of a cat"
+
 
 class OpenClipBackbone(ClipBackbone):
     """A CLIP of open_clip; see ``ClipBackbone``."""
@@ -54,7 +56,7 @@ class OpenClipBackbone(ClipBackbone):
         self.config = config
         self.model = model
         self._model_config = source.model_config
-        self._tokenizer = open_clip.get_tokenizer(source.tokenizer_name)
+        self._tokenizer = load_tokenizer(source, config.name)
 
         self._visual_splits = isinstance(model.visual, VisionTransformer)
         self._text_splits = isinstance(model.text, TextTransformer)
@@ -70,6 +72,7 @@ class OpenClipBackbone(ClipBackbone):
         self.quick_gelu = any(isinstance(module, QuickGELU) for module in model.modules())
         replace_quick_gelu(model, QuickGELU)
 
+        self._set_end_of_text()
         self._preprocess = PreprocessCfg(**model.visual.preprocess_cfg)
         self.preprocessing = preprocessing(self._preprocess)
         self._targets = self._find_targets()
@@ -111,14 +114,26 @@ class OpenClipBackbone(ClipBackbone):
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         for text in texts:
-            towers.check_length(text, self._count_tokens(text), self.context_length)
+            towers.check_length(text, len(self._tokens(text)), self.context_length)
         return self._tokenizer(list(texts)).to(self.device)
 
-    def _count_tokens(self, text: str) -> int:
+    def _tokens(self, text: str) -> list[int]:
+        """Without padding."""
         tokenizer = self._tokenizer
         if isinstance(tokenizer, HFTokenizer):
-            return len(tokenizer.tokenizer(tokenizer.clean_fn(text))["input_ids"])
-        return len(tokenizer.encode(text)) + 2  # start and end
+            return tokenizer.tokenizer(tokenizer.clean_fn(text))["input_ids"]
+        return [tokenizer.sot_token_id, *tokenizer.encode(text), tokenizer.eot_token_id]
+
+    def _set_end_of_text(self) -> None:
+        """A config's wrong id for the end of a text is replaced by the tokenizer's, also in what is saved."""
+        text: Any = self.model.text
+        if not self._text_splits or text.pool_type != "eos":
+            return
+        tokenizer = self._tokenizer
+        own = tokenizer.tokenizer.eos_token_id if isinstance(tokenizer, HFTokenizer) else tokenizer.eot_token_id
+        text.eos_id = towers.end_of_text(self.config.name, text.eos_id, self._tokens(PROBE), own)
+        of_text = {**self._model_config["text_cfg"], "eos_id": text.eos_id}
+        self._model_config = {**self._model_config, "text_cfg": of_text}
 
     def embed_tokens(self, tokens_CL: Tensor) -> Tensor:
         return self._text_tower().token_embedding(tokens_CL)

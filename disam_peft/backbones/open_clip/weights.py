@@ -15,10 +15,17 @@ import open_clip
 import torch
 from open_clip import factory
 from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors import SafetensorError
 
-from disam_peft.backbones.hub import fetch_text_files, hub_folder, refuse_file_settings, require_safetensors
+from disam_peft.backbones.hub import (
+    fetch_text_files,
+    hub_folder,
+    loading_tokenizer,
+    refuse_file_settings,
+    require_safetensors,
+)
 from disam_peft.backbones.open_clip.weights_file import file_settings
 from disam_peft.common.preprocessing import Preprocessing
 from disam_peft.config.backbone import RANDOM_WEIGHTS, BackboneConfig
@@ -35,6 +42,8 @@ class Source:
     """As it is to be saved again; ``quick_gelu`` is what the weights were trained with."""
     weights: str | None = None
     preprocess: dict[str, Any] = field(default_factory=dict)
+    tokenizer: Path | None = None
+    """The folder of a tokenizer of transformers; None where open_clip finds the tokenizer by ``tokenizer_name``."""
 
     @property
     def quick_gelu(self) -> bool:
@@ -58,6 +67,27 @@ def create(source: Source, config: BackboneConfig) -> Any:
             )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(f"the weights of '{config.name}' do not load into its model: {error}") from error
+
+
+def load_tokenizer(source: Source, name: str) -> Any:
+    """
+    Args:
+        name: of the backbone, for the message.
+
+    Raises:
+        UserError: a tokenizer of transformers that does not load.
+    """
+    with loading_tokenizer(name):
+        if source.tokenizer is None:
+            return open_clip.get_tokenizer(source.tokenizer_name)
+        # From its folder and not by its name, with which transformers asks the hub for files that it can do without.
+        text = source.model_config["text_cfg"]
+        return HFTokenizer(
+            str(source.tokenizer),
+            context_length=text.get("context_length", DEFAULT_CONTEXT_LENGTH),
+            tokenizer_mode=text.get("tokenizer_mode"),
+            **{"local_files_only": True, **text.get("tokenizer_kwargs", {})},
+        )
 
 
 def resolve(config: BackboneConfig) -> Source:
@@ -123,8 +153,7 @@ def _from_folder(folder: Path, config: BackboneConfig, name: str) -> Source:
     local_name = f"{factory.LOCAL_DIR_PREFIX}{folder}"
     if name != local_name and model_config["text_cfg"].get("hf_tokenizer_name"):
         # open_clip looks for the tokenizer inside a local folder, but under its own name for a hub repository.
-        fetch_text_files(model_config["text_cfg"])
-        return Source(local_name, name, model_config)
+        return Source(local_name, name, model_config, tokenizer=fetch_text_files(model_config["text_cfg"]))
     return Source(local_name, local_name, model_config)
 
 
@@ -139,22 +168,20 @@ def _from_name(name: str, config: BackboneConfig) -> Source:
     pretrained = config.pretrained
     if pretrained == RANDOM_WEIGHTS:
         refuse_file_settings(config)
-        fetch_text_files(model_config["text_cfg"])
-        return Source(name, name, model_config)
+        return Source(name, name, model_config, tokenizer=fetch_text_files(model_config["text_cfg"]))
     known = f"tags of {name}: {', '.join(tags)}" if tags else f"open_clip has no pretrained weights for {name}"
     if pretrained is None:
         raise UserError(f"backbone.pretrained is not set for '{name}'; {known}")
     tag = open_clip.get_pretrained_cfg(name, pretrained)
     if tag:
         refuse_file_settings(config)
-        fetch_text_files(model_config["text_cfg"])
         return _from_tag(name, pretrained, tag, model_config)
     path = Path(pretrained).expanduser()
     if path.is_file():
         require_safetensors(path)
-        fetch_text_files(model_config["text_cfg"])
+        tokenizer = fetch_text_files(model_config["text_cfg"])
         preprocess, model_config = file_settings(name, config, model_config)
-        return Source(name, name, model_config, weights=str(path), preprocess=preprocess)
+        return Source(name, name, model_config, weights=str(path), preprocess=preprocess, tokenizer=tokenizer)
     # Not did_you_mean: where nothing is near, the first tags are still better than none.
     close = nearest(pretrained, tags) or list(tags[:3])
     raise UserError(
@@ -171,6 +198,7 @@ def _from_tag(name: str, tag_name: str, tag: dict[str, Any], model_config: dict[
             stacklevel=2,
         )
         model_config = {**model_config, "quick_gelu": True}
+    tokenizer = fetch_text_files(model_config["text_cfg"])
     repo, filename = tag["hf_hub"].rsplit("/", 1)
     pickled = filename or HF_WEIGHTS_NAME
     safe = HF_SAFE_WEIGHTS_NAME if not filename else Path(filename).with_suffix(".safetensors").name
@@ -179,7 +207,7 @@ def _from_tag(name: str, tag_name: str, tag: dict[str, Any], model_config: dict[
     weights = next(folder / one for one in (safe, pickled) if (folder / one).exists())
     keys = ("mean", "std", "interpolation", "resize_mode")
     preprocess = {key: tag[key] for key in keys if key in tag}
-    return Source(name, name, model_config, weights=str(weights), preprocess=preprocess)
+    return Source(name, name, model_config, weights=str(weights), preprocess=preprocess, tokenizer=tokenizer)
 
 
 def is_custom_text(model_config: dict[str, Any]) -> bool:

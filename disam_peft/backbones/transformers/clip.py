@@ -21,7 +21,7 @@ from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLay
 from disam_peft.backbones import towers
 from disam_peft.backbones.base import ClipBackbone, Target, TowerName
 from disam_peft.backbones.blocks import BlockParts, at_one_position, replace_quick_gelu, shallow_clone
-from disam_peft.backbones.hub import hub_folder, refuse_file_settings
+from disam_peft.backbones.hub import hub_folder, loading_tokenizer, refuse_file_settings
 from disam_peft.backbones.pass_cache import PassCache
 from disam_peft.backbones.transformers.processor import preprocessing
 from disam_peft.config.backbone import RANDOM_WEIGHTS, BackboneConfig
@@ -39,6 +39,7 @@ BLOCK_ROLES: towers.BlockRoles = {
 }
 
 WEIGHTS = "model*.safetensors"
+PROBE = "a photo of a cat"
 PROCESSOR = "*processor_config.json"
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
@@ -56,7 +57,10 @@ class HfBackbone(ClipBackbone):
         self.model = model
         here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # unset, it would ask the user
         self._processor: Any = AutoImageProcessor.from_pretrained(folder, **here)
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, **here)
+        with loading_tokenizer(config.name):
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, **here)
+
+        self._set_end_of_text()
 
         text, vision = model.config.text_config, model.config.vision_config
         self.image_blocks = vision.num_hidden_layers
@@ -108,6 +112,16 @@ class HfBackbone(ClipBackbone):
             tokens_CL[row, : len(ids)] = torch.tensor(ids)
         return tokens_CL.to(self.device)
 
+    def _set_end_of_text(self) -> None:
+        """A config's wrong id for the end of a text is replaced by the tokenizer's, also in what is saved."""
+        text: Any = self.model.text_model
+        if text.eos_token_id == 2:  # old configs have a wrong id; transformers takes the highest then
+            return
+        prompt = self._tokenizer(PROBE)["input_ids"]
+        end = towers.end_of_text(self.config.name, text.eos_token_id, prompt, self._tokenizer.eos_token_id)
+        text.eos_token_id = end
+        text.config.eos_token_id = end
+
     def embed_tokens(self, tokens_CL: Tensor) -> Tensor:
         text: Any = self.model.text_model
         return text.embeddings.token_embedding(tokens_CL)
@@ -153,7 +167,7 @@ class HfBackbone(ClipBackbone):
     def _pooled_positions(self, tokens_CL: Tensor) -> Tensor:
         text: Any = self.model.text_model
         end = text.eos_token_id
-        if end == 2:  # old configs have a wrong id; transformers takes the highest then
+        if end == 2:  # see _set_end_of_text
             return tokens_CL.argmax(dim=1)
         return (tokens_CL == end).int().argmax(dim=1)
 

@@ -81,7 +81,6 @@ TRANSFORMERS: dict[str, tuple[Change, str]] = {
     "form of GELU": (config(lambda c: c["text_config"].update(hidden_act="gelu_pytorch_tanh")), '"gelu_tanh"'),
     "heads": (config(lambda c: c["vision_config"].update(num_attention_heads=4)), "heads of the image tower"),
     "epsilon": (config(lambda c: c["text_config"].update(layer_norm_eps=1e-3)), "norm epsilon of the text tower"),
-    "end of text": (config(lambda c: c["text_config"].update(eos_token_id=49406)), 'end of text: "token 49407" there'),
     "mean": (processor(image_mean=[0.5] * 3), "preprocessing, mean"),
     "size": (processor(size={"shortest_edge": 40}), r"preprocessing, resized: null there, \[40, 40\] here"),
     "not normalised": (processor(do_normalize=False), "preprocessing, std"),
