@@ -10,6 +10,9 @@ from disam_peft.config.data import SOURCE_SETTINGS
 from disam_peft.config.yaml import parse_yaml
 from disam_peft.errors import UserError
 
+SHORT_FOR_KINDS = ("average", "protocol", "tracker")
+"""Sections of which a word is short for ``{kind: word}``, so that an override may set another key beside it."""
+
 
 def apply_overrides(
     values: dict[str, Any], overrides: Sequence[str], mistakes: list[str], *, as_text: bool = False
@@ -52,6 +55,8 @@ def set_key(values: dict[str, Any], key: str, value: Any, mistakes: list[str]) -
     place = values
     for parent in parents:
         inner = place.setdefault(parent, {})
+        if isinstance(inner, str) and parent in SHORT_FOR_KINDS:
+            inner = place[parent] = {"kind": inner}
         if not isinstance(inner, dict):
             mistakes.append(f"override '{key}={value}': {parent} holds the value {inner!r}, not further keys")
             return

@@ -31,8 +31,8 @@ class ProtocolConfig(Config):
     def _consistent(self) -> ProtocolConfig:
         if self.kind == "all" and self.held_out is not None:
             raise ValueError(
-                f"held_out={self.held_out!r} has no meaning with kind 'all', which holds nothing out; remove it (on "
-                "the command line protocol=all replaces both)"
+                f"held_out={self.held_out!r} has no meaning with kind 'all', which holds nothing out; remove it. On "
+                f"the command line protocol=all replaces both, and protocol={{held_out: {self.held_out}}} holds it out"
             )
         if self.kind != "all" and self.held_out is None:
             raise ValueError(

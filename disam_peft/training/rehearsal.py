@@ -15,6 +15,7 @@ from torch import Tensor
 
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.common.device import to_device
+from disam_peft.common.processes import largest
 from disam_peft.config.data import AugmentConfig
 from disam_peft.config.evaluation import EvaluationConfig
 from disam_peft.config.method import MethodConfig
@@ -96,7 +97,7 @@ def rehearse(
     transform = TrainTransform(classifier.backbone.preprocessing, augment, seed)
     classifier.train()
     load, encode, step = [], [], []
-    for seconds, batch in _timed(iter(make_train_loader(training, sampler, transform, workers=0))):
+    for seconds, batch in _timed(iter(make_train_loader(training, sampler, transform, workers=0)), accelerator.device):
         images = len(batch["labels"])
         load.append(seconds / images)
         begin = _now(accelerator)
@@ -130,7 +131,7 @@ def _judged(
     some = judged.select(range(min(len(judged), BATCHES * config.batch_size)))
     loader = make_eval_loader(some, classifier.backbone.image_transform, config.batch_size, workers=0)
     load, judge = [], []
-    for seconds, batch in _timed(iter(loader)):
+    for seconds, batch in _timed(iter(loader), accelerator.device):
         images = len(batch["labels"])
         load.append(seconds / images)
         begin = _now(accelerator)
@@ -154,8 +155,9 @@ def _encoded(classifier: ClipClassifier, pixels_BCHW: Tensor) -> Tensor:
     return classifier.encode_frozen(to_device(pixels_BCHW, like.device).to(like.dtype))
 
 
-def _timed(batches: Iterator[dict[str, Tensor]]) -> Iterator[tuple[float, dict[str, Tensor]]]:
-    """Batches and how long each took to load, until there are enough."""
+def _timed(batches: Iterator[dict[str, Tensor]], device: torch.device) -> Iterator[tuple[float, dict[str, Tensor]]]:
+    """Batches and how long each took to load, until there are enough. Of several processes each has as many, since
+    they wait for one another in a step."""
     start = time.perf_counter()
     while True:
         begin = time.perf_counter()
@@ -163,7 +165,7 @@ def _timed(batches: Iterator[dict[str, Tensor]]) -> Iterator[tuple[float, dict[s
         if batch is None:
             return
         yield time.perf_counter() - begin, batch
-        if time.perf_counter() - start > ENOUGH_SECONDS:
+        if largest(int(time.perf_counter() - start > ENOUGH_SECONDS), device):
             return
 
 

@@ -201,8 +201,24 @@ def test_a_shipped_recipe_trains_on_everything_with_one_word(tmp_path):
         "name: x\nbackbone: {name: demo}\nadapter: {kind: lora}\ndata: {shapes: {}}\nprotocol: {held_out: photo}\n"
     )
     assert load_recipe(path, ["protocol=all"]).protocol.held_out is None
-    with pytest.raises(UserError, match=r"protocol=all replaces both"):
+    with pytest.raises(UserError, match=r"protocol=all replaces both, and protocol=\{held_out: photo\} holds it out"):
         load_recipe(path, ["protocol.kind=all"])
+
+
+def test_an_override_may_stand_beside_a_word_that_is_short_for_a_kind(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "name: x\nbackbone: {name: demo}\nadapter: {kind: lora}\ndata: {shapes: {}}\nprotocol: all\n"
+        "average: ema\ntrain: {tracker: wandb}\n"
+    )
+    recipe = load_recipe(path, ["protocol.validation_fraction=0.3", "average.decay=0.5", "train.tracker.project=mine"])
+    assert (recipe.protocol.kind, recipe.protocol.validation_fraction) == ("all", 0.3)
+    assert (recipe.average.kind, recipe.average.decay) == ("ema", 0.5)
+    assert recipe.train.tracker.project == "mine"
+    with pytest.raises(UserError, match=r"held_out='photo' has no meaning with kind 'all'"):
+        load_recipe(path, ["protocol.held_out=photo"])
+    with pytest.raises(UserError, match=r"backbone holds the value 'demo', not further keys"):
+        load_recipe(path, ["backbone=demo", "backbone.pretrained=x"])
 
 
 def test_a_sweep_on_all_domains_leaves_its_file_and_a_command_that_trains_on_all(make_recipe, tmp_path):
