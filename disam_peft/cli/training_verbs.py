@@ -26,6 +26,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with runs that did not finish, from their last checkpoints.")
     ] = False,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="A run that another process works on is an error; it is not waited for.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Stop before the first step; show the plan, and estimate time and memory.")
     ] = False,
@@ -60,7 +63,9 @@ def train(
         from disam_peft.experiments.narrator import Narrator
 
         narrator = Narrator(told, verbose=verbose)
-        outcomes = run.train(checked, overwrite=overwrite, resume=resume, cache=cache, narrator=narrator)
+        outcomes = run.train(
+            checked, overwrite=overwrite, resume=resume, wait=not no_wait, cache=cache, narrator=narrator
+        )
     _print_outcomes(outcomes, quiet=quiet)
 
 
@@ -139,6 +144,9 @@ def compare(
     held_out: Annotated[str | None, typer.Option(help="Domains (a,b) or all, in place of the study's.")] = None,
     adapters: Annotated[str | None, typer.Option(help="Kinds of adapters to go through, e.g. lora,coop.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Run everything again.")] = False,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="A run that another process works on is an error; it is not waited for.")
+    ] = False,
 ) -> None:
     """Compare methods over domains and seeds, with intervals and verdicts. Runs that are finished are kept."""
     from disam_peft.experiments.study import load_plan
@@ -150,7 +158,7 @@ def compare(
     from disam_peft.cli.output import print_comparison
     from disam_peft.experiments.compare import run_plan
 
-    comparison = run_plan(plan, output, jobs=jobs, overwrite=overwrite)
+    comparison = run_plan(plan, output, jobs=jobs, overwrite=overwrite, wait=not no_wait)
     print_comparison(comparison)
     say(f"open {output / 'comparison.html'}")
     if comparison.failed:

@@ -21,6 +21,14 @@ ORPHANS_SECONDS = 20.0
 WAIT_SECONDS = 1.0
 
 
+class InUse(UserError):
+    """Another process holds a folder; ``who`` says which folder and which process, without advice."""
+
+    def __init__(self, who: str) -> None:
+        super().__init__(f"{who}; wait for it, end it, or choose another name or output")
+        self.who = who
+
+
 @contextmanager
 def one_at_a_time(lock_file: Path, what: str = "") -> Iterator[None]:
     """Wait until no other process is inside for the same ``lock_file``, then go inside. The file stays.
@@ -89,7 +97,8 @@ def locked(folder: Path) -> Iterator[None]:
     The folder need not exist. A hidden file beside it is the lock, and stays. A hidden note says who holds it.
 
     Raises:
-        UserError: another process holds it (says which, where and since when), or the place cannot be locked.
+        InUse: another process holds it (says which, where and since when).
+        UserError: the place cannot be locked.
     """
     from filelock import FileLock, Timeout
 
@@ -106,10 +115,7 @@ def locked(folder: Path) -> Iterator[None]:
                 raise
             lock.acquire(timeout=ORPHANS_SECONDS)
     except Timeout as error:
-        raise UserError(
-            f"{folder} is in use by {_describe(_read_owner(note))}; wait for it, end it, or choose another name or "
-            "output"
-        ) from error
+        raise InUse(f"{folder} is in use by {_describe(_read_owner(note))}") from error
     except (OSError, NotImplementedError) as error:
         raise UserError(f"{folder} cannot be locked ({error}); choose an output that can be written") from error
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,14 +12,17 @@ from pathlib import Path
 import torch
 
 from disam_peft.common.files import output_folder
+from disam_peft.common.locks import InUse, one_at_a_time
 from disam_peft.common.progress import track
 from disam_peft.common.records import write_json
+from disam_peft.common.slurm import leave_the_step
 from disam_peft.common.worker_pool import Finished, spread
 from disam_peft.config.recipe import Recipe
 from disam_peft.errors import Notice, UserError
 from disam_peft.experiments import run, run_folder
 from disam_peft.experiments.run_cache import RunCache
 from disam_peft.experiments.study import Cell, StudyPlan, load_plan
+from disam_peft.experiments.taking_turns import finished_since, until_one_is_free
 from disam_peft.report.comparison import COMPARISON, ZERO_SHOT, Comparison, Failure, MeasureRow, RunPlace, judge
 from disam_peft.report.comparison_page import write_comparison
 from disam_peft.report.configurations import zero_shot_key
@@ -31,10 +35,11 @@ Place = tuple[str, str | None, int]
 
 @dataclass(frozen=True)
 class Done:
-    """How a cell ended. ``error`` is empty where it has its results."""
+    """How a cell ended. ``error`` is empty where it has its results; ``busy`` says who works on it now."""
 
     error: str = ""
     warnings: tuple[str, ...] = ()
+    busy: str = ""
 
 
 def compare(
@@ -47,6 +52,7 @@ def compare(
     held_out: Sequence[str] = (),
     adapters: Sequence[str] = (),
     overwrite: bool = False,
+    wait: bool = True,
 ) -> Comparison:
     """Read a study or recipe with ``load_plan``, then run what has not been run yet with ``run_plan``.
 
@@ -54,16 +60,22 @@ def compare(
         UserError: a study that cannot be (all mistakes at once); ``jobs`` below 1.
     """
     plan = load_plan(path, overrides, output=output, seeds=seeds, held_out=held_out, adapters=adapters)
-    return run_plan(plan, output, jobs=jobs, overwrite=overwrite)
+    return run_plan(plan, output, jobs=jobs, overwrite=overwrite, wait=wait)
 
 
-def run_plan(plan: StudyPlan, output: Path, *, jobs: int | None = None, overwrite: bool = False) -> Comparison:
+def run_plan(
+    plan: StudyPlan, output: Path, *, jobs: int | None = None, overwrite: bool = False, wait: bool = True
+) -> Comparison:
     """Run the cells of a plan that have not been run yet, and write ``comparison.json``, ``.md``, ``.tex`` and
     ``.html`` to ``output``. A cell that fails is recorded, and the others go on.
 
+    Several processes may work on one ``output`` at once, also the tasks of a SLURM step. Each takes the cells that
+    nobody else works on, waits for the others at the end, and writes the same page of them all.
+
     Args:
         jobs: processes, each with its share of the cores. Unset: one per core, or one where there is a GPU.
-        overwrite: replace runs of other recipes that are in the way.
+        overwrite: run every cell again, and replace runs of other recipes that are in the way.
+        wait: False: a cell that another process works on is recorded as failed.
 
     Raises:
         UserError: ``jobs`` below 1.
@@ -71,18 +83,42 @@ def run_plan(plan: StudyPlan, output: Path, *, jobs: int | None = None, overwrit
     jobs = default_jobs() if jobs is None else jobs
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: at least one process has to do the work")
+    leave_the_step()
+    began = time.time()
     todo = _unfinished(plan.cells, overwrite)
     ended: dict[tuple[str, str, str | None, int], Done] = {}
-    work = _here(todo, overwrite) if jobs == 1 else _elsewhere(todo, overwrite, jobs)
+    work = _shared(todo, overwrite, jobs, began, wait=wait)
     for cell, done in track(work, f"{len(plan.cells) - len(todo)} of {len(plan.cells)} runs kept", total=len(todo)):
         ended[_key(cell)] = done
     for text in dict.fromkeys(text for done in ended.values() for text in done.warnings):
         warnings.warn(text, stacklevel=2)
     comparison = _collected(plan, output, {key: done.error for key, done in ended.items() if done.error})
     output_folder(output)
-    write_json(output / COMPARISON, asdict(comparison))
-    write_comparison(comparison, output)
+    with one_at_a_time(output / ".page.lock"):  # the files of one page belong together
+        write_json(output / COMPARISON, asdict(comparison))
+        write_comparison(comparison, output)
     return comparison
+
+
+def _shared(cells: list[Cell], overwrite: bool, jobs: int, began: float, *, wait: bool) -> Iterator[tuple[Cell, Done]]:
+    """Every cell once, when it has ended. Those that other processes work on come last."""
+    told = False
+    while cells:
+        busy: list[Cell] = []
+        for cell, done in _here(cells, overwrite, began) if jobs == 1 else _elsewhere(cells, overwrite, jobs, began):
+            if done.busy and wait:
+                busy.append(cell)
+            elif done.busy:
+                yield cell, replace(done, error=str(InUse(done.busy)))
+            else:
+                yield cell, done
+        cells = busy
+        if busy:
+            if not told:
+                text = f"{len(busy)} runs are worked on by other processes and are waited for (--no-wait does not)"
+                warnings.warn(text, Notice, stacklevel=2)
+                told = True
+            until_one_is_free([cell.folder for cell in busy])
 
 
 def default_jobs() -> int:
@@ -107,16 +143,28 @@ def _unfinished(cells: Sequence[Cell], overwrite: bool) -> list[Cell]:
     return [cell for cell in cells if overwrite or not is_finished(cell.recipe, cache)]
 
 
-def run_cell(cell: Cell, cache: RunCache, overwrite: bool) -> Done:
-    """Train and judge one cell; what goes wrong is returned, not raised."""
+def run_cell(cell: Cell, cache: RunCache, overwrite: bool, began: float) -> Done:
+    """Train and judge one cell; what goes wrong is returned, not raised.
+
+    Args:
+        began: when the comparison began: a cell that was finished since then was so by another process, and is kept.
+    """
+    overwrite = overwrite and not finished_since(cell.folder, began)
     # a run of this very recipe that was cut short goes on: nobody has to say so for each of a hundred
     begun = _is_ours(cell.recipe) and not overwrite
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         try:
             run.train(cell.recipe, overwrite=overwrite, resume=begun, cache=cache)
+        except InUse as error:
+            return Done(busy=error.who)
         except Exception as error:
             about = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            if isinstance(error, UserError) and not begun and not overwrite and _is_ours(cell.recipe):
+                # another process began the cell, and left it, since this one looked
+                return run_cell(cell, cache, overwrite, began)
+            if "--overwrite" in about:
+                about += f". Here --overwrite runs every cell again: to run this one alone again, remove {cell.folder}"
             return Done(about, _texts(caught))
     return Done("", _texts(caught))
 
@@ -134,17 +182,17 @@ def _is_ours(recipe: Recipe) -> bool:
     return path.is_file() and not run_folder.changed(recipe)
 
 
-def _here(cells: Sequence[Cell], overwrite: bool) -> Iterator[tuple[Cell, Done]]:
+def _here(cells: Sequence[Cell], overwrite: bool, began: float) -> Iterator[tuple[Cell, Done]]:
     cache = RunCache()
     for cell in cells:
-        yield cell, run_cell(cell, cache, overwrite)
+        yield cell, run_cell(cell, cache, overwrite, began)
 
 
-def _elsewhere(cells: Sequence[Cell], overwrite: bool, jobs: int) -> Iterator[tuple[Cell, Done]]:
+def _elsewhere(cells: Sequence[Cell], overwrite: bool, jobs: int, began: float) -> Iterator[tuple[Cell, Done]]:
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(cell.shared, []).append(cell)
-    for cell, result in spread(list(groups.values()), CellRunner(overwrite, jobs), min(jobs, len(groups))):
+    for cell, result in spread(list(groups.values()), CellRunner(overwrite, jobs, began), min(jobs, len(groups))):
         if isinstance(result, Finished):
             yield cell, result.value
         else:
@@ -154,15 +202,15 @@ def _elsewhere(cells: Sequence[Cell], overwrite: bool, jobs: int) -> Iterator[tu
 class CellRunner:
     """``run_cell`` for a process that lives for many cells."""
 
-    def __init__(self, overwrite: bool, jobs: int) -> None:
-        self._overwrite, self._jobs = overwrite, jobs
+    def __init__(self, overwrite: bool, jobs: int, began: float) -> None:
+        self._overwrite, self._jobs, self._began = overwrite, jobs, began
         self._cache: RunCache | None = None
 
     def __call__(self, cell: Cell) -> Done:
         if self._cache is None:  # made in the process itself: images are not sent
             self._cache = RunCache()
             torch.set_num_threads(max(1, torch.get_num_threads() // self._jobs))
-        return run_cell(cell, self._cache, self._overwrite)
+        return run_cell(cell, self._cache, self._overwrite, self._began)
 
 
 def _collected(plan: StudyPlan, output: Path, errors: dict[tuple[str, str, str | None, int], str]) -> Comparison:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable
 
 from disam_peft.common.records import read_results
+from disam_peft.common.slurm import slurm_task
 from disam_peft.config.recipe import Recipe
 from disam_peft.config.shapes import DOMAINS
 from disam_peft.data.splits import held_out_domains
@@ -29,7 +30,7 @@ def kept_runs(recipe: Recipe, cache: RunCache) -> list[Outcome] | None:
     Raises:
         UserError: a folder holds another run, or a run of other data; data that cannot be loaded.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or slurm_task() is not None:
         return None
     named = recipe.output / recipe.name
     if not any(map(run_folder.is_finished, named.glob("*/"))):  # before data are loaded in vain

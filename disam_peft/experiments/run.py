@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from disam_peft.backbones.base import ClipBackbone
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.domain_inference import InferredDomains, infer_domains
 from disam_peft.classification.saved_classifier import save_adapter
-from disam_peft.common.locks import locked
 from disam_peft.common.prediction_table import PREDICTIONS, write_predictions
 from disam_peft.common.processes import on_main
 from disam_peft.common.records import METRICS, RESULTS, ResultRow, append_event, read_results, write_results
@@ -43,6 +42,7 @@ from disam_peft.experiments.run_cache import RunCache
 from disam_peft.experiments.run_data import content_by_cell, images_of
 from disam_peft.experiments.run_folder import ADAPTER, CHECKPOINTS
 from disam_peft.experiments.split_data import SplitData, checked_split, holding_out
+from disam_peft.experiments.taking_turns import Turns
 from disam_peft.training.accelerator import deterministic_kernels, start_accelerator
 from disam_peft.training.checkpoint.manager import CheckpointConfig
 from disam_peft.training.rehearsal import rehearse
@@ -57,6 +57,7 @@ def train(
     *,
     overwrite: bool = False,
     resume: bool = False,
+    wait: bool = True,
     cache: RunCache | None = None,
     narrator: Narrator | None = None,
 ) -> list[Outcome]:
@@ -68,6 +69,8 @@ def train(
     from which ``resume`` goes on, to the same bits.
 
     Args:
+        wait: of several runs, those that another process works on are done last, or kept when that one has finished
+            them. False: they are an error.
         cache: handed to several calls, so that what they have in common is done once.
         narrator: is told what happens; unset: nothing is said.
 
@@ -78,15 +81,21 @@ def train(
     """
     narrator = narrator or Narrator()
     accelerator, dataset, runs, cache = _begin(recipe, cache or RunCache(), narrator)
-    with deterministic_kernels(recipe.train.deterministic), ExitStack() as locks:
-        planned = on_main(lambda: _claim(runs, dataset, locks, overwrite=overwrite, resume=resume))
-        say_what_it_rests_on(planned)
-        outcomes = [
-            _keep_finished(run, accelerator)
-            if plan == "keep"
-            else _train_one(run, dataset, accelerator, plan, cache, narrator, place=(number, len(runs)))
-            for number, (run, (plan, _)) in enumerate(zip(runs, planned, strict=True), start=1)
-        ]
+    # one run is never waited for: whoever starts it twice did not mean to share it
+    turns = Turns(runs, dataset, overwrite=overwrite, resume=resume, wait=wait and len(runs) > 1)
+    done: dict[int, Outcome] = {}
+    kept: list[run_folder.Planned] = []
+    with deterministic_kernels(recipe.train.deterministic), closing(iter(turns)) as taken:
+        for number, planned in taken:
+            run = runs[number]
+            if planned.plan == "keep":
+                kept.append(planned)
+                done[number] = _keep_finished(run, accelerator)
+            else:
+                place = (number + 1, len(runs))
+                done[number] = _train_one(run, dataset, accelerator, planned.plan, cache, narrator, place=place)
+    say_what_it_rests_on(kept)
+    outcomes = [done[number] for number in range(len(runs))]
     if accelerator.is_main_process:
         write_joint_results(outcomes)
     return outcomes
@@ -208,15 +217,6 @@ def _train_one(
 
 def _folder(recipe: Recipe) -> Path:
     return recipe.folder(recipe.protocol.held_out)
-
-
-def _claim(
-    runs: list[Recipe], dataset: DomainDataset, locks: ExitStack, *, overwrite: bool, resume: bool
-) -> list[run_folder.Planned]:
-    """Lock the folders of all runs, then say for each what is to be done there. Nothing is changed yet."""
-    for run in runs:
-        locks.enter_context(locked(_folder(run)))
-    return [run_folder.plan(run, lambda: dataset, overwrite=overwrite, resume=resume) for run in runs]
 
 
 def _keep_finished(recipe: Recipe, accelerator: Accelerator) -> Outcome:

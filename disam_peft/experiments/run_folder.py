@@ -57,7 +57,7 @@ def plan(
         raise UserError("--overwrite starts again and --resume goes on; choose one of them")
     folder = recipe.folder(recipe.protocol.held_out)
     _refuse_links(folder)
-    if _is_free(folder):
+    if is_free(folder):
         if resume:
             warnings.warn(f"nothing to go on with in {folder}; it is started", Notice, stacklevel=2)
         return Planned("start")
@@ -116,7 +116,7 @@ def _refuse_links(folder: Path) -> None:
             require_no_link(path)
 
 
-def _is_free(folder: Path) -> bool:
+def is_free(folder: Path) -> bool:
     """Whether the folder holds nothing of worth: it is not there, it is empty, or it holds no more than what a run
     wrote down about itself which then stopped on a mistake before its first step."""
     if not folder.exists():
@@ -256,7 +256,7 @@ def withdrawn_unless_begun(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception:
-        if is_main() and folder.exists() and _is_free(folder):
+        if is_main() and folder.exists() and is_free(folder):
             for name in (IMAGES, RECIPE):
                 (folder / name).unlink(missing_ok=True)
             with suppress(OSError):  # a tracker's files stay
