@@ -29,9 +29,9 @@ def load(config: DataConfig) -> DomainDataset:
         UserError: a source that is missing or laid out otherwise; a domain that is not there; classes that differ
             between domains; paths that leave the root; bad images.
     """
-    dataset = assemble(read_source(config), config)
-    if lines := passed_over(dataset):
-        warnings.warn(f"{dataset.origin}: not used are {'; '.join(lines)}", stacklevel=2)
+    samples = read_source(config)
+    warn_of_passed_over(samples)
+    dataset = assemble(samples, config)
     if config.verify:
         dataset = verified(dataset, skip_bad=config.skip_bad, again=config.verify == "full")
     if config.pixel_store is None:
@@ -39,21 +39,22 @@ def load(config: DataConfig) -> DomainDataset:
     return replace(dataset, pixel_plan=PixelPlan(dataset, config.pixel_store))
 
 
-def passed_over(dataset: DomainDataset) -> list[str]:
-    """The files of a folder tree that look like samples but are none, by kind: how many, where, and what would help.
+def warn_of_passed_over(samples: Samples) -> None:
+    """Say which files of a folder tree look like samples but are none, by kind: how many, where, and what would help.
     Files that nobody takes for images, such as notes and hidden files, are counted in ``ignored`` alone."""
     lines = []
-    for kind, count in dataset.ignored.items():
+    for kind, count in samples.ignored.items():
         if kind not in (OUTSIDE, NOT_REGULAR) and not looks_like_image(kind):
             continue
-        folders = sorted(dataset.ignored_in.get(kind, {}), key=lambda name: (-dataset.ignored_in[kind][name], name))
+        folders = sorted(samples.ignored_in.get(kind, {}), key=lambda name: (-samples.ignored_in[kind][name], name))
         more = f" and {len(folders) - 2} other folders" if len(folders) > 3 else ""
         where = ", ".join(name or "the top folder" for name in folders[: 2 if more else 3])
         package = package_for(kind)
         advice = f" (install {package} to read them, or convert them)" if package else ""
         name = kind.replace("image", "images", 1) if kind == OUTSIDE and count > 1 else kind
         lines.append(f"{count} {name}" + (f" in {where}{more}" if where else "") + advice)
-    return lines
+    if lines:
+        warnings.warn(f"{samples.origin}: not used are {'; '.join(lines)}", stacklevel=3)
 
 
 def assemble(samples: Samples, config: DataConfig) -> DomainDataset:

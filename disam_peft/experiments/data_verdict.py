@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from disam_peft.config.protocol import ALL
 from disam_peft.config.recipe import Recipe
@@ -13,7 +13,7 @@ from disam_peft.data.census import DataReport, inspect
 from disam_peft.data.check import CheckedFile, examine, with_findings
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.duplicates import check_duplicates
-from disam_peft.data.load import as_they_are, assemble, passed_over
+from disam_peft.data.load import as_they_are, assemble, warn_of_passed_over
 from disam_peft.data.sources.samples import Samples
 from disam_peft.data.sources.source_kinds import read_source
 from disam_peft.data.splits import (
@@ -90,12 +90,11 @@ def judge_data(recipe: Recipe, samples: Samples, findings: dict[str, CheckedFile
 
 def _loaded(recipe: Recipe, samples: Samples, findings: dict[str, CheckedFile]) -> DomainDataset:
     """What ``load`` gives, with findings that are there already."""
+    warn_of_passed_over(samples)
     dataset = assemble(samples, recipe.data)
-    if lines := passed_over(dataset):
-        warnings.warn(f"not used are {'; '.join(lines)}", stacklevel=2)
-    if not recipe.data.verify:
-        return dataset
     found = [findings[key] for key in dataset.keys]
+    if not recipe.data.verify:  # files are compared all the same, when they are read
+        return replace(dataset, hashes=tuple(f.sha256 or key for f, key in zip(found, dataset.keys, strict=True)))
     return with_findings(dataset, found, skip_bad=recipe.data.skip_bad, remembered=False)
 
 

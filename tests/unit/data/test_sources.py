@@ -273,6 +273,13 @@ def test_row_69_pictures_that_are_passed_over_are_said(tree):
     assert dataset.ignored_in[".heic"] == {"photo/cat": 2}
 
 
+def test_row_69_they_are_said_before_what_follows_from_them(tree):
+    root = tree(["photo", "sketch"], ["cat", "dog"], 1)
+    (root / "photo/cat/0.png").rename(root / "photo/cat/0.heic")
+    with pytest.warns(UserWarning, match=r"1 \.heic in photo/cat"), pytest.raises(UserError, match="photo lacks 'cat'"):
+        load(DataConfig(root=root))
+
+
 @pytest.mark.parametrize("name", ["0.heic", None])
 def test_row_69_a_domain_without_an_image_does_not_vanish(tree, name):
     root = tree({"photo": {"cat": 2}, "sketch": {"cat": 2}, "scan": {"cat": 0}})
