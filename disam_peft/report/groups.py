@@ -12,6 +12,7 @@ from disam_peft.report.drawing import Drawing, draw
 from disam_peft.report.figures import cosine_curves, domain_curves, titles
 from disam_peft.report.held_out_tables import best_by_source_validation
 from disam_peft.report.maps import LARGEST_MATRIX, confusion_maps, loss_planes
+from disam_peft.report.reliability import reliability, reliability_curves
 from disam_peft.report.result_tables import METHOD_TITLES, ComparisonTable, training_domains
 from disam_peft.report.runs import RunRecord
 from disam_peft.report.sharpness_tables import sharpness_by_title
@@ -35,6 +36,7 @@ class Group:
     sharpness: ComparisonTable | None
     planes: Drawing | None
     confusion: Drawing | None
+    reliability: Drawing | None
     errors: list[tuple[str, list[ExampleError]]]
 
     @property
@@ -49,7 +51,7 @@ class Group:
 
     @property
     def drawings(self) -> list[Drawing]:
-        every = (self.losses, self.weights, self.cosine, self.planes, self.confusion)
+        every = (self.losses, self.weights, self.cosine, self.planes, self.confusion, self.reliability)
         return [drawing for drawing in every if drawing is not None]
 
 
@@ -89,6 +91,12 @@ def _group(number: int, members: list[Configuration], data: str) -> Group:
     curves = [(name, run) for name, run in zip(names, shown, strict=True) if run.steps]
     cosines = [(name, run) for name, run in curves if any(step.get("ascent_cosine") is not None for step in run.steps)]
     planes = [(name, plane) for name, run in zip(names, shown, strict=True) for plane in run.loss_slices]
+    # another evaluation may have left predictions for other data, which have other splits
+    judged = ("held_out",) if row.held_out is not None else ("test", "source_validation")
+    bins = []
+    for name, run in zip(names, shown, strict=True):
+        found = [] if run.predictions is None else [reliability(run.predictions, split) for split in judged]
+        bins += [(name, of_split) for of_split in found if of_split][:1]
     matrices = [
         (name if row.held_out is not None else f"{name}, {matrix.domain}", matrix)
         for name, run in zip(names, shown, strict=True)
@@ -134,6 +142,13 @@ def _group(number: int, members: list[Configuration], data: str) -> Group:
             partial(confusion_maps, matrices),
         )
         if matrices
+        else None,
+        reliability=draw(
+            f"{prefix}_reliability",
+            "Share of right predictions over their confidence, a line per method; dotted: equal",
+            partial(reliability_curves, bins),
+        )
+        if bins
         else None,
         errors=[(name, run.errors) for name, run in zip(names, shown, strict=True) if run.errors],
     )

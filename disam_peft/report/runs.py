@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from disam_peft.common.prediction_table import PREDICTIONS, PredictionTable, read_predictions
 from disam_peft.common.records import (
     CONFUSION,
     ERRORS,
@@ -115,6 +116,12 @@ class RunRecord:
     def errors(self) -> list[ExampleError]:
         path = self.folder / ERRORS
         return read_list(path, ExampleError) if path.is_file() else []
+
+    @cached_property
+    def predictions(self) -> PredictionTable | None:
+        """Of the last evaluation of the run; None where it has none."""
+        path = self.folder / PREDICTIONS
+        return read_predictions(path) if path.is_file() else None
 
     @property
     def trained(self) -> ResultRow:

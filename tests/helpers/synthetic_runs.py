@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from disam_peft.common.prediction_table import PredictionTable, write_predictions
 from disam_peft.common.records import (
     Confusion,
     ExampleError,
@@ -36,6 +37,22 @@ def images(content: str = "0", part: str = "training") -> RunImages:
         part=(part,) * 8,
         size=(100,) * 8,
         class_words={name: name for name in CLASSES},
+    )
+
+
+def predictions(held_out: str) -> PredictionTable:
+    """Forty images of the held-out domain, of which thirty are right, and ten of a source."""
+    confidence = tuple(0.25 + 0.015 * i for i in range(50))
+    right = [i % 4 != 0 for i in range(50)]
+    return PredictionTable(
+        key=tuple(f"{i}.png" for i in range(50)),
+        content=tuple(f"{i:064d}" for i in range(50)),
+        domain=(held_out,) * 40 + ("cartoon",) * 10,
+        split=("held_out",) * 40 + ("source_validation",) * 10,
+        label=("dog",) * 50,
+        predicted=tuple("dog" if is_right else "guitar" for is_right in right),
+        label_probability=tuple(p if is_right else 0.1 for p, is_right in zip(confidence, right, strict=True)),
+        predicted_probability=confidence,
     )
 
 
@@ -95,6 +112,7 @@ def write_run(
     if details:
         counts = [[i, j, 9 if i == j else 1] for i in range(4) for j in range(4)]
         write_list(folder / "confusion.json", [Confusion(held_out, list(CLASSES), counts)])
+        write_predictions(folder / "predictions.parquet", predictions(held_out))
         errors = [ExampleError(f"{held_out}/dog/{i}.png", "dog", "guitar", 0.9, "") for i in range(12)]
         write_list(folder / "errors.json", errors)
     return folder
