@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from disam_peft.adapters.base import Adapter, require_matching_state
 from disam_peft.adapters.peft.methods import find_method, make_peft_config
 from disam_peft.adapters.peft.peft_config import PEFT_CONFIG_NAME, peft_config_json, require_same_config
-from disam_peft.adapters.peft.targets import frozen_blocks, select_targets
+from disam_peft.adapters.peft.targets import frozen_blocks, only_outside_blocks, select_targets
 from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.backbones.base import ClipBackbone, Target
 from disam_peft.backbones.blocks import AFFINE
 from disam_peft.common.strict_json import json_bytes
 from disam_peft.config.adapters import LoraAdapterConfig, PeftAdapterConfig, Scalar
 from disam_peft.config.base import Config
-from disam_peft.errors import UserError
+from disam_peft.errors import Notice, UserError
 
 _PREFIX = "base_model.model."  # what peft puts before a module's name in a checkpoint
 
@@ -57,6 +57,13 @@ class PeftAdapter(Adapter):
         """Attach to ``backbone.model``; on any error the model is left as it was."""
         assert isinstance(config, LoraAdapterConfig | PeftAdapterConfig)
         targets, peft_config = plan(config, backbone)
+        for tower, names in only_outside_blocks(targets).items():
+            warnings.warn(
+                f"in the {tower} tower of {backbone.config.name} nothing of its blocks is adapted, only "
+                f"{', '.join(names)}",
+                Notice,
+                stacklevel=2,
+            )
         # All that is read off the plain model comes first: attaching replaces its layers.
         image_split, text_split = (frozen_blocks(backbone, targets, tower) for tower in ("image", "text"))
         peft_json = peft_config_json(peft_config, backbone)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import torch
 
 from disam_peft.backbones.base import ClipBackbone, Target, TowerName
 from disam_peft.config.adapters import Blocks, LastBlocks
 from disam_peft.errors import UserError, did_you_mean
+
+OF_BLOCKS = frozenset({"q", "k", "v", "out", "fc1", "fc2", "norm1", "norm2"})
+"""Names that mean the layers of a standard block, see ``Target.projection``."""
 
 
 def tower_blocks(backbone: ClipBackbone, tower: TowerName) -> int:
@@ -31,8 +36,9 @@ def select_targets(
         kind: ``linear`` or ``norm``, what ``method`` works on.
 
     Raises:
-        UserError: a tower without the projection, a block that the tower does not have, a block without the
-            projection, or a module of the wrong kind; lists what exists.
+        UserError: a tower without the projection, or with a projection of blocks outside of its blocks alone, a block
+            that the tower does not have, a block without the projection, or a module of the wrong kind; lists what
+            exists, and a setting that works.
     """
     chosen: list[Target] = []
     for tower in dict.fromkeys(towers):
@@ -41,7 +47,7 @@ def select_targets(
         for projection in dict.fromkeys(projections):
             named = [target for target in here if target.projection == projection]
             fitting = [target for target in here if target.kind == kind]
-            _require_all(named, fitting, indices, projection, tower)
+            _require_all(backbone, named, fitting, indices, projection, tower)
             wrong = [target.name for target in named if target.kind != kind]
             if wrong:
                 raise UserError(
@@ -52,6 +58,21 @@ def select_targets(
             chosen += [target for target in named if target.block is None or target.block in indices]
     order = {target.name: position for position, target in enumerate(backbone.targets())}
     return sorted(chosen, key=lambda target: order[target.name])
+
+
+def in_a_block(target: Target) -> bool:
+    """Also of a tower that cannot be split, whose blocks are known by their numbers alone."""
+    return target.block is not None or any(part.isdigit() for part in target.name.split(".")[:-1])
+
+
+def only_outside_blocks(chosen: Sequence[Target]) -> dict[TowerName, list[str]]:
+    """The towers in which nothing of a block was chosen, with the names of what was."""
+    found: dict[TowerName, list[str]] = {}
+    for tower in dict.fromkeys(target.tower for target in chosen):
+        here = [target for target in chosen if target.tower == tower]
+        if not any(in_a_block(target) for target in here):
+            found[tower] = [target.name for target in here]
+    return found
 
 
 def frozen_blocks(backbone: ClipBackbone, chosen: Sequence[Target], tower: TowerName) -> int | None:
@@ -90,13 +111,24 @@ def _block_indices(backbone: ClipBackbone, tower: TowerName, blocks: Blocks) -> 
 
 
 def _require_all(
-    named: list[Target], fitting: list[Target], indices: list[int], projection: str, tower: TowerName
+    backbone: ClipBackbone,
+    named: list[Target],
+    fitting: list[Target],
+    indices: list[int],
+    projection: str,
+    tower: TowerName,
 ) -> None:
     if not named:
         names = sorted({target.projection for target in fitting})
         raise UserError(
             f"projection '{projection}' matches nothing in the {tower} tower{did_you_mean(projection, names)} "
-            f"(it has {_names(fitting)})"
+            f"(it has {_names(fitting)}){_what_would_work(backbone, fitting, tower)}"
+        )
+    if projection in OF_BLOCKS and not any(in_a_block(target) for target in named):
+        raise UserError(
+            f"projection '{projection}' is one of a block, but the {tower} tower has it outside of its blocks alone "
+            f"({', '.join(target.name for target in named[:3])}), where it would train next to nothing (the tower has "
+            f"{_names(fitting)}){_what_would_work(backbone, fitting, tower)}"
         )
     inside = {target.block for target in named if target.block is not None}
     missing = [index for index in indices if index not in inside]
@@ -107,7 +139,38 @@ def _require_all(
         )
 
 
+def _what_would_work(backbone: ClipBackbone, fitting: list[Target], tower: TowerName) -> str:
+    """A setting that this tower takes: names of layers that it has in its blocks and calls."""
+    inside = [target for target in fitting if in_a_block(target)]
+    called = _called(backbone, tower, inside)
+    names = list(dict.fromkeys(target.projection for target in inside if target.name in called))
+    usual = next((group for group in (["q", "v"], ["qkv"]) if set(group) <= set(names)), names[:2])
+    return f"; set adapter.projections=[{','.join(usual)}]" if usual else "; adapt the other tower"
+
+
+def _called(backbone: ClipBackbone, tower: TowerName, targets: Sequence[Target]) -> set[str]:
+    """The targets whose forward the tower calls: some have weights that their parent reads itself."""
+    called: set[str] = set()
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: called.add(name)
+
+    modules = {target.name: backbone.model.get_submodule(target.name) for target in targets}
+    hooks = [module.register_forward_hook(note(name)) for name, module in modules.items()]
+    try:
+        with torch.no_grad():
+            if tower == "image":
+                blank = torch.zeros(1, 3, *backbone.preprocessing.size, device=backbone.device, dtype=backbone.dtype)
+                backbone.encode_image(blank)
+            else:
+                backbone.encode_text(backbone.tokenize(["a"]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return called
+
+
 def _names(targets: list[Target]) -> str:
-    inside = dict.fromkeys(target.projection for target in targets if target.block is not None)
-    outside = dict.fromkeys(target.projection for target in targets if target.block is None)
+    inside = dict.fromkeys(target.projection for target in targets if in_a_block(target))
+    outside = dict.fromkeys(target.projection for target in targets if not in_a_block(target))
     return f"{' '.join(inside) or 'nothing'} in its blocks, {' '.join(outside) or 'nothing'} outside of them"

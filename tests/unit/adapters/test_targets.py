@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.families import load_backbone
 from disam_peft.config.adapters import AdapterConfig, LastBlocks, LoraAdapterConfig
 from disam_peft.config.backbone import BackboneConfig
-from disam_peft.errors import UserError
+from disam_peft.errors import Notice, UserError
 from tests.helpers.adapter_cells import CELLS, FAMILIES, PROMPTS, tiny_backbone
 from tests.helpers.tiny import tiny_openclip
 
@@ -113,6 +115,50 @@ def test_a_tower_that_cannot_be_split_has_no_plan_or_the_error_of_building(tmp_p
 def test_row_22_targets_that_match_nothing(backbone: ClipBackbone, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         select(backbone, **changes)
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory: pytest.TempPathFactory) -> ClipBackbone:
+    """A tower of timm with a pooling head, as SigLIP has it: its blocks have a fused qkv, its head has q and kv."""
+    tower = {"timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False, "timm_pool": "map"}
+    vision = {**tower, "timm_proj": "none", "image_size": 224}
+    text = {"context_length": 16, "layers": 1, "width": 32, "heads": 2, "vocab_size": 49408}
+    config = {"embed_dim": 192, "custom_text": True, "vision_cfg": vision, "text_cfg": text}
+    folder = tmp_path_factory.mktemp("siglip")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    with pytest.warns(UserWarning, match="RANDOM"):
+        return load_backbone(BackboneConfig(name=f"local-dir:{folder}", pretrained="random"))
+
+
+@pytest.mark.parametrize("projections", [["q"], ["q", "v"], ["qkv", "q"]])
+def test_row_57_targets_of_a_pooling_head_alone(siglip: ClipBackbone, projections: list[str]) -> None:
+    message = r"'q' is one of a block, .*\(visual\.trunk\.attn_pool\.q\).*; set adapter\.projections=\[qkv\]$"
+    with pytest.raises(UserError, match=message):
+        build_adapter(LoraAdapterConfig(projections=projections), siglip, PROMPTS)
+
+
+def test_row_57_what_lies_outside_of_the_blocks_by_choice_is_said(siglip: ClipBackbone) -> None:
+    with pytest.warns(
+        Notice, match=r"image tower of .* nothing of its blocks is adapted, only visual\.trunk\.attn_pool\.kv$"
+    ):
+        adapter = build_adapter(LoraAdapterConfig(projections=["kv"]), siglip, PROMPTS)
+    adapter.detach(siglip)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapter = build_adapter(LoraAdapterConfig(projections=["qkv", "fc1"]), siglip, PROMPTS)
+    adapter.detach(siglip)
+
+
+def test_row_22_a_fused_tower_is_told_the_setting_that_works(
+    siglip: ClipBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"'v' matches nothing in the image tower.*; set adapter\.projections=\[qkv\]$"):
+        select(siglip, projections=["v"])
+    # As in EVA: the weights of the fused layer are read by its parent, and an adapter on it would change nothing.
+    for block in siglip.model.get_submodule("visual.trunk.blocks").children():
+        monkeypatch.setattr(block.get_submodule("attn"), "forward", lambda x, *_, **__: x)
+    with pytest.raises(UserError, match=r"set adapter\.projections=\[fc1,fc2\]$"):
+        select(siglip, projections=["v"])
 
 
 def test_row_22_targets_that_match_in_some_blocks_only(backbone: ClipBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
