@@ -73,6 +73,8 @@ def plan(
         raise UserError(_other_run(folder, "a run of other data", compared.differences, resume=resume))
     if is_finished(folder):
         return Planned("keep", compared.basis)
+    if not resume and (folder / FINISHED).is_file():
+        raise UserError(f"{folder} holds a finished run whose {RESULTS} is gone; --resume makes it again")
     if not resume:
         raise UserError(f"{folder} holds a run that did not finish; --resume continues it, --overwrite starts it again")
     return Planned("continue")
@@ -245,6 +247,7 @@ def prepare(recipe: Recipe, images: RunImages, *, anew: bool) -> None:
             shutil.rmtree(path)  # of a kill while the adapter was saved
         elif is_draft(path):
             path.unlink()
+    (folder / FINISHED).unlink(missing_ok=True)  # of a run whose results are gone: it is not finished now
     write_atomically(folder / RECIPE, as_yaml(recipe))
     if anew:
         write_images(folder / IMAGES, images)
@@ -266,7 +269,11 @@ def withdrawn_unless_begun(folder: Path) -> Iterator[None]:
 
 def finish(folder: Path) -> None:
     """Say that the run is complete, after all its other files are on the disk. It then needs no checkpoints."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and CHECKPOINTS not in path.parts]
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and CHECKPOINTS not in path.relative_to(folder).parts
+    ]
     for path in files:
         wait_for_disk(path)
     images = read_images(folder / IMAGES)

@@ -20,8 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.filesize import decimal
-
 from disam_peft.common.cache import builder_lock
 from disam_peft.common.files import cache_folder, sync_folder, write_atomically
 from disam_peft.common.locks import one_at_a_time
@@ -122,4 +120,6 @@ def require_room(folder: Path, needed: int, what: str, remedy: str) -> None:
     """
     free = shutil.disk_usage(folder).free
     if needed > free:
+        from rich.filesize import decimal
+
         raise UserError(f"{what} needs {decimal(needed)}, but {folder.parent} has {decimal(free)} left; {remedy}")

@@ -20,6 +20,7 @@ from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.load import load
 from disam_peft.errors import Notice, UserError
 from disam_peft.experiments import run, run_folder
+from disam_peft.experiments.compare import is_finished
 from disam_peft.experiments.kept_runs import kept_runs
 from disam_peft.experiments.run_cache import RunCache
 from disam_peft.experiments.run_data import content_by_cell, images_of
@@ -160,6 +161,47 @@ def test_row_60_results_alone_do_not_make_a_finished_run(make_recipe, monkeypatc
         run.train(recipe, resume=True)
     assert (folder / "sharpness.json").is_file() and (folder / "finished.json").is_file()
     assert run.train(recipe)[0].fit is None
+
+
+def test_row_60_a_finished_run_whose_results_are_gone_is_made_again(make_recipe, monkeypatch):
+    recipe = make_recipe()
+    folder = run.train(recipe)[0].folder
+    before = (folder / "results.json").read_bytes()
+    (folder / "results.json").unlink()
+    with pytest.raises(UserError, match=r"a finished run whose results\.json is gone; --resume makes it again"):
+        run.train(recipe)
+    real = run.write_results
+    monkeypatch.setattr(run, "write_results", lambda *arguments: [real(*arguments), 1 / 0])
+    with pytest.raises(ZeroDivisionError):
+        run.train(recipe, resume=True)
+    assert (folder / "results.json").is_file() and not (folder / "finished.json").exists()
+    monkeypatch.undo()
+    run.train(recipe, resume=True)
+    assert (folder / "results.json").read_bytes() == before and (folder / "finished.json").is_file()
+
+
+def test_a_comparison_keeps_runs_of_its_data_only(make_recipe, images):
+    recipe = make_recipe(data=images)
+    assert not is_finished(recipe, RunCache())
+    run.train(recipe)
+    assert is_finished(recipe, RunCache())
+    bring_back = change(images)
+    assert not is_finished(recipe, RunCache())
+    bring_back()
+    assert is_finished(recipe, RunCache())
+    shutil.rmtree(images)
+    assert not is_finished(recipe, RunCache()), "data that are gone cannot be compared"
+
+
+def test_processes_that_share_the_work_look_for_kept_runs_together(make_recipe, monkeypatch):
+    recipe = make_recipe()
+    run.train(recipe)
+    assert kept_runs(recipe, RunCache()) is not None
+    for variables in ({"WORLD_SIZE": "2"}, {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}):
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            assert kept_runs(recipe, RunCache()) is None
 
 
 def test_resume_where_nothing_is_starts_with_a_notice(make_recipe):
