@@ -1,9 +1,7 @@
 """A folder of domains to an adapter, through the Python API: data, backbone, adapter, train, evaluate, export.
 
-    python recipes/finetune_folder.py FOLDER sketch --backbone ViT-B-16 --pretrained openai
-    accelerate launch recipes/finetune_folder.py FOLDER sketch --backbone ViT-B-16 --pretrained openai
-
-FOLDER/<domain>/<class>/*.jpg; the small CLIP that comes with the package: --backbone demo --pretrained ""
+python recipes/finetune_folder.py FOLDER sketch --backbone ViT-B-16 --pretrained openai
+accelerate launch recipes/finetune_folder.py FOLDER sketch --backbone ViT-B-16 --pretrained openai
 """
 
 from pathlib import Path

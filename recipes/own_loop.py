@@ -1,10 +1,7 @@
 """DISAM in a training loop of your own: replace ``loss.backward()`` by ``disam.backward(...)``, keep the rest.
 
-    python recipes/own_loop.py FOLDER sketch --backbone ViT-B-16 --pretrained openai
-    accelerate launch recipes/own_loop.py FOLDER sketch --backbone ViT-B-16 --pretrained openai
-
-FOLDER/<domain>/<class>/*.jpg; nothing here but the step is special: any model, optimizer and loader would do.
-The small CLIP that comes with the package: --backbone demo --pretrained ""
+python recipes/own_loop.py FOLDER sketch --backbone ViT-B-16 --pretrained openai
+accelerate launch recipes/own_loop.py FOLDER sketch --backbone ViT-B-16 --pretrained openai
 """
 
 from pathlib import Path
@@ -17,17 +14,16 @@ from accelerate import Accelerator
 import disam_peft as dp
 
 BACKBONE = "A model of open_clip, or demo: the small CLIP that comes with the package, with --pretrained ''."
-PRETRAINED = "Its weights. Empty ('') for a model that has its own: demo, or local-dir:FOLDER."
 
 
 def main(
     folder: Annotated[Path, typer.Argument(help="FOLDER/<domain>/<class>/*.jpg.")],
     held_out: Annotated[str, typer.Argument(help="The domain that training does not see.")],
     backbone: Annotated[str, typer.Option(help=BACKBONE)] = "ViT-B-16",
-    pretrained: Annotated[str, typer.Option(help=PRETRAINED)] = "openai",
+    pretrained: str = "openai",
     steps: int = 200,
 ) -> None:
-    """Train a LoRA with DISAM in a loop of your own, and judge it on the held-out domain."""
+    """Train a LoRA with DISAM. Only the step is special: any model, optimizer and loader would do."""
     accelerator = Accelerator()
     sources, target = dp.leave_out(dp.load_data(dp.DataConfig(root=folder)), held_out)
     clip = dp.load_backbone(dp.BackboneConfig(name=backbone, pretrained=pretrained or None))
