@@ -25,7 +25,7 @@ from disam_peft.data.stores import features
 from disam_peft.data.stores.features import FeatureStore
 from disam_peft.data.transforms.augment import TrainTransform
 from disam_peft.data.transforms.decode import BadImage
-from disam_peft.errors import UserError
+from disam_peft.errors import Notice, UserError
 from disam_peft.evaluation.predict import predict
 from disam_peft.training.trainer import fit
 
@@ -108,6 +108,36 @@ def test_training_from_a_store_is_training_from_images(make_classifier, dataset,
         assert seen == {0: 45, 1: 97, 2: 0}[len(weights) - 1]
     assert torch.allclose(weights[0], weights[1], atol=1e-5, rtol=0)
     assert torch.equal(weights[1], weights[2])
+
+
+def test_row_59_training_goes_on_over_a_damaged_store_to_the_same_bits(make_classifier, dataset, stored, monkeypatch):
+    monkeypatch.setattr(features, "CHUNK", 12)
+    settings = TrainConfig(steps=6, batch_size=9, workers=0)
+    weights, begun = [], []
+
+    def trained():
+        classifier = make_classifier()
+        fit(classifier, dataset, config=settings, augment=NO_AUGMENT, features=stored, on_event=note)
+        weights.append(torch.cat([p.detach().reshape(-1) for p in classifier.trainable().values()]))
+
+    def note(name, **values):
+        begun.append(name)
+
+    trained()
+    [file] = stored.folder.glob("*/features.bin")
+    content = bytearray(file.read_bytes())
+    for place in range(0, len(content), len(content) // 16):
+        content[place] ^= 1  # one bit at least of every chunk
+    file.write_bytes(content)
+    real = features._Encoding.rows
+    monkeypatch.setattr(features._Encoding, "rows", lambda work, span: begun.append(span) or real(work, span))
+    begun.clear()
+    with pytest.warns(Notice, match="are damaged and are built again"):
+        trained()
+    assert torch.equal(weights[0], weights[1])
+    first_step = begun.index("step")
+    assert any(isinstance(event, range) for event in begun[first_step:]), "found in the middle of training"
+    assert bytes(content) == file.read_bytes()
 
 
 def test_predictions_from_a_store(make_classifier, dataset, stored):
