@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from disam_peft.common.run_images import Part, RunImages, size_as_content
-from disam_peft.data.splits import without_test_part
-from disam_peft.experiments.split_data import SplitData, split_data
 
 if TYPE_CHECKING:
     from disam_peft.config.recipe import Recipe
     from disam_peft.data.dataset import DomainDataset
+    from disam_peft.experiments.split_data import SplitData
 
 _CELLS, _KEYS = 20, 3
 """How many cells of domain and class are listed, and how many images of each."""
@@ -39,6 +38,8 @@ class DataComparison:
 def images_of(data: SplitData) -> RunImages:
     """The images of a run and what it uses each of them for. The given test part of the held-out domain is ``test``,
     although the whole domain is judged."""
+    from disam_peft.data.splits import without_test_part  # NumPy, which is not needed to look at a folder
+
     parts: list[tuple[Part, DomainDataset]] = [
         ("training", data.training),
         ("validation", data.validation),
@@ -74,6 +75,8 @@ def compare_data(before: RunImages, recipe: Recipe, dataset: DomainDataset) -> D
     Raises:
         UserError: the data cannot be split as the recipe says.
     """
+    from disam_peft.experiments.split_data import split_data
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the split: they are for who trains
         now = images_of(split_data(recipe, dataset))

@@ -159,7 +159,8 @@ def test_row_42_json_that_other_readers_take(
         ("lora-image", {"rank": 5_000}, "less than or equal to 4096"),
         ("lora-image", {"rank": 4_000}, "needs 4608000 numbers by its config and classes, but .* holds 2304"),
         ("lora-image", {"blocks": {"last": 10**12}}, r"blocks last: 1000000000000 do not all exist"),
-        ("lora-image", {"seed": 2**64}, "config.lora.seed"),
+        ("lora-image", {"seed": -1}, "config.lora.seed"),
+        ("lora-image", {"seed": 2**64}, "needs more than 64 bits"),
         ("dora", {"options": {"r": 10**7}}, "option 'r' of peft method 'dora' is 10000000, beyond 4096"),
         ("oft", {"options": {"num_cayley_neumann_terms": 10**9}}, "beyond 4096"),
         ("coop-shared", {"context_tokens": 10**9}, "takes 77"),
@@ -230,7 +231,11 @@ def test_row_40_tensors_that_lie_about_themselves(
     record = json.loads((folder / RECORD).read_text())
     shape = changes.get("shape", record["tensors"][name]["shape"])
     edit(folder / RECORD, tensors={**record["tensors"], name: {**record["tensors"][name], "shape": shape}})
-    refused(folder, backbone, "is not a safetensors file|does not (hold the tensors|fit its schema)|are missing|match")
+    refused(
+        folder,
+        backbone,
+        "is not a safetensors file|does not (hold the tensors|fit its schema)|are missing|match|more than 64 bits",
+    )
 
 
 def test_row_40_damage_anywhere_in_the_tensors(folder: Path, backbone: ClipBackbone) -> None:

@@ -167,7 +167,7 @@ def test_a_run_records_mistakes_and_on_request_sharpness(recipe, tmp_path, monke
 
 def test_sharpness_on_data_without_the_held_out_domain_is_refused(recipe, domains_folder):
     [outcome] = run.train(load_recipe(recipe))
-    with pytest.raises(UserError, match="sharpness is measured on the sources and on 'photo'"):
+    with pytest.raises(UserError, match="sharpness is measured on the run's own data, which those given here are not"):
         evaluate(outcome.folder, [f"data.root={domains_folder}", "data.domains=[art, cartoon]"], sharpness=True)
 
 
