@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -10,10 +12,13 @@ from disam_peft.config.data import DataConfig
 from disam_peft.config.recipe import Recipe
 from disam_peft.data.load import load
 from disam_peft.data.splits import split_train_validation
-from disam_peft.experiments import run
+from disam_peft.errors import UserError
+from disam_peft.experiments import run, sweep
 from disam_peft.experiments.build import load_pretrained
 from disam_peft.experiments.split_data import split_data
 from disam_peft.training.trainer import fit
+from tests.helpers.folders import write_domains
+from tests.helpers.tiny_images import write_image
 
 
 @pytest.fixture
@@ -92,3 +97,25 @@ def test_the_seed_of_the_recipe_draws_the_first_weights_of_the_adapter(make_reci
 
     assert torch.equal(first_weights(5), first_weights(5))
     assert not torch.equal(first_weights(5), first_weights(6))
+
+
+def test_row_70_one_class_stops_before_anything_is_written(make_recipe, tmp_path):
+    root = tmp_path / "one"
+    for domain in ("art", "photo"):
+        for i in range(4):
+            write_image(root / domain / "cat" / f"{i}.png")
+    recipe = make_recipe(data={"root": root})
+    for verb in (run.train, sweep.sweep):
+        with pytest.raises(UserError, match="has one class, 'cat'"):
+            verb(recipe)
+    assert not recipe.output.exists()
+
+
+def test_row_71_duplicates_are_refused_where_that_was_chosen(make_recipe, tmp_path):
+    root = write_domains(tmp_path / "copies", count=4)
+    for path in sorted((root / "art").rglob("*.png")):
+        shutil.copy(path, path.with_name(f"copy{path.name}"))
+    recipe = make_recipe(data={"root": root, "duplicates": "error"})
+    for verb in (run.train, sweep.sweep):
+        with pytest.raises(UserError, match=r"image\(s\) of the validation part are also in the training part"):
+            verb(recipe)
