@@ -87,7 +87,7 @@ def _mean_curves(runs: Sequence[RunRecord], field: str) -> dict[str, list[tuple[
     found: dict[str, dict[int, list[float]]] = {}
     for run in runs:
         for step in run.steps:
-            for domain, value in step[field].items():
+            for domain, value in step.get(field, {}).items():
                 if value is not None:
                     found.setdefault(domain, {}).setdefault(step["step"], []).append(value)
     return {

@@ -113,10 +113,12 @@ def domain_curves(named: Sequence[tuple[str, RunRecord]], field: str, label: str
     Each batch as a thin line, its moving average over a tenth of the run as a thick one.
     """
     figure, panels = grid(len(named), width, 2.2, 2.3)
-    domains = sorted({name for _, run in named for step in run.steps for name in step[field]})
+    domains = sorted({name for _, run in named for step in run.steps for name in step.get(field, {})})
     for axes, (title, run) in zip(panels, named, strict=True):
         for number, domain in enumerate(domains):
-            points = [(step["step"], step[field][domain]) for step in run.steps if step[field].get(domain) is not None]
+            points = [
+                (step["step"], step[field][domain]) for step in run.steps if step.get(field, {}).get(domain) is not None
+            ]
             _curve(axes, points, *_look(number))
         axes.set_title(panel_title(title, width / columns_of(panels)))
         axes.grid(alpha=0.25, linewidth=0.5)

@@ -74,10 +74,10 @@ def training_measures(steps: Sequence[dict[str, Any]]) -> dict[str, float | None
     if not steps:
         return dict.fromkeys(("train_loss", "loss_spread", "relative_spread", "weight_shift", "negative_weights"))
     late = [step for step in steps if step["step"] > 2 / 3 * steps[-1]["step"]]
-    names = sorted({name for step in late for name in step["domain_loss"]})
+    names = sorted({name for step in late for name in step.get("domain_loss", {})})
     means = []
     for name in names:
-        losses = [step["domain_loss"][name] for step in late if step["domain_loss"].get(name) is not None]
+        losses = [value for step in late if (value := step.get("domain_loss", {}).get(name)) is not None]
         if losses:
             means.append(statistics.fmean(losses))
     mean = statistics.fmean(means) if means else None
@@ -85,9 +85,8 @@ def training_measures(steps: Sequence[dict[str, Any]]) -> dict[str, float | None
     weights = [
         (weight, step["domain_share"][name])
         for step in steps
-        if "domain_share" in step
-        for name, weight in step["domain_weight"].items()
-        if weight is not None
+        for name, weight in step.get("domain_weight", {}).items()
+        if weight is not None and step.get("domain_share", {}).get(name) is not None
     ]
     return {
         "train_loss": mean,

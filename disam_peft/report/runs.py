@@ -30,7 +30,7 @@ from disam_peft.config.data import SOURCE_SETTINGS
 from disam_peft.config.identity import identifying_settings
 from disam_peft.config.recipe import Recipe, load_recipe
 from disam_peft.errors import UserError
-from disam_peft.report.result_tables import training_domains
+from disam_peft.report.result_tables import METHOD_TITLES, training_domains
 
 RECIPE = "recipe.yaml"
 
@@ -58,7 +58,13 @@ class RunRecord:
 
     @cached_property
     def rows(self) -> list[ResultRow]:
-        return read_results(self.folder / RESULTS)
+        path = self.folder / RESULTS
+        rows = read_results(path)
+        if unknown := sorted({row.method for row in rows} - METHOD_TITLES.keys()):
+            raise UserError(f"{path}: method {unknown[0]!r} is none of {', '.join(METHOD_TITLES)}")
+        if all(row.method == "zero_shot" for row in rows):
+            raise UserError(f"{path} has no row of a trained adapter, so the run has no result; --resume completes it")
+        return rows
 
     @cached_property
     def recipe(self) -> Recipe | None:
@@ -105,12 +111,23 @@ class RunRecord:
     @cached_property
     def loss_slices(self) -> list[LossSlice]:
         path = self.folder / LOSS_SLICE
-        return read_list(path, LossSlice) if path.is_file() else []
+        found = read_list(path, LossSlice) if path.is_file() else []
+        for plane in found:
+            points = len(plane.coordinates)
+            if points == 0 or {len(plane.losses), *map(len, plane.losses)} != {points} or len(plane.directions) != 2:
+                raise UserError(f"{path}: the losses are no {points} times {points} points in two directions")
+        return found
 
     @cached_property
     def confusions(self) -> list[Confusion]:
         path = self.folder / CONFUSION
-        return read_list(path, Confusion) if path.is_file() else []
+        found = read_list(path, Confusion) if path.is_file() else []
+        for matrix in found:
+            classes = range(len(matrix.classes))
+            for entry in matrix.counts:
+                if len(entry) != 3 or entry[0] not in classes or entry[1] not in classes or entry[2] < 0:
+                    raise UserError(f"{path}: {entry} is not [true, predicted, count] of {len(classes)} classes")
+        return found
 
     @cached_property
     def errors(self) -> list[ExampleError]:

@@ -8,11 +8,14 @@ import shutil
 import pytest
 from matplotlib.container import BarContainer
 
+from disam_peft.common.records import append_event
+from disam_peft.errors import UserError
 from disam_peft.report.configurations import configuration_titles, configurations, data_titles, telling_apart
-from disam_peft.report.figures import accuracy_bars, configuration_dots
+from disam_peft.report.figures import accuracy_bars, configuration_dots, domain_curves
 from disam_peft.report.groups import SHOWN, group_runs
 from disam_peft.report.held_out_tables import best_by_source_validation, held_out_tables
 from disam_peft.report.result_tables import markdown_text
+from disam_peft.report.run_measures import run_measures
 from disam_peft.report.runs import read_runs
 from tests.helpers.synthetic_runs import images, write_many, write_run
 
@@ -190,6 +193,41 @@ def test_titles_of_configurations_name_what_tells_them_apart(tmp_path):
     found = configurations(read_runs([tmp_path]))
     assert sorted(configuration_titles(found)) == ["ERM", "SAM (rho=0.1)", "SAM (rho=0.5)"]
     assert telling_apart(found) == ["method.rho"]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("results.json", lambda rows: rows[:4], "has no row of a trained adapter"),
+        (
+            "results.json",
+            lambda rows: [{**row, "method": "magic"} for row in rows],
+            "method 'magic' is none of",
+        ),
+        (
+            "confusion.json",
+            lambda found: [{**found[0], "counts": [[0, 1]]}],
+            r"\[0, 1\] is not \[true, predicted,",
+        ),
+        ("confusion.json", lambda found: [{**found[0], "counts": [[0, 4, 1]]}], "of 4 classes"),
+    ],
+)
+def test_records_that_cannot_be_are_errors_that_name_the_file(tmp_path, file, change, message):
+    folder = write_run(tmp_path / "a/sketch", recorded=images(), details=True)
+    path = folder / file
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(UserError, match=f"{file}.*{message}"):
+        [run] = read_runs([tmp_path])
+        assert run.rows and run.confusions
+
+
+def test_a_step_without_losses_of_domains_is_left_out_of_the_curves(tmp_path):
+    folder = write_run(tmp_path / "a/sketch", recorded=images())
+    append_event(folder / "metrics.jsonl", "step", step=20, loss=0.5)
+    [run] = read_runs([tmp_path])
+    axes, *_ = domain_curves([("DISAM", run)], "domain_loss", "loss", 7.0).axes
+    assert [list(line.get_xdata()) for line in axes.lines] == [[1, 10]] * 3
+    assert run_measures(run)["train_loss"] is None, "the last third has none"
 
 
 @pytest.mark.slow
