@@ -72,7 +72,7 @@ def require_known(config: BackboneConfig) -> None:
     if config.family == "open_clip":
         from disam_peft.backbones.open_clip.weights import require_known as known
     else:
-        from disam_peft.backbones.transformers.clip import require_known as known
+        from disam_peft.backbones.transformers.checkpoint import require_known as known
     known(config)
 
 

@@ -250,3 +250,15 @@ def test_saving_with_an_adapter_attached_is_refused(transformers_dir: str, tmp_p
     with pytest.raises(UserError, match="merge it first"):
         backbone.save(tmp_path / "saved", backbone.model)
     assert not (tmp_path / "saved").exists()
+
+
+def test_loading_and_saving_show_no_bars_of_the_library(
+    transformers_dir: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    backbone = load(transformers_dir)
+    backbone.save(tmp_path / "saved", backbone.model)
+    shown = capfd.readouterr()
+    assert "%|" not in shown.err + shown.out
+    AutoTokenizer.from_pretrained(transformers_dir)
+    CLIPModel.from_pretrained(transformers_dir)
+    assert "%|" in capfd.readouterr().err, "the library shows them where others call it"

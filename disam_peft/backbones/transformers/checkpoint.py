@@ -1,0 +1,137 @@
+"""Where a transformers CLIP comes from: a local folder or a hub repository, and its weights.
+
+``clip.py`` makes a backbone of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import CLIPConfig, CLIPModel
+from transformers.utils import logging
+
+from disam_peft.backbones.hub import hub_folder, refuse_file_settings
+from disam_peft.config.backbone import RANDOM_WEIGHTS, BackboneConfig
+from disam_peft.errors import UserError
+
+WEIGHTS = "model*.safetensors"
+PROCESSOR = "*processor_config.json"
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+
+
+def require_known(config: BackboneConfig) -> None:
+    """Pass if there is such a folder, as far as can be told without fetching or loading anything.
+
+    Raises:
+        UserError: there is none, or it holds something else.
+    """
+    folder = Path(config.name).expanduser()
+    on_hub = not folder.is_dir() and not config.name.startswith((".", "~", "/")) and config.name.count("/") <= 1
+    if not on_hub or config.pretrained not in (None, RANDOM_WEIGHTS):
+        checkpoint_folder(config)
+
+
+def checkpoint_folder(config: BackboneConfig) -> Path:
+    refuse_file_settings(config)
+    if config.pretrained not in (None, RANDOM_WEIGHTS):
+        raise UserError(
+            f"backbone.pretrained '{config.pretrained}' has no meaning for transformers, where backbone.name says "
+            f"which weights: leave it out (or 'random' for random weights)"
+        )
+    folder = Path(config.name).expanduser()
+    weights = [] if config.pretrained == RANDOM_WEIGHTS else [WEIGHTS]
+    if folder.is_dir():
+        if config.revision is not None:
+            raise UserError(
+                f"backbone.revision '{config.revision}' has no meaning with the folder '{folder}': only hub "
+                "repositories have revisions; leave it out"
+            )
+        _check_folder(folder, weights)
+    elif folder.is_absolute() or config.name.startswith((".", "~")) or config.name.count("/") > 1:
+        raise UserError(f"there is no folder '{folder}'; a hub id has the form OWNER/NAME")
+    else:
+        common = ["config.json", PROCESSOR, *weights]
+        folder = hub_folder(
+            config.name,
+            [[*common, *vocabulary] for vocabulary in VOCABULARIES],
+            revision=config.revision,
+            optional=["*.json", "*.txt"],
+        )
+    _check_model_type(folder, config.name)
+    return folder
+
+
+def _check_folder(folder: Path, weights: list[str]) -> None:
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    if pickled and any(not list(folder.glob(pattern)) for pattern in weights):
+        raise UserError(
+            f"{folder} has only pickled weights ({pickled[0]}), which could run code and are not loaded; convert "
+            "them where you trust them (CLIPModel.from_pretrained(...).save_pretrained(...) writes safetensors)"
+        )
+    missing = [pattern for pattern in ("config.json", PROCESSOR, *weights) if not list(folder.glob(pattern))]
+    if not any(all((folder / name).exists() for name in vocabulary) for vocabulary in VOCABULARIES):
+        missing.append("tokenizer.json (or vocab.json + merges.txt)")
+    if missing:
+        raise UserError(
+            f"{folder} is not a complete transformers CLIP: no {', '.join(missing)}; save model, image processor "
+            "and tokenizer there (save_pretrained of each)"
+        )
+
+
+def _check_model_type(folder: Path, name: str) -> None:
+    try:
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{folder / 'config.json'} is not a transformers config: {error}") from error
+    if model_type != "clip":
+        raise UserError(
+            f"backbone '{name}' is a transformers model of type '{model_type}'; only type 'clip' is supported so far "
+            "(many others have an open_clip version: backbone.family: open_clip)"
+        )
+
+
+def load_model(folder: Path, config: BackboneConfig) -> CLIPModel:
+    if config.pretrained == RANDOM_WEIGHTS:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            return CLIPModel(CLIPConfig.from_pretrained(folder, attn_implementation="sdpa"))
+    try:
+        with without_bars():
+            loaded: Any = CLIPModel.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are reported, and refused below
+            )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise UserError(f"the weights in {folder} do not load as a CLIPModel: {error}") from error
+    model, report = loaded
+    # transformers would go on with random values in their place.
+    wrong = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
+    if wrong:
+        raise UserError(
+            f"the weights in {folder} do not fit its config: {len(wrong)} are missing or of another shape "
+            f"({', '.join(wrong[:3])}, ...); is it the folder of a whole CLIPModel?"
+        )
+    return model
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """transformers shows a bar for every file that it reads or writes, between the lines of the program."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
