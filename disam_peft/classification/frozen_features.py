@@ -38,12 +38,7 @@ def training_store(
         UserError: augmentation without a number of views; not enough room on the disk.
     """
     transform = TrainTransform(classifier.backbone.preprocessing, augment, seed)
-    if config.views is None and not transform.deterministic:
-        raise UserError(
-            "features.store with augmentation keeps a fixed number of views of each image: choose features.views, for "
-            "example 8, or set augment.kind=none"
-        )
-    views = 1 if transform.deterministic or config.views is None else config.views
+    views = stored_views(augment, config)
     name: dict[str, object] = {
         "augment": augment.model_dump(mode="json"),
         "seed": None if transform.deterministic else seed,
@@ -73,6 +68,21 @@ class _OwnTransform:
 
     def __call__(self, image: Image, index: int, epoch: int) -> Tensor:
         return self._transform(image)
+
+
+def stored_views(augment: AugmentConfig, config: FeatureConfig) -> int:
+    """How many augmented versions of each training image a store holds; one without augmentation.
+
+    Raises:
+        UserError: augmentation without a number of views.
+    """
+    is_augmented = augment.kind != "none"
+    if config.views is None and is_augmented:
+        raise UserError(
+            "features.store with augmentation keeps a fixed number of views of each image: choose features.views, for "
+            "example 8, or set augment.kind=none"
+        )
+    return config.views if is_augmented and config.views is not None else 1
 
 
 @dataclass(frozen=True)

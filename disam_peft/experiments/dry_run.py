@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.classification.frozen_features import stored_views
 from disam_peft.common.progress import duration
 from disam_peft.config.average import kept_averages
 from disam_peft.config.recipe import Recipe
@@ -94,6 +95,8 @@ def _measure(
     measure: Callable[..., Rehearsal],
     device: torch.device,
 ) -> tuple[Rehearsal, ClipClassifier]:
+    if recipe.features.store:
+        stored_views(recipe.augment, recipe.features)
     classifier = load_pretrained(recipe, dataset.prompt_names, device).with_new_adapter()
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -135,7 +138,7 @@ def estimated(recipe: Recipe, data: SplitData, measured: Rehearsal, state_bytes:
     validated = len(data.validation) / processes
     states = 1 + len(kept_averages(recipe.average))
     validations = math.ceil(config.steps / config.validation_interval) * states
-    views = recipe.features.views or 1
+    views = stored_views(recipe.augment, recipe.features) if measured.stored else 1
     store = 0.0
     if measured.stored:
         of_training = measured.load_seconds + measured.encode_seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,6 +71,8 @@ def test_what_train_would_refuse_a_dry_run_refuses(make_recipe, tmp_path):
         run.dry_run(make_recipe(train={"batch_size": 1}))
     with pytest.raises(UserError, match="is not a domain of the data; did you mean 'photo'"):
         run.dry_run(make_recipe(protocol={"held_out": "photoo"}))
+    with pytest.raises(UserError, match=r"choose features\.views, for example 8, or set augment\.kind=none"):
+        run.dry_run(make_recipe(features={"store": True}))
     assert not (tmp_path / "runs").exists()
 
 
@@ -123,6 +126,17 @@ def test_the_arithmetic_of_an_estimate(make_recipe):
     overlapped = estimated(beside, data, MEASURED, state_bytes=0)
     assert overlapped.steps_seconds == pytest.approx(100 * 0.5), "two processes load while the main one computes"
     assert overlapped.validation_seconds == pytest.approx(4 * (1 + 12 * 0.03))
+
+
+def test_every_stored_view_of_a_training_image_is_counted(make_recipe):
+    stored = replace(MEASURED, stored=True)
+    values = {"train": {"steps": 10, "workers": 0}, "features": {"store": True, "views": 3}}
+    data = split_data(make_recipe(**values), load(make_recipe().data))  # 52 train, 44 are judged
+    found = estimated(make_recipe(**values), data, stored, state_bytes=0)
+    assert found.store_seconds == pytest.approx(52 * 3 * (0.01 + 0.02) + 44 * 0.04)
+    assert found.steps_seconds == pytest.approx(10 * 0.5)
+    plain = estimated(make_recipe(**values, augment={"kind": "none"}), data, stored, state_bytes=0)
+    assert plain.store_seconds == pytest.approx(52 * (0.01 + 0.02) + 44 * 0.04), "without augmentation there is one"
 
 
 def test_an_estimate_with_averages_counts_their_validations_and_copies(make_recipe):
