@@ -19,6 +19,9 @@ from disam_peft.backbones.base import ClipBackbone
 from disam_peft.config.base import Config
 from disam_peft.errors import UserError
 
+LARGEST = 1e12
+"""Beyond any trained number. Products of larger ones overflow in the first layers."""
+
 Autocast = Callable[[], AbstractContextManager[object]]
 """Makes the context of a forward pass, as ``Accelerator.autocast`` does."""
 
@@ -229,6 +232,8 @@ def require_matching_state(kind: str, expected: dict[str, Tensor], found: dict[s
             faults.append(f"{name} expected dtype {wanted.dtype}, found {tensor.dtype}")
         elif not torch.isfinite(tensor).all():
             faults.append(f"{name} holds NaN or infinity")
+        elif tensor.numel() and float(tensor.abs().max()) > LARGEST:
+            faults.append(f"{name} holds numbers up to {float(tensor.abs().max()):.1e}, which no training leaves")
     if faults:
         shown = "; ".join(faults[:10]) + (f"; and {len(faults) - 10} more" if len(faults) > 10 else "")
         raise UserError(

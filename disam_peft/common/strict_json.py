@@ -14,6 +14,8 @@ from typing import Any
 
 MAX_CONTAINERS = 2_000_000
 """Lists and objects in one text. In memory an empty one is 30 times as large as in the file."""
+MAX_DIGITS = 40
+"""Of a whole number; all that are written need at most 20."""
 _SPACE = re.compile(r"[ \t\n\r]*")
 _HALF = re.compile(r"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|\\u[dD][c-fC-F]")
 
@@ -69,8 +71,8 @@ def parse_json(content: bytes) -> Any:
     """The value of a JSON text in UTF-8. Stricter than Python's own reader, so that all readers see the same values.
 
     Raises:
-        JsonFault: not JSON; a key that is there twice, a number that is NaN or infinite or a whole number beyond 64
-            bits, an escape for half of a character, too many values, or values nested too deeply.
+        JsonFault: not JSON; a key that is there twice, a number that is NaN or infinite or has more digits than any
+            number of ours, an escape for half of a character, too many values, or values nested too deeply.
     """
     if content.count(b"[") + content.count(b"{") > MAX_CONTAINERS:
         raise JsonFault(1, f"more than {MAX_CONTAINERS} lists and objects")
@@ -145,8 +147,8 @@ def _finite(text: str) -> float:
 
 
 def _whole(text: str) -> int:
-    if len(text) > 20 or not -(2**63) <= int(text) < 2**64:
-        raise ValueError(f"the whole number {text[:30]} needs more than 64 bits")
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"the whole number {text[:20]}... has more than {MAX_DIGITS} digits")
     return int(text)
 
 

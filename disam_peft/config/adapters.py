@@ -17,6 +17,9 @@ PEFT_METHODS = ("lora", "dora", "ia3", "oft", "loha", "lokr", "hra", "hira", "de
 MAX_RANK = 4096
 """Beyond the width of any CLIP's layers. A config from a stranger must not be able to ask for all memory."""
 
+LARGEST_OPTION = 1e9
+"""Beyond it, a factor of an adapter makes every feature overflow. Such a number is a mistake or a trap."""
+
 
 class LastBlocks(Config):
     """The last blocks of a tower, e.g. ``{last: 4}``."""
@@ -45,7 +48,7 @@ class LoraAdapterConfig(_AttachedConfig):
     projections: list[str] = Field(default=["q", "v"], min_length=1)
     """``q k v out fc1 fc2``, or the name of a linear layer outside the blocks."""
     rank: int = Field(default=8, ge=1, le=MAX_RANK)
-    alpha: float = Field(default=16.0, gt=0)
+    alpha: float = Field(default=16.0, gt=0, le=LARGEST_OPTION)
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
 
@@ -74,6 +77,13 @@ class PeftAdapterConfig(_AttachedConfig):
                     f"{', '.join(lists)} cannot be set here: an option is a number, text, true or false; which modules "
                     "are adapted is said by towers, blocks and projections"
                 )
+            large = [
+                f"{name}={str(value)[:20]}"
+                for name, value in options.items()
+                if isinstance(value, (int, float)) and abs(value) > (2**63 if name.endswith("_key") else LARGEST_OPTION)
+            ]
+            if large:
+                raise ValueError(f"{', '.join(large)} is beyond {LARGEST_OPTION:g}, which no adapter works with")
         return options
 
 

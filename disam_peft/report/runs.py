@@ -96,7 +96,8 @@ class RunRecord:
 
     @cached_property
     def steps(self) -> list[dict[str, Any]]:
-        return read_events(self.folder / METRICS, "step")
+        recorded = read_events(self.folder / METRICS, "step")
+        return [{"loss": None, "domain_loss": {}, "domain_weight": {}, **step} for step in recorded]
 
     @cached_property
     def inferred(self) -> list[dict[str, Any]]:

@@ -20,10 +20,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from disam_peft.common.files import sync_folder, write_through
+from disam_peft.common.strict_json import read_bytes
 from disam_peft.config.base import Config
 from disam_peft.errors import UserError
 
 MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 2**20
 _NAME = re.compile(r"step-(\d{6,})")
 _UNFINISHED, _DISCARDED = ".partial", ".discarded"
 
@@ -109,7 +111,7 @@ def sweep(folder: Path) -> None:
 def _read(place: Path) -> tuple[str | None, dict[str, bytes]]:
     """What is wrong, if anything, and the files."""
     try:
-        content = (place / MANIFEST).read_bytes()
+        content = read_bytes(place / MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
         manifest = Manifest.model_validate(json.loads(content))
     except OSError as error:
         return f"{MANIFEST} cannot be read ({error.strerror or error})", {}
@@ -122,12 +124,15 @@ def _read(place: Path) -> tuple[str | None, dict[str, bytes]]:
         if name != Path(name).name:
             return f"{MANIFEST} names the file {name!r}, which is outside the folder", {}
         try:
-            files[name] = (place / name).read_bytes()
+            size = (place / name).stat().st_size
+            if size != record.bytes:
+                return f"{name} has {size} bytes, {record.bytes} expected", {}
+            files[name] = read_bytes(place / name, max_bytes=record.bytes)
         except OSError as error:
             return f"{name} cannot be read ({error.strerror or error})", {}
-        size, digest = len(files[name]), hashlib.sha256(files[name]).hexdigest()
-        if size != record.bytes:
-            return f"{name} has {size} bytes, {record.bytes} expected", {}
+        except ValueError as error:
+            return str(error), {}
+        digest = hashlib.sha256(files[name]).hexdigest()
         if digest != record.sha256:
             return f"{name} has sha256 {digest}, {record.sha256} expected", {}
     return None, files

@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 import sys
+import time
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -305,3 +306,47 @@ def test_links_inside_and_those_of_a_hugging_face_cache_are_fine(
         shutil.copy(folder / name, repository / "blobs" / f"sha-{name}")
         (snapshot / name).symlink_to(f"../../blobs/sha-{name}")
     load_adapter(snapshot, backbone).adapter.detach(backbone)
+
+
+# -- numbers that are finite and absurd ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [1e13, -1e38, 3e38])
+def test_row_67_absurd_tensors_are_refused(folder: Path, backbone: ClipBackbone, value: float) -> None:
+    tensors = load_file(folder / TENSORS)
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    edit(folder / RECORD, sha256=hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest())
+    refused(folder, backbone, rf"{re.escape(name)} holds numbers up to .*, which no training leaves")
+
+
+@pytest.mark.parametrize(
+    ("cell", "config", "message"),
+    [
+        ("lora-image", {"alpha": 1e308}, r"alpha: Input should be less than or equal to 1000000000"),
+        ("lora-image", {"alpha": 10**18}, r"alpha: Input should be less than or equal to 1000000000"),
+        ("dora", {"options": {"lora_alpha": 1e300}}, r"lora_alpha=1e\+300 is beyond 1e\+09"),
+        ("dora", {"options": {"lora_alpha": 10**18}}, r"lora_alpha=1000000000000000000 is beyond 1e\+09"),
+    ],
+)
+def test_row_67_absurd_factors_are_refused(
+    saved: dict[str, Path], backbone: ClipBackbone, tmp_path: Path, cell: str, config: dict[str, Any], message: str
+) -> None:
+    folder = Path(shutil.copytree(saved[cell], tmp_path / "adapter"))
+    record = json.loads((folder / RECORD).read_text())
+    edit(folder / RECORD, config={**record["config"], **config})
+    refused(folder, backbone, message)
+
+
+def test_row_67_thousands_of_classes_work_and_too_many_are_refused_at_once(
+    folder: Path, backbone: ClipBackbone
+) -> None:
+    edit(folder / RECORD, classes=[f"class {number}" for number in range(1_000)])
+    classifier = load_adapter(folder, backbone)
+    assert len(classifier.class_names) == 1_000
+    classifier.adapter.detach(backbone)
+    edit(folder / RECORD, classes=[f"class {number}" for number in range(100_001)])
+    start = time.perf_counter()
+    refused(folder, backbone, "at most 100000 items")
+    assert time.perf_counter() - start < 10
