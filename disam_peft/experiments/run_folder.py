@@ -179,9 +179,10 @@ def compared_data(recipe: Recipe, data: Callable[[], DomainDataset]) -> DataComp
     if _both_painted(load_recipe(folder / RECIPE), recipe):
         return DataComparison()  # painted from the same settings
     if not (folder / IMAGES).is_file():
+        why = f"its {IMAGES} is gone" if (folder / FINISHED).is_file() else "its version did not record them"
         return DataComparison(
-            basis="a version that did not record which images its runs have wrote it: it is kept as its recipe agrees, "
-            "with the place of its data"
+            basis=f"which images the run had is not known, as {why}: it is kept as its recipe agrees, with the place of "
+            "its data"
         )
     return compare_data(read_images(folder / IMAGES), recipe, data())
 

@@ -429,7 +429,7 @@ def test_row_63_a_finished_run_that_recorded_no_images_is_kept_with_a_note_where
     run.train(recipe)
     for name in ("images.parquet", "finished.json"):
         (recipe.folder("photo") / name).unlink()
-    with pytest.warns(Notice, match="did not record which images its runs have"):
+    with pytest.warns(Notice, match="not known, as its version did not record them: it is kept as its recipe agrees"):
         assert run.train(recipe)[0].fit is None
     with pytest.raises(UserError, match=r"holds another run[\s\S]*data\.root: .*domains0.* -> .*images"):
         run.train(make_recipe(data=images))
