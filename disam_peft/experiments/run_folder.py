@@ -181,8 +181,8 @@ def compared_data(recipe: Recipe, data: Callable[[], DomainDataset]) -> DataComp
     if not (folder / IMAGES).is_file():
         why = f"its {IMAGES} is gone" if (folder / FINISHED).is_file() else "its version did not record them"
         return DataComparison(
-            basis=f"which images the run had is not known, as {why}: it is kept as its recipe agrees, with the place of "
-            "its data"
+            basis=f"which images the run had is not known, as {why}: it is kept as its recipe agrees, with the place "
+            "of its data"
         )
     return compare_data(read_images(folder / IMAGES), recipe, data())
 
