@@ -93,14 +93,14 @@ def _remove(chosen: list[Kept], *, dry_run: bool, as_json: bool) -> None:
     if as_json:
         _print_json(gone)
         return
-    from disam_peft.cli.output import in_bytes
+    from rich.filesize import decimal
 
     for entry in gone:
-        say(f"{'would remove' if dry_run else 'removed'} {entry.name} ({in_bytes(entry.size)})")
+        say(f"{'would remove' if dry_run else 'removed'} {entry.name} ({decimal(entry.size)})")
     for entry in chosen:
         if entry not in gone:
             say(f"kept {entry.name}: a process has begun to use it")
-    say(f"{in_bytes(sum(entry.size for entry in gone))} {'would be freed' if dry_run else 'freed'}")
+    say(f"{decimal(sum(entry.size for entry in gone))} {'would be freed' if dry_run else 'freed'}")
 
 
 def _print_json(entries: list[Kept]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -268,7 +269,7 @@ def _measured(value: float | None) -> str:
 
 def print_cache(entries: list[Kept], folder: str, now: float, console: Console | None = None) -> None:
     """What is kept in the cache, the longest unused first, and how much it is together."""
-    table = Table(title=f"{escape(folder)}: {in_bytes(sum(e.size for e in entries))}", box=box.SIMPLE_HEAD)
+    table = Table(title=f"{escape(folder)}: {decimal(sum(e.size for e in entries))}", box=box.SIMPLE_HEAD)
     table.add_column("name", overflow="fold")
     for heading in ("size", "unused for"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -277,16 +278,8 @@ def print_cache(entries: list[Kept], folder: str, now: float, console: Console |
     for entry in entries:
         name = f"{entry.kind}/{entry.path.name[:12]}" + (".partial" if entry.path.suffix == ".partial" else "")
         age = _age(max(0.0, now - entry.used))
-        table.add_row(escape(name), in_bytes(entry.size), age, entry.state, escape(", ".join(entry.data) or "?"))
+        table.add_row(escape(name), decimal(entry.size), age, entry.state, escape(", ".join(entry.data) or "?"))
     (console or Terminal()).print(table)
-
-
-def in_bytes(size: int) -> str:
-    """``3.2 GB`` (10^9)."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} bytes"
 
 
 def _age(seconds: float) -> str:

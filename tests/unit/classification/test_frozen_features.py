@@ -267,7 +267,7 @@ def test_what_a_gpu_encodes_arrives_whole_and_in_order(make_classifier, dataset,
 def test_a_disk_without_room_is_an_error_before_anything_is_built(make_classifier, dataset, stored, monkeypatch):
     usage = SimpleNamespace(total=10**9, used=10**9, free=50_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"96 images x 3 views needs 0\.0 GB.*fewer features.views"):
+    with pytest.raises(UserError, match=r"96 images x 3 views needs [\d.]+ kB.*fewer features.views"):
         training_store(
             make_classifier(), dataset, AugmentConfig(), 0, stored.model_copy(update={"views": 3}), workers=0
         )

@@ -80,7 +80,7 @@ def test_everything_is_listed_the_longest_unused_first(filled, own_cache):
     assert [row["state"] for row in rows] == ["complete", "complete", "unfinished", "complete", "complete"]
     assert rows[0]["data"] == ["/data/pacs"] and abs(rows[0]["used"] - time.time() + 40 * DAY) < 60
     table = call("ls")
-    for text in ("features/aaaa", "3.0 KB", "40 d", "unfinished", "office.zip", "11.5 KB"):
+    for text in ("features/aaaa", "3.0 kB", "40 d", "unfinished", "office.zip", "11.5 kB"):
         assert text in table.replace("\n", " ")
 
 
@@ -112,8 +112,8 @@ def test_prune_by_age_size_and_data(filled, options, gone):
 
 
 def test_rm_takes_the_beginning_of_a_name(filled, own_cache):
-    assert call("rm", "features/aa", "bbb", "--dry-run").splitlines()[-1] == "8.0 KB would be freed"
-    assert call("rm", "features/aa", "bbb").splitlines()[-1] == "8.0 KB freed"
+    assert call("rm", "features/aa", "bbb", "--dry-run").splitlines()[-1] == "8.0 kB would be freed"
+    assert call("rm", "features/aa", "bbb").splitlines()[-1] == "8.0 kB freed"
     assert set(names()) == {"archives/dddd", "pixels/cccc.partial", "checks/eeee.json"}
     assert not list((own_cache / "features").glob("*")) and not list((own_cache / "features").glob(".*.removed"))
 

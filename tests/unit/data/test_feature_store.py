@@ -70,7 +70,7 @@ def test_a_disk_without_room_is_an_error_on_every_rank(dataset, tmp_path, monkey
 
     def work(rank: int) -> None:
         with gloo_group(tmp_path, rank, 2):
-            with pytest.raises(UserError, match=r"16 images x 2 views needs 0\.0 GB"):
+            with pytest.raises(UserError, match=r"16 images x 2 views needs 404 bytes"):
                 build(dataset, tmp_path / "full")
             assert processes.from_all(rank) == [0, 1], "nobody is left waiting"
 

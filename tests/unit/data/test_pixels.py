@@ -181,7 +181,7 @@ def test_processes_wait_for_the_one_that_builds(dataset, decoded):
 def test_row_34_too_little_room(dataset, decoded, monkeypatch, own_cache):
     record = 16 * 16 * 3 + 8
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 12 * record - 1))
-    with pytest.raises(UserError, match=r"storing 12 images of 16 x 16 pixels needs 0\.0 GB.*DISAM_PEFT_CACHE"):
+    with pytest.raises(UserError, match=r"storing 12 images of 16 x 16 pixels needs 9\.3 kB.*DISAM_PEFT_CACHE"):
         store_of(dataset)
     assert decoded == []
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 12 * record))
