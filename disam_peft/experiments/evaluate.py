@@ -122,14 +122,14 @@ def _in_classes(known: tuple[str, ...], dataset: DomainDataset, *, only_known: b
     """The same samples with labels that count in the classes ``known`` to the adapter, which may be more.
 
     Args:
-        only_known: leave out samples of other classes; otherwise these are an error.
+        only_known: leave out samples of other classes; otherwise, and where nothing would be left, these are an error.
     """
     if dataset.prompt_names == known:
         return dataset
     label_of = np.array([known.index(name) if name in known else -1 for name in dataset.prompt_names])
     labels_N = label_of[dataset.labels]
     unknown = sorted({dataset.prompt_names[label] for label in dataset.labels[labels_N < 0]})
-    if unknown and not only_known:
+    if unknown and (not only_known or (labels_N < 0).all()):
         raise UserError(
             f"{dataset.origin} has classes that the adapter was not trained for: {', '.join(unknown[:10])} "
             f"(it knows {', '.join(known[:10])}{', ...' if len(known) > 10 else ''}); map their names with "

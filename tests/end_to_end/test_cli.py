@@ -187,6 +187,9 @@ def test_evaluate_on_other_data_with_fewer_classes(cli, arguments, domains_folde
     code, _, err = cli("evaluate", folder, "--data", other, "data.classes=intersection")
     assert code == 0 and "8 of 16 images are left out: the adapter does not know purple" in err
     assert set(read_predictions(folder / "art/predictions.parquet").label) == {"blue"}
+    (other / "studio/blue").rename(other / "studio/mauve")
+    code, _, err = cli("evaluate", folder, "--data", other, "data.classes=intersection")
+    assert code == 2 and "classes that the adapter was not trained for: mauve, purple" in err
 
 
 def test_row_52_evaluate_on_other_data_with_the_domains_of_the_run(cli, arguments, domains_folder, tmp_path):
