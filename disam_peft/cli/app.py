@@ -16,6 +16,7 @@ from disam_peft import __version__
 from disam_peft.cli.cache_verbs import cache
 from disam_peft.cli.data_verbs import check_data
 from disam_peft.cli.demo_verbs import demo, doctor
+from disam_peft.cli.early_signals import orderly_end
 from disam_peft.cli.result_verbs import evaluate, export, report
 from disam_peft.cli.run_verbs import runs
 from disam_peft.cli.terminal import say
@@ -70,7 +71,8 @@ def main() -> None:
     warnings.showwarning = _show_warning
     progress.write_lines(True)
     try:
-        app()
+        with orderly_end():
+            app()
     except UserError as error:
         if is_main():
             say(f"error: {error}", err=True, colour="red")
