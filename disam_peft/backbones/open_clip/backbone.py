@@ -1,8 +1,8 @@
 """CLIPs of open_clip: built-in names with pretrained tags, local folders, hub repositories.
 
-With ``weights.py`` the only file that imports open_clip. The text tower is always the module ``model.text``
-(open_clip's "custom text" layout), so that names do not depend on the checkpoint; ``save`` goes back to the
-checkpoint's own layout. Shapes: B images, C prompts, L tokens, W token width, E embedding width.
+With ``weights.py`` and ``weights_file.py`` the only file that imports open_clip. The text tower is always the module
+``model.text`` (open_clip's "custom text" layout), so that names do not depend on the checkpoint; ``save`` goes back to
+the checkpoint's own layout. Shapes: B images, C prompts, L tokens, W token width, E embedding width.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where an open_clip checkpoint comes from: built-in names with pretrained tags, local folders, hub repositories.
 
-``backbone.py`` and this file are the only ones that import open_clip.
+``backbone.py``, ``weights_file.py`` and this file are the only ones that import open_clip.
 """
 
 from __future__ import annotations
