@@ -13,6 +13,7 @@ from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.families import load_backbone
 from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.common.records import append_event
 from disam_peft.config.adapters import LinearProbeConfig, LoraAdapterConfig
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.data import DataConfig
@@ -166,12 +167,11 @@ def trained(openclip_name, domains_folder, tmp_path):
         backbone = load_backbone(BackboneConfig(name=openclip_name))
         adapter = adapter or LoraAdapterConfig(seed=0, dropout=0.3, rank=2, blocks={"last": 1})
         classifier, records = ClipClassifier(backbone, build_adapter(adapter, backbone, prompts), prompts), []
-        length = tmp_path / "length"  # a file of one byte per event, in place of metrics.jsonl
+        length = tmp_path / "length"  # the events without their numbers, in place of metrics.jsonl
 
         def on_event(name, **values):
             records.append((name, values))
-            with open(length, "ab") as file:
-                file.write(b".")
+            append_event(length, name, **{"step": values["step"]} if "step" in values else {})
             if name == "step" and values["step"] == cut_at:
                 raise Cut
 

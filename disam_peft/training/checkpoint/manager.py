@@ -72,8 +72,8 @@ class CheckpointConfig:
         folder: holds the checkpoints and nothing else. The main process alone reads and writes it.
         resume: go on from the newest checkpoint in ``folder``, if there is one.
         provenance: what must be the same for the same bits to come out, as names and values in words: data, weights.
-        records: a file that grows line by line, such as ``metrics.jsonl``; it is cut back to what belongs to the
-            checkpoint.
+        records: a file that grows by an event, which is a JSON line, at a time: ``metrics.jsonl``. It is cut back to
+            what belongs to the checkpoint.
     """
 
     folder: Path
