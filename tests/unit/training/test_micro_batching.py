@@ -209,11 +209,16 @@ class Waits(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # the check of the domains is left out on a GPU
-        on_cpu_alone = ("micro_batches.py", "_checked_domains")
-        if func is torch.ops.aten._local_scalar_dense.default and on_cpu_alone not in {
+        # the check of the domains and the question about the range of a norm are left out on a GPU, and images are
+        # made ready on the CPU
+        on_cpu_alone = {
+            ("micro_batches.py", "_checked_domains"),
+            ("perturbation.py", "__init__"),
+            ("augment.py", "__call__"),
+        }
+        if func is torch.ops.aten._local_scalar_dense.default and on_cpu_alone.isdisjoint(
             (Path(frame.filename).name, frame.name) for frame in traceback.extract_stack()
-        }:
+        ):
             self.count += 1
         return func(*args, **(kwargs or {}))
 
