@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from disam_peft.common.file_hashes import FileState
 from disam_peft.data.sources.given_splits import GivenPart
 from disam_peft.data.sources.samples import MAX_FILE_BYTES
 from disam_peft.data.transforms.decode import MAX_PIXELS, BadImage, decode_image
@@ -227,12 +228,9 @@ class DomainDataset:
                 states_N4[i, 0] = lengths_all[row]
                 continue
             try:
-                status = os.stat(self._path(paths_all[row]))
+                states_N4[i] = FileState.of(self._path(paths_all[row]))
             except OSError:
                 states_N4[i, 0] = -1
-            else:
-                inode = status.st_ino & 0x7FFF_FFFF_FFFF_FFFF  # some file systems use all 64 bits
-                states_N4[i] = status.st_size, status.st_mtime_ns, status.st_ctime_ns, inode
         return states_N4
 
     def content_hash(self, index: int) -> str:

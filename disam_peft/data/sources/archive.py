@@ -28,6 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from disam_peft.common.cache import use
+from disam_peft.common.file_hashes import place_and_state
 from disam_peft.common.files import cache_folder, write_atomically
 from disam_peft.common.locks import one_at_a_time
 from disam_peft.common.progress import track
@@ -44,7 +45,13 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 
 
 def read_root(
-    root: Path, domains: Sequence[str] | None, max_gb: float, max_files: int, *, use_given_splits: bool = True
+    root: Path,
+    domains: Sequence[str] | None,
+    max_gb: float,
+    max_files: int,
+    *,
+    use_given_splits: bool = True,
+    again: bool = False,
 ) -> Samples:
     """The images of a folder tree, or of the folder tree in an archive.
 
@@ -52,13 +59,14 @@ def read_root(
         domains: these only; None: all.
         max_gb, max_files: what an archive may hold at most, see ``unpacked``.
         use_given_splits: whether folders called train, val and test are given splits.
+        again: hash an archive, though the file system notes nothing new about it.
 
     Raises:
         UserError: as ``read_folders`` and ``unpacked``.
     """
     if not (is_archive(root) and root.is_file()):
         return read_folders(root, domains, use_given_splits=use_given_splits)
-    folder = unpacked(root, max_gb=max_gb, max_files=max_files)
+    folder = unpacked(root, max_gb=max_gb, max_files=max_files, again=again)
     try:
         found = read_folders(folder, domains, use_given_splits=use_given_splits)
     except UserError as error:  # with the path that the user gave
@@ -66,7 +74,7 @@ def read_root(
     return replace(found, origin=str(root))
 
 
-def unpacked(archive: Path, *, max_gb: float, max_files: int, folder: Path | None = None) -> Path:
+def unpacked(archive: Path, *, max_gb: float, max_files: int, folder: Path | None = None, again: bool = False) -> Path:
     """The folder of domains in ``archive``, which is unpacked first if it was not yet.
 
     Of several processes that need the archive at the same time, one unpacks it and the others wait.
@@ -75,6 +83,8 @@ def unpacked(archive: Path, *, max_gb: float, max_files: int, folder: Path | Non
         max_gb: the largest size of all unpacked files, in 10^9 bytes.
         max_files: the largest number of members.
         folder: of all unpacked archives; the default is ``archives`` in the package's cache.
+        again: read the archive to know its content, though its place, size, times and inode are those of an archive
+            that was read before.
 
     Raises:
         UserError: a member that is refused by the rules of this module, too many or too large ones, a damaged
@@ -82,8 +92,8 @@ def unpacked(archive: Path, *, max_gb: float, max_files: int, folder: Path | Non
     """
     folder = folder or cache_folder() / "archives"
     try:
-        digest_file = _digest_file(archive, folder)
-        digest = _digest(archive, digest_file)
+        digest_file = folder / "seen" / place_and_state(archive)
+        digest = _digest(archive, digest_file, again=again)
         place = folder / digest
         if place.is_dir():
             use(place, str(archive))
@@ -93,8 +103,9 @@ def unpacked(archive: Path, *, max_gb: float, max_files: int, folder: Path | Non
                 if not place.is_dir():
                     _build(archive, place, int(max_gb * 1e9), max_files)
                 use(place, str(archive))
-                digest_file.parent.mkdir(exist_ok=True)
-                write_atomically(digest_file, digest)
+        if _remembered(digest_file) != digest:
+            digest_file.parent.mkdir(exist_ok=True)
+            write_atomically(digest_file, digest)
     except OSError as error:
         raise UserError(
             f"data.root={archive} cannot be unpacked into {folder} ({error.strerror or error}); make room, or set "
@@ -219,16 +230,16 @@ def _domains(place: Path) -> Path:
 # -- where it is kept ----------------------------------------------------------------------------------------
 
 
-def _digest_file(archive: Path, folder: Path) -> Path:
-    """The file that keeps the archive's sha256. Its name depends on the archive's path, size and time of change."""
-    status = archive.stat()
-    identity = repr((os.fsencode(archive.resolve()), status.st_size, status.st_mtime_ns))
-    return folder / "seen" / hashlib.sha256(identity.encode()).hexdigest()
-
-
-def _digest(archive: Path, digest_file: Path) -> str:
-    with suppress(OSError, UnicodeDecodeError):  # to hash 100 GB again for every run would take minutes
+def _remembered(digest_file: Path) -> str:
+    """The sha256 that is noted of an archive; empty where there is none."""
+    with suppress(OSError, UnicodeDecodeError):
         if re.fullmatch("[0-9a-f]{64}", digest := digest_file.read_text(encoding="ascii")):
             return digest
+    return ""
+
+
+def _digest(archive: Path, digest_file: Path, *, again: bool) -> str:
+    if not again and (digest := _remembered(digest_file)):  # to hash 100 GB again for every run would take minutes
+        return digest
     with open(archive, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

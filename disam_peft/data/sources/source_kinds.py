@@ -25,6 +25,7 @@ SOURCES: Final[dict[str, Callable[[Any, DataConfig], Samples]]] = {
         data.max_archive_gb,
         data.max_archive_files,
         use_given_splits=data.given_splits == "auto",
+        again=data.verify == "full",
     ),
     "table": lambda path, data: read_table(path, _columns(data)),
     "json_lines": lambda path, data: read_json_lines(path, _columns(data)),

@@ -166,6 +166,33 @@ def test_it_is_unpacked_once_and_again_when_it_changes(root, tmp_path, own_cache
     assert built[2] == built[1]
 
 
+@pytest.mark.parametrize("verify", [True, "full"])
+def test_row_65_an_archive_replaced_by_one_of_its_size_and_time_is_another_one(verify, root, tmp_path, own_cache):
+    archive, picture = tmp_path / "x.tar", next(root.rglob("*.png"))
+    pack(root, archive)
+    before, first = archive.stat(), load(DataConfig(root=archive))
+    content = picture.read_bytes()  # whose last four bytes are a checksum that nobody looks at
+    picture.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    archive.unlink()
+    pack(root, archive)
+    os.utime(archive, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert archive.stat().st_size == before.st_size
+    second = load(DataConfig(root=archive, verify=verify))
+    assert sum(a != b for a, b in zip(first.hashes, second.hashes, strict=True)) == 1
+
+
+def test_row_65_a_full_check_reads_the_archive_whatever_is_noted_of_it(root, tmp_path, own_cache):
+    archive = pack(root, tmp_path / "x.zip")
+    place = archives.unpacked(archive, max_gb=1, max_files=99)
+    (noted,) = (own_cache / "archives" / "seen").iterdir()
+    other = own_cache / "archives" / ("0" * 64)
+    shutil.copytree(own_cache / "archives" / noted.read_text(), other)
+    noted.write_text(other.name)
+    assert other in (found := archives.unpacked(archive, max_gb=1, max_files=99)).parents or found == other
+    assert archives.unpacked(archive, max_gb=1, max_files=99, again=True) == place
+    assert noted.read_text() != other.name, "the next ordinary check finds the right one"
+
+
 def test_of_several_at_once_one_unpacks(root, tmp_path, monkeypatch):
     built, found = [], []
     build = archives._build
