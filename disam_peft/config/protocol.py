@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -11,6 +12,23 @@ from disam_peft.config.base import Config
 ALL = "all"
 DOMAIN_PREFIX = "domain:"
 """Before the name of a domain in ``held_out``: a domain and nothing else is meant, even if it is called ``all``."""
+
+
+def as_held_out(domain: str) -> str:
+    """What ``held_out`` has to say so that this one domain is held out, whatever it is called."""
+    return f"{DOMAIN_PREFIX}{domain}" if domain == ALL or domain.startswith(DOMAIN_PREFIX) else domain
+
+
+def named_domain(held_out: str, domains: Collection[str] | None = None) -> str:
+    """The name of the domain that ``held_out`` means where it means one: the reverse of ``as_held_out``.
+
+    Runs of earlier versions wrote the plain name, also where the domain is called ``all``; it is its own name here.
+
+    Args:
+        domains: of the data, where they are known: a domain may be meant whose own name begins with ``domain:``.
+    """
+    name = held_out.removeprefix(DOMAIN_PREFIX)
+    return held_out if domains is not None and name not in domains and held_out in domains else name
 
 
 class ProtocolConfig(Config):
@@ -26,6 +44,11 @@ class ProtocolConfig(Config):
     ``all`` stands for a run for each domain in turn; ``domain:all`` is the one domain that is called all."""
     validation_fraction: float = Field(default=0.2, gt=0, lt=1)
     """Share of the images of every domain that is trained on which is kept for validation."""
+
+    @property
+    def domain(self) -> str | None:
+        """The name of the domain that one run holds out, for recipes of one run; None where it holds nothing out."""
+        return None if self.held_out is None else named_domain(self.held_out)
 
     @model_validator(mode="after")
     def _consistent(self) -> ProtocolConfig:

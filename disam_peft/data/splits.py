@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 
-from disam_peft.config.protocol import ALL, DOMAIN_PREFIX
+from disam_peft.config.protocol import ALL, named_domain
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.duplicates import same_content
 from disam_peft.data.sources.samples import UNNAMED_DOMAIN
@@ -49,8 +49,7 @@ def held_out_domains(held_out: str | None, domains: tuple[str, ...]) -> list[str
         )
     if held_out == ALL:
         return list(domains)
-    if held_out not in domains:
-        held_out = held_out.removeprefix(DOMAIN_PREFIX)
+    held_out = named_domain(held_out, domains)
     if held_out not in domains:
         raise UserError(
             f"protocol.held_out={held_out!r} is not a domain of the data{did_you_mean(held_out, [*domains, ALL])} "

@@ -48,13 +48,13 @@ class Identity:
     @classmethod
     def of_zero_shot(cls, recipe: Recipe) -> Identity:
         """The recipe's pretrained model, before an adapter was trained."""
-        return cls(_backbone_label(recipe), "none", "zero_shot", recipe.protocol.held_out, recipe.seed)
+        return cls(_backbone_label(recipe), "none", "zero_shot", recipe.protocol.domain, recipe.seed)
 
     @classmethod
     def of_trained(cls, recipe: Recipe, weights: str = RAW, *, chosen: bool) -> Identity:
         """The recipe's model with its trained adapter; ``weights`` and ``chosen`` as in ``ResultRow``."""
         model = (_backbone_label(recipe), recipe.adapter.kind, recipe.method.name)
-        return cls(*model, recipe.protocol.held_out, recipe.seed, weights, chosen)
+        return cls(*model, recipe.protocol.domain, recipe.seed, weights, chosen)
 
 
 def _backbone_label(recipe: Recipe) -> str:

@@ -129,7 +129,7 @@ def default_jobs() -> int:
 
 def is_finished(recipe: Recipe, cache: RunCache) -> bool:
     """Whether the run's folder holds this very run, complete and of the data that are there now."""
-    folder = recipe.folder(recipe.protocol.held_out)
+    folder = recipe.folder(recipe.protocol.domain)
     if not run_folder.is_finished(folder) or not _is_ours(recipe):
         return False
     try:
@@ -178,7 +178,7 @@ def _matters(category: type[Warning]) -> bool:
 
 
 def _is_ours(recipe: Recipe) -> bool:
-    path = recipe.folder(recipe.protocol.held_out) / run_folder.RECIPE
+    path = recipe.folder(recipe.protocol.domain) / run_folder.RECIPE
     return path.is_file() and not run_folder.changed(recipe)
 
 

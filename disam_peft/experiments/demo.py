@@ -70,7 +70,7 @@ def demo(
         [outcome] = run.train(recipe)
         rows += outcome.rows
     if not (output / "adapter").exists():
-        export_run(recipes[-1].folder(held_out), "peft", output / "adapter")
+        export_run(recipes[-1].folder(recipes[-1].protocol.domain), "peft", output / "adapter")
     picture = Picture("The classes (columns) in the domains (rows).", sheet)
     title = f"LoRA on a small CLIP, judged on {held_out}"
     runs = read_runs([output / "runs"])

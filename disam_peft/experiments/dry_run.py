@@ -70,7 +70,7 @@ def rehearse_runs(
     estimates: list[Estimate] = []
     measured: Rehearsal | None = None
     for number, (recipe, plan) in enumerate(zip(runs, plans, strict=True), start=1):
-        data, held_out = checked_split(recipe, dataset), recipe.protocol.held_out
+        data, held_out = checked_split(recipe, dataset), recipe.protocol.domain
         folder = recipe.folder(held_out)
         narrator.run(folder, data, held_out, (number, len(runs)))
         if plan == "keep":

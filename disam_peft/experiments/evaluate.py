@@ -69,7 +69,7 @@ def evaluate(folder: Path, overrides: Sequence[str] = (), *, sharpness: bool = F
             write_results(run / EVALUATION, rows)
             classes = _class_names(manifest, classifier.class_names)
             write_predictions(run / PREDICTIONS, prediction_table(predictions, splits, classes))
-        outcomes.append(Outcome(run, recipe.protocol.held_out, rows, None))
+        outcomes.append(Outcome(run, recipe.protocol.domain, rows, None))
     return outcomes
 
 

@@ -37,13 +37,13 @@ def kept_runs(recipe: Recipe, cache: RunCache) -> list[Outcome] | None:
         return None
     domains = held_out_domains(recipe.protocol.held_out, _domains(recipe, cache))
     runs = [holding_out(recipe, domain) for domain in domains]
-    folders = [run.folder(run.protocol.held_out) for run in runs]
+    folders = [run.folder(run.protocol.domain) for run in runs]
     if not all(map(run_folder.is_finished, folders)):
         return None
     planned = [run_folder.plan(run, lambda: cache.dataset(recipe.data)) for run in runs]
     say_what_it_rests_on(planned)
     outcomes = [
-        Outcome(folder, run.protocol.held_out, read_results(folder / run_folder.RESULTS), None)
+        Outcome(folder, run.protocol.domain, read_results(folder / run_folder.RESULTS), None)
         for run, folder in zip(runs, folders, strict=True)
     ]
     write_joint_results(outcomes)

@@ -147,7 +147,7 @@ def _train_one(
     folder, is_main = _folder(recipe), accelerator.is_main_process
     data = checked_split(recipe, dataset)
     images = images_of(data)
-    narrator.run(folder, data, recipe.protocol.held_out, place)
+    narrator.run(folder, data, recipe.protocol.domain, place)
 
     pretrained = load_pretrained(recipe, dataset.prompt_names, accelerator.device)
     evaluator = Evaluator(recipe, accelerator.autocast)
@@ -164,7 +164,7 @@ def _train_one(
     on_main(lambda: run_folder.prepare(recipe, images, anew=plan == "start"))
     if is_main and plan == "start":
         forget_tracked(tracked)
-    trained_with = {"recipe": as_dict(recipe), "held_out": recipe.protocol.held_out, "classes": list(dataset.classes)}
+    trained_with = {"recipe": as_dict(recipe), "held_out": recipe.protocol.domain, "classes": list(dataset.classes)}
 
     def validate() -> Validation:
         predictions = evaluator.predict(classifier, data.validation, "validating")
@@ -212,18 +212,18 @@ def _train_one(
     if is_main:
         run_folder.finish(folder)
     accelerator.wait_for_everyone()
-    return Outcome(folder, recipe.protocol.held_out, rows, fitted)
+    return Outcome(folder, recipe.protocol.domain, rows, fitted)
 
 
 def _folder(recipe: Recipe) -> Path:
-    return recipe.folder(recipe.protocol.held_out)
+    return recipe.folder(recipe.protocol.domain)
 
 
 def _keep_finished(recipe: Recipe, accelerator: Accelerator) -> Outcome:
     folder = _folder(recipe)
     if accelerator.is_main_process:
         run_folder.clear(folder)  # the run may have been killed between saying that it is finished and doing this
-    return Outcome(folder, recipe.protocol.held_out, read_results(folder / RESULTS), None)
+    return Outcome(folder, recipe.protocol.domain, read_results(folder / RESULTS), None)
 
 
 def _zero_shot_rows(

@@ -18,6 +18,7 @@ from disam_peft.common.records import RESULTS
 from disam_peft.common.run_images import IMAGES, RunImages, read_images, write_images
 from disam_peft.config.identity import COMPUTED_FROM_DATA, effective, is_harmless
 from disam_peft.config.names import name_of_folder
+from disam_peft.config.protocol import named_domain
 from disam_peft.config.recipe import WRITTEN_BY_US, Recipe, as_yaml, differences, load_recipe
 from disam_peft.errors import Notice, UserError, did_you_mean
 from disam_peft.experiments.run_data import DataComparison, compare_data
@@ -55,7 +56,7 @@ def plan(
     """
     if overwrite and resume:
         raise UserError("--overwrite starts again and --resume goes on; choose one of them")
-    folder = recipe.folder(recipe.protocol.held_out)
+    folder = recipe.folder(recipe.protocol.domain)
     _refuse_links(folder)
     if is_free(folder):
         if resume:
@@ -148,7 +149,7 @@ def changed(recipe: Recipe) -> list[str]:
     Raises:
         OSError: there is none.
     """
-    folder = recipe.folder(recipe.protocol.held_out)
+    folder = recipe.folder(recipe.protocol.domain)
     if not (folder / RECIPE).is_file():
         raise FileNotFoundError(folder / RECIPE)
     try:
@@ -165,7 +166,10 @@ def changed(recipe: Recipe) -> list[str]:
             return key in COMPUTED_FROM_DATA
         return not is_harmless(key)
 
-    lines = differences(effective(before), effective(recipe))
+    old, new = effective(before), effective(recipe)
+    for values, one in ((old, before), (new, recipe)):  # by name: earlier versions wrote a domain called all as all
+        values["protocol"]["held_out"] = one.protocol.domain
+    lines = differences(old, new)
     return [line for line in lines if counts(line.split(":")[0])]
 
 
@@ -175,7 +179,7 @@ def compared_data(recipe: Recipe, data: Callable[[], DomainDataset]) -> DataComp
     Raises:
         UserError: what the run recorded of its images cannot be read; data that cannot be loaded.
     """
-    folder = recipe.folder(recipe.protocol.held_out)
+    folder = recipe.folder(recipe.protocol.domain)
     if _both_painted(load_recipe(folder / RECIPE), recipe):
         return DataComparison()  # painted from the same settings
     if not (folder / IMAGES).is_file():
@@ -206,7 +210,8 @@ def find_run(folder: Path, held_out: str | None = None) -> Path:
     runs = find_runs(folder)
     names = [name_of_folder(run.name) for run in runs]
     if held_out is not None:
-        runs = [run for run, name in zip(runs, names, strict=True) if held_out in (name, run.name)]
+        meant = (held_out, named_domain(held_out))
+        runs = [run for run, name in zip(runs, names, strict=True) if name in meant or run.name in meant]
         if not runs:
             raise UserError(f"no run with held-out domain {held_out!r} in {folder}{did_you_mean(held_out, names)}")
     if len(runs) > 1:
@@ -234,7 +239,7 @@ def prepare(recipe: Recipe, images: RunImages, *, anew: bool) -> None:
     Args:
         anew: a run of ours that is there goes. Otherwise what was written about its images stays.
     """
-    folder = recipe.folder(recipe.protocol.held_out)
+    folder = recipe.folder(recipe.protocol.domain)
     replaced = folder.with_name(f".{folder.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if anew and (folder / RECIPE).is_file():

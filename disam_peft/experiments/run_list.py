@@ -91,7 +91,7 @@ def _listed(place: Path) -> ListedRun:
     known: dict[str, Any] = {
         "folder": str(place),
         "name": name,
-        "held_out": recipe.protocol.held_out,
+        "held_out": recipe.protocol.domain,
         "backbone": _backbone(recipe),
         "adapter": recipe.adapter.kind,
         "method": recipe.method.name,

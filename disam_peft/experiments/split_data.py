@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
+from disam_peft.config.protocol import as_held_out, named_domain
 from disam_peft.config.recipe import Recipe
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.dataset import DomainDataset
@@ -69,12 +70,19 @@ class SplitData:
 
 def holding_out(recipe: Recipe, domain: str | None) -> Recipe:
     """The recipe of one run, which names the domain that it holds out; None where it holds nothing out."""
-    return recipe.model_copy(update={"protocol": recipe.protocol.model_copy(update={"held_out": domain})})
+    held_out = None if domain is None else as_held_out(domain)
+    return recipe.model_copy(update={"protocol": recipe.protocol.model_copy(update={"held_out": held_out})})
+
+
+def _held_out(recipe: Recipe, dataset: DomainDataset) -> str | None:
+    """The name of the domain that the recipe of one run holds out, as the data know it."""
+    held_out = recipe.protocol.held_out
+    return None if held_out is None else named_domain(held_out, dataset.domains)
 
 
 def samples_in_use(recipe: Recipe, dataset: DomainDataset) -> DomainDataset:
     """The samples that a run uses: all but the given test parts of domains other than the one that it holds out."""
-    held_out, parts = recipe.protocol.held_out, dataset.given_parts
+    held_out, parts = _held_out(recipe, dataset), dataset.given_parts
     if parts is None or held_out is None:
         return dataset
     names = [dataset.domains[number] for number in dataset.domain_ids.tolist()]
@@ -88,7 +96,7 @@ def split_data(recipe: Recipe, dataset: DomainDataset) -> SplitData:
         UserError: no such domain; fewer than two domains where one is held out; a domain too small for the validation
             fraction.
     """
-    held_out = recipe.protocol.held_out
+    held_out = _held_out(recipe, dataset)
     sources, target = (dataset, None) if held_out is None else leave_out(dataset, held_out)
     training, validation = split_train_validation(sources, recipe.protocol.validation_fraction, recipe.seed)
     test = given_test_part(dataset if target is None else target)

@@ -19,7 +19,7 @@ from disam_peft.config.name_texts import with_names
 from disam_peft.config.names import folder_name
 from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.overrides import apply_overrides, set_key
-from disam_peft.config.protocol import ALL, DOMAIN_PREFIX
+from disam_peft.config.protocol import ALL, as_held_out, named_domain
 from disam_peft.config.recipe import Recipe, checked
 from disam_peft.config.shapes import DOMAINS
 from disam_peft.config.study import PRESETS, Overrides, Study
@@ -196,7 +196,7 @@ class _Planner:
         except UserError:
             return None  # told once for each name, not for each cell
         if held_out is not None:
-            set_key(values, "protocol.held_out", held_out, self.mistakes)
+            set_key(values, "protocol.held_out", as_held_out(held_out), self.mistakes)
         shapes = _shapes(values)
         if shapes is not None:
             if self.study.data_seed == "seed":
@@ -244,7 +244,7 @@ class _Planner:
         names = [wanted] if isinstance(wanted, str) else wanted
         if names == [ALL]:
             return list(known)
-        names = [name if name in known else name.removeprefix(DOMAIN_PREFIX) for name in names]
+        names = [named_domain(name, known) for name in names]
         self.mistakes += [
             f"held_out: no domain {name!r}{did_you_mean(name, known)} (found: {', '.join(known)})"
             for name in names

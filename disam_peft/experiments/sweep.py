@@ -22,6 +22,7 @@ from disam_peft.common.files import output_folder
 from disam_peft.common.records import write_json
 from disam_peft.config.data import FeatureConfig
 from disam_peft.config.overrides import override
+from disam_peft.config.protocol import as_held_out
 from disam_peft.config.recipe import Recipe
 from disam_peft.config.sweep import check_sweep
 from disam_peft.data.dataset import DomainDataset
@@ -233,6 +234,6 @@ def _rows(recipe: Recipe, training: DomainDataset, views: int, device: torch.dev
 
 def best_command(recipe_path: Path, given: Sequence[str], row: SweepRow) -> str:
     """What to type to train a setting; ``given`` are the overrides that the sweep was started with."""
-    chosen = [] if row.held_out is None else [override("protocol.held_out", row.held_out)]
+    chosen = [] if row.held_out is None else [override("protocol.held_out", as_held_out(row.held_out))]
     arguments = [str(recipe_path), *given, *row.overrides(), *chosen]
     return shlex.join(["disam-peft", "train", *arguments])

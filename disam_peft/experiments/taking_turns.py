@@ -113,4 +113,4 @@ def until_one_is_free(folders: Sequence[Path], poll: Callable[[float], object] =
 
 
 def _folder(run: Recipe) -> Path:
-    return run.folder(run.protocol.held_out)
+    return run.folder(run.protocol.domain)

@@ -9,6 +9,7 @@ import pytest
 
 from disam_peft.cli.output import print_held_out
 from disam_peft.common.records import Confusion, read_list, read_results
+from disam_peft.config.protocol import as_held_out, named_domain
 from disam_peft.config.recipe import Recipe, load_recipe
 from disam_peft.data.load import load
 from disam_peft.data.splits import held_out_domains
@@ -16,6 +17,8 @@ from disam_peft.errors import Notice, UserError
 from disam_peft.experiments import run
 from disam_peft.experiments.evaluate import evaluate
 from disam_peft.experiments.export_run import export_run
+from disam_peft.experiments.run_folder import find_run
+from disam_peft.experiments.run_list import list_runs
 from disam_peft.experiments.split_data import split_data
 from disam_peft.experiments.study import load_plan
 from disam_peft.experiments.sweep import best_command, sweep
@@ -145,11 +148,55 @@ def test_a_domain_called_all_and_a_run_on_all_domains_have_folders_of_their_own(
     assert {row.held_out for row in evaluate(alone.folder)[0].rows} == {"all"}
 
 
+def test_the_recipe_in_the_folder_of_a_run_trains_this_very_run_also_for_a_domain_called_all(make_recipe, tmp_path):
+    root = write_domains(tmp_path / "named", count=4, domains=("all", "art"))
+    [outcome] = run.train(make_recipe(data={"root": root}, protocol={"held_out": "domain:all"}))
+    written = outcome.folder / "recipe.yaml"
+    assert "held_out: domain:all\n" in written.read_text()
+    [again] = run.train(load_recipe(written))
+    assert (again.held_out, again.folder, again.fit) == ("all", outcome.folder, None)
+    assert {row.held_out for row in read_results(outcome.folder / "results.json")} == {"all"}
+    [listed] = list_runs(tmp_path / "runs")
+    assert listed.held_out == "all" and find_run(tmp_path / "runs", "domain:all") == find_run(tmp_path / "runs", "all")
+
+    written.write_text(written.read_text().replace("held_out: domain:all\n", "held_out: all\n"))  # as 0.1 wrote it
+    [kept] = run.train(make_recipe(data={"root": root}, protocol={"held_out": "domain:all"}))
+    assert (kept.held_out, kept.fit) == ("all", None)
+    [evaluated] = evaluate(outcome.folder)
+    assert {(row.held_out, row.split) for row in evaluated.rows} >= {("all", "held_out")}
+
+
+def test_cells_of_a_comparison_hold_out_one_domain_also_where_it_is_called_all(make_recipe, tmp_path):
+    root = write_domains(tmp_path / "named", count=4, domains=("all", "domain:all", "art"))
+    (tmp_path / "study.yaml").write_text(
+        f"recipe: {{backbone: {{name: demo}}, adapter: {{kind: linear_probe}}, data: {{root: {root}}}, "
+        "protocol: {held_out: all}}\narms: [erm, sam]\nseeds: 1\n"
+    )
+    plan = load_plan(tmp_path / "study.yaml", output=tmp_path / "out")
+    told = {cell.held_out: cell.recipe for cell in plan.cells}
+    assert told.keys() == {"all", "domain:all", "art"}
+    for name, recipe in told.items():
+        assert held_out_domains(recipe.protocol.held_out, tuple(told)) == [name] == [recipe.protocol.domain]
+    chosen = load_plan(tmp_path / "study.yaml", output=tmp_path / "out", held_out=["domain:all", "domain:domain:all"])
+    assert [cell.held_out for cell in chosen.cells] == ["all", "all", "domain:all", "domain:all"]
+    assert split_data(told["all"], load(told["all"].data)).target.present_domains == ("all",)
+
+
+@pytest.mark.parametrize("name", ["all", "domain:all", "domain:", "photo", "domain:photo"])
+def test_the_name_of_a_domain_is_written_so_that_it_is_read_back(name):
+    domains = ("all", "domain:all", "domain:", "photo", "domain:photo", "domain:domain:all")
+    written = as_held_out(name)
+    assert held_out_domains(written, domains) == [name] == [named_domain(written)]
+    assert named_domain(name, (name,)) == name
+
+
 def test_which_domains_are_held_out():
     assert held_out_domains(None, ("photo",)) == [None]
     assert held_out_domains("all", ("all", "photo")) == ["all", "photo"]
     assert held_out_domains("domain:all", ("all", "photo")) == ["all"]
-    assert held_out_domains("domain:all", ("domain:all", "all")) == ["domain:all"]
+    assert held_out_domains("domain:all", ("domain:all", "art")) == ["domain:all"]
+    assert held_out_domains("domain:all", ("domain:all", "all")) == ["all"]
+    assert held_out_domains("domain:domain:all", ("domain:all", "all")) == ["domain:all"]
     with pytest.raises(UserError, match=r"two domains or more, found photo; protocol=all trains on every domain"):
         held_out_domains("photo", ("photo",))
 
