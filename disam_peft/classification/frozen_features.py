@@ -17,7 +17,7 @@ from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.common.device import to_device
 from disam_peft.config.data import AugmentConfig, FeatureConfig
 from disam_peft.data.dataset import DomainDataset
-from disam_peft.data.stores.features import FeatureKey, FeatureStore, data_identity, open_or_build
+from disam_peft.data.stores.features import FeatureKey, FeatureStore, open_or_build
 from disam_peft.data.transforms.augment import TrainTransform
 from disam_peft.errors import UserError
 
@@ -118,7 +118,7 @@ def _store(
         split=classifier.image_split,
         precision=precision,
         transform=json.dumps({**views.name, **classifier.backbone.preprocessing.describe()}, sort_keys=True),
-        data=data_identity(dataset),
+        data=dataset.content_identity,
         views=views.count,
     )
     was_training = classifier.training

@@ -141,10 +141,8 @@ def _find(dataset: DomainDataset, index: int) -> CheckedFile:
 
 
 def _cache_file(dataset: DomainDataset) -> Path:
-    times_N = dataset.sizes_and_times[1]
-    # The table's own fingerprint stands for embedded images, whose content has no time of change.
-    table = getattr(dataset.images, "_fingerprint", "") if (times_N == 0).any() else ""
-    identity = (_FORMAT, dataset.fingerprint, str(dataset.base), dataset.max_pixels, table)
+    # What holds the embedded images stands for them: they have no time of change of their own.
+    identity = (_FORMAT, dataset.fingerprint, str(dataset.base), dataset.max_pixels, dataset.state_of_embedded)
     digest = hashlib.sha256(repr(identity).encode() + dataset.file_states_N4.tobytes()).hexdigest()
     return cache_folder() / "checks" / f"{digest}.json"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from disam_peft.common.file_hashes import FileState
+from disam_peft.common.file_hashes import FileState, place_and_state
 from disam_peft.data.sources.given_splits import GivenPart
 from disam_peft.data.sources.samples import MAX_FILE_BYTES
 from disam_peft.data.transforms.decode import MAX_PIXELS, BadImage, decode_image
@@ -196,16 +197,24 @@ class DomainDataset:
     @cached_property
     def content_identity(self) -> str:
         """sha256, hex, over ``fingerprint`` and contents: the check's hashes, or where it has not run, the place and
-        times of change (for embedded images, what the table calls its own state)."""
+        all that the file system notes about the files (for embedded images, about the table)."""
         digest = hashlib.sha256(self.fingerprint.encode())
         if self.hashes is not None:
             digest.update("".join(self.hashes).encode())
         else:
-            times_N = self.sizes_and_times[1]
-            digest.update(f"{self.base}\0".encode() + times_N.tobytes())
-            if (times_N == 0).any():  # embedded images have no time of change
-                digest.update(getattr(self.images, "_fingerprint", "").encode())
+            digest.update(f"{self.base}\0{self.state_of_embedded}\0".encode() + self.file_states_N4.tobytes())
         return digest.hexdigest()
+
+    @cached_property
+    def state_of_embedded(self) -> str:
+        """What the table of embedded images calls its own state, and what the file system notes about its files; empty
+        where all images are files of their own."""
+        if not (self.sizes_and_times[1] == 0).any():
+            return ""
+        told = [getattr(self.images, "_fingerprint", "")]
+        for file in sorted(str(file["filename"]) for file in self.images.cache_files):
+            told.append(place_and_state(Path(file)) if os.path.exists(file) else f"{file} is gone")
+        return json.dumps(told)
 
     @property
     def sizes_and_times(self) -> tuple[np.ndarray, np.ndarray]:

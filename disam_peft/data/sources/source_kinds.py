@@ -27,9 +27,15 @@ SOURCES: Final[dict[str, Callable[[Any, DataConfig], Samples]]] = {
         use_given_splits=data.given_splits == "auto",
         again=data.verify == "full",
     ),
-    "table": lambda path, data: read_table(path, _columns(data)),
+    "table": lambda path, data: read_table(path, _columns(data), again=data.verify == "full"),
     "json_lines": lambda path, data: read_json_lines(path, _columns(data)),
-    "hub": lambda name, data: read_hub(name, _columns(data), split=data.split, configuration=data.config_name),
+    "hub": lambda name, data: read_hub(
+        name,
+        _columns(data),
+        split=data.split,
+        configuration=data.config_name,
+        again=data.verify == "full",
+    ),
     "shapes": lambda shapes, data: read_shapes(shapes, data.domains),
 }
 """Setting of ``data`` that names a source -> what reads it. A reader is called with the value of that setting."""

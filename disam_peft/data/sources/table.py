@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from disam_peft.common.file_hashes import sha256_of
 from disam_peft.data.sources.columns import Columns, read_columns, require_columns
 from disam_peft.data.sources.samples import Samples
 from disam_peft.errors import UserError
@@ -21,8 +22,11 @@ _SUFFIXES: Final = (".csv", ".tsv")
 _MARKS: Final = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
-def read_table(path: Path, columns: Columns) -> Samples:
+def read_table(path: Path, columns: Columns, *, again: bool = False) -> Samples:
     """The rows of the table in the file ``path``.
+
+    Args:
+        again: as in ``read_parquet``.
 
     Raises:
         UserError: no such file, or not a table; and as ``read_columns``.
@@ -32,7 +36,7 @@ def read_table(path: Path, columns: Columns) -> Samples:
         raise UserError(f"data.table={path} is not a file; expected .csv, .tsv or .parquet with a row per image")
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        table = read_parquet(path)
+        table = read_parquet(path, again=again)
     elif suffix in _SUFFIXES:
         table = _read_text(path, columns)
     else:
@@ -44,8 +48,11 @@ def read_table(path: Path, columns: Columns) -> Samples:
     return read_columns(table, columns, str(path), base=base, allowed=(base,))
 
 
-def read_parquet(path: Path) -> Dataset:
+def read_parquet(path: Path, *, again: bool = False) -> Dataset:
     """A Parquet file, mapped into memory rather than read into it.
+
+    Args:
+        again: hash the file, though the file system notes nothing new about it since it was hashed.
 
     Raises:
         UserError: it is not one.
@@ -67,11 +74,19 @@ def read_parquet(path: Path) -> Dataset:
         names = pq.read_schema(path).names
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UserError(_there_twice(path, twice, names))
-        return datasets.Dataset.from_parquet(str(path))
+        return datasets.Dataset.from_parquet(str(path), cache_dir=cache_of(sha256_of(path, again=again)))
     except UserError:
         raise
     except (pa.ArrowException, datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def cache_of(content: str) -> str:
+    """Where the library ``datasets`` keeps what it makes of local files of this content, a sha256 in hex. Its own name
+    for it depends on paths and times of change alone, and a file that is replaced may keep both."""
+    import datasets
+
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "disam_peft" / content[:32])
 
 
 def _read_text(path: Path, columns: Columns) -> Dataset:

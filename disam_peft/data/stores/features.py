@@ -8,7 +8,6 @@ damaged chunk is encoded again. N images, V views of each.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, pairwise
@@ -64,24 +63,10 @@ class FeatureKey(StoreKey):
     transform: str
     """What turns an image into pixels, with its seed."""
     data: str
-    """``data_identity`` of the dataset."""
+    """``content_identity`` of the dataset."""
     views: int
     """V."""
     format: int = FORMAT
-
-
-def data_identity(dataset: DomainDataset) -> str:
-    """sha256, hex, over the names and contents of all samples. Contents are the hashes of the data check or, where it
-    has not run, sizes and times of change; embedded images have no times, so the table's own fingerprint is taken."""
-    digest = hashlib.sha256(dataset.fingerprint.encode())
-    if dataset.hashes is not None:
-        digest.update("".join(dataset.hashes).encode())
-    else:
-        times_N = dataset.sizes_and_times[1]
-        digest.update(times_N.tobytes())
-        if (times_N == 0).any():
-            digest.update(getattr(dataset.images, "_fingerprint", "").encode())
-    return digest.hexdigest()
 
 
 class FeatureStore:

@@ -76,3 +76,22 @@ def test_a_disk_without_room_is_an_error_on_every_rank(dataset, tmp_path, monkey
 
     fork_ranks(2, work)
     assert list((tmp_path / "full").glob("*/")) == []
+
+
+@pytest.mark.parametrize("where", ["elsewhere", "in place"])
+def test_unread_images_of_equal_names_sizes_and_times_are_other_data(tree, where):
+    """A store of the one must not be served for the other."""
+    first = tree(["a", "b"], ["x", "y"], 2, name="first")
+    second = tree(["a", "b"], ["x", "y"], 2, name="second" if where == "elsewhere" else "replacement")
+    for file in [*first.rglob("*.png"), *second.rglob("*.png")]:
+        file.write_bytes(file.read_bytes().ljust(2000, b"\0"))
+        os.utime(file, ns=(10**18, 10**18))
+    config = DataConfig(root=first, verify=False)
+    before = load(config)
+    known, again = before.content_identity, load(config).content_identity
+    if where == "in place":
+        for file in second.rglob("*.png"):
+            os.replace(file, first / file.relative_to(second))
+    now = load(config if where == "in place" else DataConfig(root=second, verify=False))
+    assert now.fingerprint == before.fingerprint
+    assert again == known != now.content_identity

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import datasets
@@ -207,6 +209,46 @@ def test_embedded_images_equal_the_folder(tree, tmp_path, kind):
     assert np.array_equal(dataset.image(5), folder.image(5))
     assert "row " in dataset.source(0) and "0.png" in dataset.source(0)
     assert load(config).fingerprint == dataset.fingerprint
+
+
+def with_other_image(source: datasets.Dataset) -> datasets.Dataset:
+    """One image has another checksum behind its last pixel, which nobody looks at: other content of the same size."""
+    images = source.cast_column("image", datasets.Image(decode=False))["image"][:]
+    content = images[0]["bytes"]
+    images[0] = {**images[0], "bytes": content[:-1] + bytes([content[-1] ^ 1])}
+    columns = {"image": images, "label": source["label"][:], "domain": source["domain"][:]}
+    return datasets.Dataset.from_dict(columns, features=source.features)
+
+
+@pytest.mark.parametrize("verify", [True, "full"])
+@pytest.mark.parametrize("kind", ["table", "hub", "folder", "disk"])
+def test_row_65_a_table_of_images_is_read_anew_when_it_is_replaced_with_its_time_kept(
+    tree, tmp_path, own_cache, kind, verify
+):
+    source, place = embedded(tree), tmp_path / "stored"
+    place.mkdir()
+    table = place / ("data-00000-of-00001.arrow" if kind == "disk" else "data.parquet")
+    name = place if kind in ("folder", "disk") else table
+    config = DataConfig(table=table) if kind == "table" else DataConfig(hub=str(name))
+
+    def write(content: datasets.Dataset) -> None:
+        if kind == "disk":
+            content.save_to_disk(tmp_path / "draft")
+            if (place / "state.json").exists():  # the table alone is replaced
+                shutil.copy(tmp_path / "draft" / table.name, table)
+            else:
+                shutil.copytree(tmp_path / "draft", place, dirs_exist_ok=True)
+        else:
+            content.to_parquet(tmp_path / "draft.parquet")
+            shutil.copy(tmp_path / "draft.parquet", table)
+        os.utime(table, ns=(10**18, 10**18))
+
+    write(source)
+    first = load(config)
+    table.rename(tmp_path / "old")  # mapped into memory until then
+    write(with_other_image(source))
+    second = load(config.model_copy(update={"verify": verify}))
+    assert sum(a != b for a, b in zip(first.hashes, second.hashes, strict=True)) == 1
 
 
 def test_a_local_image_folder_with_metadata(tree, tmp_path):
