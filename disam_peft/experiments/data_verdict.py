@@ -25,7 +25,7 @@ from disam_peft.data.splits import (
     without_test_part,
 )
 from disam_peft.errors import UserError
-from disam_peft.experiments.split_data import SplitData, holding_out, split_data
+from disam_peft.experiments.split_data import SplitData, holding_out, require_splits, split_data
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ def judge_data(recipe: Recipe, samples: Samples, findings: dict[str, CheckedFile
         try:
             dataset = _loaded(recipe, samples, findings)
             require_two_classes(dataset)
-            held_out = [name for name in held_out_domains(recipe.protocol.held_out, dataset.present_domains) if name]
+            named = held_out_domains(recipe.protocol.held_out, dataset.present_domains)
+            require_splits([holding_out(recipe, name) for name in named], dataset)
+            held_out = [name for name in named if name]
             data = _split(recipe, dataset, held_out)
             sizes = {name: len(part) for name, part in data.source_parts().items()}
             if data.target is not None:

@@ -41,7 +41,7 @@ from disam_peft.experiments.outcome import Outcome, write_joint_results
 from disam_peft.experiments.run_cache import RunCache
 from disam_peft.experiments.run_data import content_by_cell, images_of
 from disam_peft.experiments.run_folder import ADAPTER, CHECKPOINTS
-from disam_peft.experiments.split_data import SplitData, checked_split, holding_out
+from disam_peft.experiments.split_data import SplitData, checked_split, holding_out, require_splits
 from disam_peft.experiments.taking_turns import Turns
 from disam_peft.training.accelerator import deterministic_kernels, start_accelerator
 from disam_peft.training.checkpoint.manager import CheckpointConfig
@@ -130,8 +130,9 @@ def _begin(
         dataset = cache.dataset(recipe.data)
     narrator.data(dataset)
     require_two_classes(dataset)
-    held_out = held_out_domains(recipe.protocol.held_out, dataset.present_domains)
-    return accelerator, dataset, [holding_out(recipe, domain) for domain in held_out], cache
+    runs = [holding_out(recipe, name) for name in held_out_domains(recipe.protocol.held_out, dataset.present_domains)]
+    require_splits(runs, dataset)
+    return accelerator, dataset, runs, cache
 
 
 def _train_one(

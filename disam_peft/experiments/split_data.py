@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from disam_peft.config.protocol import as_held_out, named_domain
@@ -101,6 +102,19 @@ def split_data(recipe: Recipe, dataset: DomainDataset) -> SplitData:
     training, validation = split_train_validation(sources, recipe.protocol.validation_fraction, recipe.seed)
     test = given_test_part(dataset if target is None else target)
     return SplitData(without_test_part(sources), training, validation, target, test)
+
+
+def require_splits(runs: Sequence[Recipe], dataset: DomainDataset) -> None:
+    """Pass if every run has a folder and images for each part. So none is trained before a later one is refused.
+
+    Raises:
+        UserError: as ``split_data``; a domain whose name can be no folder.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # each run says its own when its turn comes
+        for run in runs:
+            run.folder(run.protocol.held_out)
+            split_data(run, dataset)
 
 
 def checked_split(recipe: Recipe, dataset: DomainDataset) -> SplitData:

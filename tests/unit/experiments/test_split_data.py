@@ -15,6 +15,7 @@ from disam_peft.data.splits import split_train_validation
 from disam_peft.errors import UserError
 from disam_peft.experiments import run, sweep
 from disam_peft.experiments.build import load_pretrained
+from disam_peft.experiments.data_verdict import look_at_data
 from disam_peft.experiments.split_data import split_data
 from disam_peft.training.trainer import fit
 from tests.helpers.folders import write_domains
@@ -119,3 +120,33 @@ def test_row_71_duplicates_are_refused_where_that_was_chosen(make_recipe, tmp_pa
     for verb in (run.train, sweep.sweep):
         with pytest.raises(UserError, match=r"image\(s\) of the validation part are also in the training part"):
             verb(recipe)
+
+
+def test_all_runs_are_refused_where_one_of_them_has_nothing_to_train_on(make_recipe, tmp_path):
+    """Holding art out leaves photo, which is a test part alone. check-data and train say so before the first run."""
+    root = tmp_path / "parts"
+    for domain, part in (("art", "train"), ("art", "test"), ("photo", "test")):
+        for name in ("cat", "dog"):
+            for i in range(6):
+                write_image(root / domain / part / name / f"{domain}{i}.png")
+    recipe = make_recipe(data={"root": root}, protocol={"held_out": "all"})
+    _, verdict = look_at_data(recipe)
+    with pytest.raises(UserError) as refused:
+        run.train(recipe)
+    assert verdict.refusals == (str(refused.value),)
+    assert not recipe.output.exists()
+
+
+def test_all_runs_are_refused_where_the_name_of_a_domain_can_be_no_folder(make_recipe, tmp_path):
+    table = tmp_path / "table.csv"
+    rows = [(domain, name, i) for domain in ("art", "photo", "x" * 400) for name in ("cat", "dog") for i in range(5)]
+    for number, _ in enumerate(rows):
+        write_image(tmp_path / f"{number}.png")
+    lines = [f"{number}.png,{name},{domain}" for number, (domain, name, _) in enumerate(rows)]
+    table.write_text("\n".join(["image,label,domain", *lines]), encoding="utf-8")
+    recipe = make_recipe(data={"table": table}, protocol={"held_out": "all"})
+    _, verdict = look_at_data(recipe)
+    with pytest.raises(UserError, match="needs 400 bytes") as refused:
+        run.train(recipe)
+    assert verdict.refusals == (str(refused.value),)
+    assert not recipe.output.exists()
