@@ -1,7 +1,8 @@
 """Finished and half-finished runs whose files were damaged, swapped or prepared by somebody hostile.
 
-``mutations(path, draw)`` gives for one file of a run many versions that are wrong, each with a name; ``apply`` puts one
-in place. What a verb makes of it is ``outcome_of``: a result, an error for the user, or a fault of ours.
+``mutations(path, draw)`` gives for one file of a run many versions that are wrong, each with a name and a function that
+puts it in place; ``some_mutations`` draws a few of them. What a verb makes of it is ``outcome_of``: a result, an error
+for the user, or a fault of ours.
 """
 
 from __future__ import annotations
@@ -10,12 +11,17 @@ import json
 import os
 import random
 import shutil
+import signal
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, Literal, NamedTuple
 
 from disam_peft.errors import UserError
 
@@ -68,16 +74,36 @@ _VALUES: tuple[Any, ...] = (
 )
 
 
+def _replace(place: Path, content: bytes) -> None:
+    place.write_bytes(content)
+
+
+def _replaced_by(content: bytes) -> Callable[[Path], None]:
+    return lambda place: _replace(place, content)
+
+
+_WHOLE_FILES: tuple[Mutation, ...] = (
+    *((name, _replaced_by(content)) for name, content in _WHOLE.items()),
+    ("8 GiB", lambda place: os.truncate(place, 8 * 2**30)),
+    ("missing", Path.unlink),
+    ("a folder", lambda place: (place.unlink(), place.mkdir())[0]),
+    ("a pipe", lambda place: (place.unlink(), os.mkfifo(place))[0]),
+)
+
+
 def mutations(path: Path, draw: random.Random) -> Iterator[Mutation]:
     """Versions of this file without end: first each whole replacement, then changes inside, as drawn."""
-    for name, content in _WHOLE.items():
-        yield name, lambda place, content=content: _replace(place, content)
-    yield "8 GiB", lambda place: os.truncate(place, 8 * 2**30)
-    yield "missing", Path.unlink
-    yield "a folder", lambda place: (place.unlink(), place.mkdir())[0]
-    yield "a pipe", lambda place: (place.unlink(), os.mkfifo(place))[0]
+    yield from _WHOLE_FILES
     while True:
         yield _inside(path, draw)
+
+
+def some_mutations(path: Path, draw: random.Random, count: int) -> Iterator[Mutation]:
+    """``count`` versions of this file: whole replacements for one half, or all of them if they are fewer, and changes
+    inside for the rest."""
+    whole = draw.sample(_WHOLE_FILES, min(count // 2, len(_WHOLE_FILES)))
+    inside = (_inside(path, draw) for _ in range(count - len(whole)))
+    return chain(whole, inside)
 
 
 def _inside(path: Path, draw: random.Random) -> Mutation:
@@ -143,26 +169,65 @@ def _flipped(content: bytes, at: int, bit: int) -> bytes:
     return content if not content else content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :]
 
 
-def _replace(place: Path, content: bytes) -> None:
-    place.write_bytes(content)
+class Outcome(NamedTuple):
+    """What a verb made of a run, and after how many seconds. ``text`` is the message of an error, or the traceback."""
+
+    kind: Literal["result", "error", "fault"]
+    text: str
+    seconds: float
+
+
+class HangsError(BaseException):
+    """No ``except Exception`` stops it."""
+
+
+def outcome(verb: Callable[[], Any]) -> Outcome:
+    """A fault is any end but a result, or an error for the user, in time."""
+    start = time.perf_counter()
+    kind: Literal["result", "error", "fault"] = "result"
+    text = ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with _interrupted_after(SECONDS):
+                verb()
+        except UserError as error:
+            kind, text = "error", str(error)
+            if not text:
+                kind, text = "fault", "an error without a message"
+            elif len(text) > 10_000:
+                kind, text = "fault", f"a message of {len(text)} characters"
+        except BaseException:
+            kind, text = "fault", traceback.format_exc()
+    seconds = time.perf_counter() - start
+    if kind != "fault" and seconds > SECONDS:
+        kind, text = "fault", f"took {seconds:.0f} s"
+    return Outcome(kind, text, seconds)
 
 
 def outcome_of(verb: Callable[[], Any]) -> str:
     """Empty where the verb gave a result or an error for the user, in time; else what is wrong with it."""
-    start = time.perf_counter()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            verb()
-        except UserError as error:
-            if not str(error):
-                return "an error without a message"
-            if len(str(error)) > 10_000:
-                return f"a message of {len(str(error))} characters"
-        except BaseException:
-            return traceback.format_exc()
-    seconds = time.perf_counter() - start
-    return "" if seconds < SECONDS else f"took {seconds:.0f} s"
+    found = outcome(verb)
+    return found.text if found.kind == "fault" else ""
+
+
+@contextmanager
+def _interrupted_after(seconds: int) -> Iterator[None]:
+    """What waits for a pipe that nobody writes would wait for ever, and show nobody where."""
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise HangsError(f"no end after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def files_of(folder: Path) -> list[Path]:
