@@ -10,6 +10,10 @@ from collections.abc import Iterable
 # that turn the direction of what follows them, and halves of characters, which cannot be printed at all.
 _COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+_LONGEST_WORD = 5_000
+"""Characters without a space between them: more than any path has. A damaged file may hold longer ones."""
+_LONG_WORD = re.compile(rf"\S{{{_LONGEST_WORD + 1},}}")
+
 
 def printable(text: str) -> str:
     """``text`` as a terminal may be given it: what would command the terminal, in names from data or in paths, is shown
@@ -20,11 +24,16 @@ def printable(text: str) -> str:
 class UserError(ValueError):
     """Something that the user can mend: the message says the value, the cause and what to do.
 
-    The command line prints it without a traceback and exits with 2. Names in it are made ``printable``.
+    The command line prints it without a traceback and exits with 2. Names in it are made ``printable``, and of a value
+    that nobody would read to its end the beginning is shown.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        super().__init__(printable(_LONG_WORD.sub(_beginning, message)))
+
+
+def _beginning(word: re.Match[str]) -> str:
+    return f"{word[0][:200]}... ({len(word[0])} characters)"
 
 
 class Diverged(UserError):

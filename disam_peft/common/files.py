@@ -26,10 +26,10 @@ def write_atomically(path: Path, content: bytes | str, *, durable: bool = False)
             them back.
 
     Raises:
-        UserError: ``path`` is a link, which somebody else made.
+        UserError: ``path`` is a link or a folder, which somebody else made.
         OSError: the file cannot be written. The old file is then untouched, and no draft is left behind.
     """
-    require_no_link(path)
+    require_own_file(path)
     data = content.encode() if isinstance(content, str) else content
     # A name of its own for every attempt: other processes, on other machines too, may write the same file now. It is
     # cut, because a name of the greatest length that is allowed has no room for more.
@@ -60,14 +60,27 @@ def require_no_link(path: Path) -> None:
         )
 
 
+def require_own_file(path: Path) -> None:
+    """Pass if ``path`` is a file, or is not there. A folder cannot be replaced by a file, and whoever opens a pipe may
+    wait for ever.
+
+    Raises:
+        UserError: it is a link, a folder or a pipe.
+    """
+    require_no_link(path)
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "no file"
+        raise UserError(f"{path} is {what}, where a file of our own belongs; remove it, or choose another output")
+
+
 def append_line(path: Path, line: str) -> None:
     """Append a line to a file of the program's own, which is made where it is missing.
 
     Raises:
-        UserError: ``path`` is a link.
+        UserError: ``path`` is a link, a folder or a pipe.
         OSError: the file cannot be written.
     """
-    require_no_link(path)
+    require_own_file(path)
     with open(path, "a", encoding="utf-8") as file:
         file.write(line + "\n")
 
@@ -81,7 +94,7 @@ def write_output(path: Path, content: bytes | str) -> None:
     """
     data = content.encode() if isinstance(content, str) else content
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():
+        if path.exists() and not path.is_file():  # a folder is an OSError
             path.write_bytes(data)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)

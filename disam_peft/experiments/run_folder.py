@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from disam_peft import __version__
-from disam_peft.common.files import is_draft, require_no_link, wait_for_disk, write_atomically
+from disam_peft.common.files import is_draft, require_no_link, require_own_file, wait_for_disk, write_atomically
 from disam_peft.common.processes import is_main
 from disam_peft.common.records import RESULTS
 from disam_peft.common.run_images import IMAGES, RunImages, read_images, write_images
@@ -31,6 +31,8 @@ CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 FINISHED = "finished.json"
 """Written last. A run is finished where this file and its results are there."""
+_SUFFIXES = {".json", ".jsonl", ".parquet", ".yaml"}
+"""Of the files that a run writes; its folders have none."""
 _BEFORE_THE_FIRST_STEP = {RECIPE, IMAGES, "tracking.jsonl", "tensorboard", "wandb"}
 Plan = Literal["start", "continue", "keep"]
 
@@ -52,7 +54,8 @@ def plan(
         data: loads the recipe's data. It is called where a run in the folder recorded which images it had.
 
     Raises:
-        UserError: it holds something else, or a run that did not finish, and nobody said what to do with it.
+        UserError: it holds something else, or a run that did not finish, and nobody said what to do with it; a folder
+            stands where a file of the run belongs.
     """
     if overwrite and resume:
         raise UserError("--overwrite starts again and --resume goes on; choose one of them")
@@ -78,6 +81,9 @@ def plan(
         raise UserError(f"{folder} holds a finished run whose {RESULTS} is gone; --resume makes it again")
     if not resume:
         raise UserError(f"{folder} holds a run that did not finish; --resume continues it, --overwrite starts it again")
+    for path in sorted(folder.iterdir()):  # and not after all of the training, when they are written
+        if path.suffix in _SUFFIXES:
+            require_own_file(path)
     return Planned("continue")
 
 
@@ -226,7 +232,8 @@ def find_runs(folder: Path) -> list[Path]:
     Raises:
         UserError: there is none.
     """
-    found = sorted(path.parent for path in folder.rglob(RECIPE) if (path.parent / ADAPTER).is_dir())
+    # a pipe with the name of a recipe would wait for ever for somebody who writes to it
+    found = sorted(path.parent for path in folder.rglob(RECIPE) if path.is_file() and (path.parent / ADAPTER).is_dir())
     runs = [run for run in found if not any(part.startswith(".") for part in run.relative_to(folder).parts)]
     if not runs:
         raise UserError(f"no finished run in {folder}: expected {RECIPE} and {ADAPTER}/ there or in a folder below")

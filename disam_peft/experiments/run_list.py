@@ -76,6 +76,8 @@ def list_runs(folder: Path) -> list[ListedRun]:
 def _is_run(place: Path) -> bool:
     if (place / METRICS).is_file() or (place / RESULTS).is_file():
         return True
+    if not (place / RECIPE).is_file():  # a pipe would wait for ever for somebody who writes to it
+        return False
     with open(place / RECIPE, "rb") as file:  # not a recipe that somebody keeps there
         return file.read(len(WRITTEN_BY_US)) == WRITTEN_BY_US.encode()
 
@@ -124,6 +126,8 @@ def _first_line(error: Exception) -> str:
 
 def _last_step(metrics: Path) -> int:
     """The last step that was recorded, from the end of the file."""
+    if not metrics.is_file():  # it may be a pipe
+        return 0
     try:
         with open(metrics, "rb") as file:
             size = file.seek(0, os.SEEK_END)

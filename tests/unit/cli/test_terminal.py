@@ -98,6 +98,11 @@ def test_row_66_messages_show_terminal_escapes_and_do_not_send_them(raised, code
     assert "\x1b" not in shown and "\x9b" not in shown
 
 
+def test_row_61_of_a_value_without_end_a_message_shows_the_beginning():
+    error = UserError(f"backbone.name '{'x' * 100_000}' is unknown; {'p' * 4096} is a path")
+    assert str(error) == f"backbone.name '{'x' * 199}... (100002 characters) is unknown; {'p' * 4096} is a path"
+
+
 def test_row_66_errors_are_printable_in_notebooks_and_logs_too():
     error = UserError(f"line one\n\tline two of {EVIL}")
 

@@ -88,11 +88,14 @@ def test_standard_output_is_written_to_and_stays(tmp_path: Path):
     assert os.lstat("/dev/stdout").st_ino == before.st_ino
 
 
-def test_a_folder_is_not_replaced(tmp_path: Path):
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError):
-        write_atomically(tmp_path / "folder", "text")
-    assert os.listdir(tmp_path) == ["folder"]
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("write", [write_atomically, append_line])
+@pytest.mark.parametrize(("make", "what"), [(os.mkdir, "a folder"), (os.mkfifo, "no file")])
+def test_row_61_a_folder_or_a_pipe_in_place_of_our_own_file_is_an_error(tmp_path: Path, write, make, what: str):
+    make(tmp_path / "there")
+    with pytest.raises(UserError, match=f"there is {what}, where a file of our own belongs; remove it, or choose"):
+        write(tmp_path / "there", "text")
+    assert os.listdir(tmp_path) == ["there"] and not (tmp_path / "there").is_file()
 
 
 def test_others_may_read_it_as_any_other_file(tmp_path: Path):

@@ -532,6 +532,19 @@ def test_row_64_a_folder_with_links_in_place_of_its_files_is_refused(make_recipe
     assert (victim / "recipe.yaml").read_text() == as_yaml(recipe)
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "images.parquet", "results.json", "finished.json", "sharpness.json"])
+def test_row_61_a_folder_in_place_of_a_file_is_said_before_training_goes_on(make_recipe, cut, monkeypatch, name):
+    recipe = make_recipe()
+    cut(recipe)
+    place = recipe.folder("photo") / name
+    place.unlink(missing_ok=True)
+    place.mkdir()
+    monkeypatch.setattr(run, "fit", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(UserError, match=rf"{name} is a folder, where a file of our own belongs; remove it"):
+        run.train(recipe, resume=True)
+    assert place.is_dir() and (recipe.folder("photo") / "checkpoints").is_dir()
+
+
 def test_row_64_locks_are_not_written_through_links(make_recipe, tmp_path):
     recipe = make_recipe()
     for name in (".photo.lock", ".photo.owner.json"):

@@ -18,7 +18,7 @@ from disam_peft.cli.output import Terminal
 from disam_peft.cli.run_verbs import print_runs
 from disam_peft.common.run_images import RunImages, write_images
 from disam_peft.errors import UserError
-from disam_peft.experiments.run_folder import finish
+from disam_peft.experiments.run_folder import find_runs, finish
 from disam_peft.experiments.run_list import ListedRun, list_runs, sort_runs, told_apart_by
 from tests.helpers.paths import ROOT
 
@@ -91,7 +91,7 @@ def test_states(runs: Path) -> None:
     [
         ("results.json", b"[{]", "results.json"),
         ("results.json", b"[" * 5000, "results.json"),
-        ("results.json", b"[]", ""),
+        ("results.json", b"[]", "results.json has no row of a trained adapter"),
         ("recipe.yaml", b"name: [", "recipe.yaml"),
         ("recipe.yaml", b"\0", "recipe.yaml"),
         ("recipe.yaml", None, "recipe.yaml is missing"),
@@ -112,6 +112,24 @@ def test_row_61_damaged_runs_are_listed_with_what_is_wrong(
     assert len(list_runs(runs)) == 6
     assert problem in listed.problem and (listed.state == "damaged") == bool(problem)
     assert listed.result is None or name not in ("results.json", "recipe.yaml")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_row_61_nobody_waits_for_a_pipe(runs: Path) -> None:
+    for name in ("folder", "pipe"):
+        (runs / name).mkdir()
+    (runs / "folder/recipe.yaml").mkdir()
+    os.mkfifo(runs / "pipe/recipe.yaml")
+    assert len(list_runs(runs)) == 6
+    metrics = runs / "runs/half/painting/metrics.jsonl"
+    metrics.unlink()
+    os.mkfifo(metrics)
+    assert "runs/half/painting" in by_folder(runs) and by_folder(runs)["runs/half/painting"].steps == 0
+    recipe = runs / "runs/old/painting/recipe.yaml"
+    recipe.unlink()
+    os.mkfifo(recipe)
+    with pytest.raises(UserError, match=r"no finished run in .*: expected recipe\.yaml and adapter/"):
+        find_runs(runs / "runs/old")
 
 
 def test_sorting(runs: Path) -> None:
