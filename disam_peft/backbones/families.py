@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from disam_peft.common.file_hashes import sha256_of
 from disam_peft.config.backbone import DEMO, RANDOM_WEIGHTS, BackboneConfig
+
+_OF_A_CHECKPOINT = {".safetensors", ".json", ".txt", ".model"}
 
 if TYPE_CHECKING:
     from disam_peft.backbones.base import ClipBackbone
@@ -60,6 +64,32 @@ def load_backbone(config: BackboneConfig) -> ClipBackbone:
     backbone = BACKBONES[config.family](located(config))
     backbone.config = config  # records and exports name the model, not a folder of this machine
     return backbone
+
+
+def local_files_hash(config: BackboneConfig, *, again: bool = False) -> str:
+    """sha256, hex, over the names and contents of the files that the backbone is loaded from; empty where these are not
+    the user's own: built-in names, hub repositories, the demo.
+
+    Equal files make the same backbone. Other files may do so, too (``ClipBackbone.identity`` decides).
+
+    Args:
+        again: read the files, though the file system notes nothing new about them since they were hashed.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    name, weights = config.name, Path(config.pretrained or "").expanduser()
+    if config.family == "open_clip":
+        folder = Path(name.removeprefix("local-dir:")).expanduser() if name.startswith("local-dir:") else None
+    else:
+        folder = Path(name).expanduser() if name != DEMO else None
+    files = []
+    if folder is not None and folder.is_dir():
+        files = sorted(path for path in folder.iterdir() if path.suffix in _OF_A_CHECKPOINT and path.is_file())
+    elif weights.suffix == ".safetensors" and weights.is_file():
+        files = [weights]
+    parts = [part for path in files for part in (path.name, sha256_of(path, again=again))]
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest() if parts else ""
 
 
 def require_known(config: BackboneConfig) -> None:

@@ -25,7 +25,7 @@ from disam_peft.experiments.study import Cell, StudyPlan, load_plan
 from disam_peft.experiments.taking_turns import finished_since, until_one_is_free
 from disam_peft.report.comparison import COMPARISON, ZERO_SHOT, Comparison, Failure, MeasureRow, RunPlace, judge
 from disam_peft.report.comparison_page import write_comparison
-from disam_peft.report.configurations import zero_shot_key
+from disam_peft.report.configurations import settings_with_backbones, zero_shot_key
 from disam_peft.report.run_measures import run_measures, zero_shot_measures
 from disam_peft.report.runs import RunRecord
 
@@ -219,10 +219,11 @@ def _collected(plan: StudyPlan, output: Path, errors: dict[tuple[str, str, str |
     runs: list[RunPlace] = []
     failed: list[Failure] = []
     records = {_key(cell): RunRecord(cell.folder) for cell in plan.cells if _key(cell) not in errors}
+    settings = dict(zip(records, settings_with_backbones(list(records.values())), strict=True))
     zero_shot = zero_shot_names(
         plan.arms,
         {
-            (cell.arm, (cell.condition, cell.held_out, cell.seed)): zero_shot_key(record.data, record.settings)
+            (cell.arm, (cell.condition, cell.held_out, cell.seed)): zero_shot_key(record.data, settings[_key(cell)])
             for cell in plan.cells
             if (record := records.get(_key(cell))) is not None
         },

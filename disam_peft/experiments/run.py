@@ -11,6 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from disam_peft.backbones.base import ClipBackbone
+from disam_peft.backbones.families import local_files_hash
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.domain_inference import InferredDomains, infer_domains
 from disam_peft.classification.saved_classifier import save_adapter
@@ -150,6 +151,7 @@ def _train_one(
     images = images_of(data)
     narrator.run(folder, data, recipe.protocol.domain, place)
 
+    backbone_files = local_files_hash(recipe.backbone) if is_main else ""  # before it is loaded
     pretrained = load_pretrained(recipe, dataset.prompt_names, accelerator.device)
     evaluator = Evaluator(recipe, accelerator.autocast)
     rows = _zero_shot_rows(pretrained.zero_shot(), data, evaluator, cache)
@@ -211,7 +213,7 @@ def _train_one(
     if recipe.evaluation.sharpness is not None:
         write_sharpness(folder, classifier, data.by_split(), recipe.evaluation, like=rows[-1], is_main=is_main)
     if is_main:
-        run_folder.finish(folder)
+        run_folder.finish(folder, backbone=pretrained.backbone.identity, backbone_files=backbone_files)
     accelerator.wait_for_everyone()
     return Outcome(folder, recipe.protocol.domain, rows, fitted)
 

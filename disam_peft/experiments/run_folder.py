@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import warnings
@@ -11,8 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from disam_peft import __version__
 from disam_peft.common.files import is_draft, require_no_link, require_own_file, wait_for_disk, write_atomically
+from disam_peft.common.finished import FINISHED, Finished, read_finished, write_finished
 from disam_peft.common.processes import is_main
 from disam_peft.common.records import RESULTS
 from disam_peft.common.run_images import IMAGES, RunImages, read_images, write_images
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 RECIPE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
-FINISHED = "finished.json"
-"""Written last. A run is finished where this file and its results are there."""
 _SUFFIXES = {".json", ".jsonl", ".parquet", ".yaml"}
 """Of the files that a run writes; its folders have none."""
 _BEFORE_THE_FIRST_STEP = {RECIPE, IMAGES, "tracking.jsonl", "tensorboard", "wandb"}
@@ -76,6 +73,8 @@ def plan(
     if compared.differences:
         raise UserError(_other_run(folder, "a run of other data", compared.differences, resume=resume))
     if is_finished(folder):
+        if other := _other_backbone(recipe, folder):
+            raise UserError(_other_run(folder, "a run with another backbone", [other], resume=resume))
         return Planned("keep", compared.basis)
     if not resume and (folder / FINISHED).is_file():
         raise UserError(f"{folder} holds a finished run whose {RESULTS} is gone; --resume makes it again")
@@ -107,7 +106,7 @@ def _mistakes(recipe: Recipe) -> list[str]:
 
 def _other_run(folder: Path, what: str, differences: Sequence[str], *, resume: bool) -> str:
     verb = f"holds {what}, which cannot be continued so" if resume else f"holds {what}"
-    first = "" if what == "another run" else "bring its data back, "
+    first = {"another run": "", "a run of other data": "bring its data back, "}.get(what, "bring its files back, ")
     return f"{folder} {verb}; {first}choose another name, or --overwrite it. It differs in:\n  " + "\n  ".join(
         differences
     )
@@ -197,6 +196,31 @@ def compared_data(recipe: Recipe, data: Callable[[], DomainDataset]) -> DataComp
     return compare_data(read_images(folder / IMAGES), recipe, data())
 
 
+def _other_backbone(recipe: Recipe, folder: Path) -> str:
+    """``what: before -> now`` where the files of the finished run's backbone make another one by now; else empty.
+
+    The backbone is loaded only where these files are others: a changed comment makes no other backbone. Where there are
+    none any more, or the run is of an older version, nothing can be compared.
+
+    Raises:
+        UserError: they cannot be loaded.
+    """
+    from disam_peft.backbones.families import load_backbone, local_files_hash
+
+    before = read_finished(folder)
+    if not before.backbone_files:
+        return ""
+    try:
+        now = local_files_hash(recipe.backbone, again=recipe.data.verify == "full")
+    except OSError as error:
+        raise UserError(f"the backbone {recipe.backbone.name} cannot be read ({error})") from error
+    if now in ("", before.backbone_files):
+        return ""
+    found = load_backbone(recipe.backbone).identity
+    name = recipe.backbone.pretrained or recipe.backbone.name
+    return "" if found == before.backbone else f"backbone {name}: sha256 {before.backbone[:12]} -> {found[:12]}"
+
+
 def _both_painted(before: Recipe, recipe: Recipe) -> bool:
     return before.data.shapes is not None and recipe.data.shapes is not None
 
@@ -280,8 +304,12 @@ def withdrawn_unless_begun(folder: Path) -> Iterator[None]:
         raise
 
 
-def finish(folder: Path) -> None:
-    """Say that the run is complete, after all its other files are on the disk. It then needs no checkpoints."""
+def finish(folder: Path, *, backbone: str = "", backbone_files: str = "") -> None:
+    """Say that the run is complete, after all its other files are on the disk. It then needs no checkpoints.
+
+    Args:
+        backbone, backbone_files: see ``Finished``.
+    """
     files = [
         path
         for path in sorted(folder.rglob("*"))
@@ -290,8 +318,7 @@ def finish(folder: Path) -> None:
     for path in files:
         wait_for_disk(path)
     images = read_images(folder / IMAGES)
-    about = {"disam_peft_version": __version__, "images": len(images), "data": images.identity}
-    write_atomically(folder / FINISHED, json.dumps(about, indent=1) + "\n", durable=True)
+    write_finished(folder, Finished(len(images), images.identity, backbone, backbone_files))
     clear(folder)
 
 

@@ -9,19 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from disam_peft.common.finished import read_finished
 from disam_peft.common.locks import holder
 from disam_peft.common.records import METRICS, RESULTS, ResultRow
-from disam_peft.common.strict_json import parse_json, read_json
+from disam_peft.common.strict_json import parse_json
 from disam_peft.config.identity import identifying_settings
 from disam_peft.config.names import name_of_folder
 from disam_peft.config.recipe import WRITTEN_BY_US, Recipe, load_recipe
 from disam_peft.errors import UserError, did_you_mean
-from disam_peft.experiments.run_folder import ADAPTER, FINISHED, RECIPE, is_finished
+from disam_peft.experiments.run_folder import ADAPTER, RECIPE, is_finished
 from disam_peft.report.runs import RunRecord, data_source
 
 State = Literal["finished", "interrupted", "running", "damaged"]
 _TAIL_BYTES = 1 << 16
-_MARKER_BYTES = 1 << 16
 COLUMNS = ("name", "held_out", "backbone", "adapter", "method", "data", "seed", "steps", "state", "result")
 
 
@@ -109,7 +109,7 @@ def _listed(place: Path) -> ListedRun:
     try:
         if not (place / ADAPTER).is_dir():
             raise UserError(f"{place / ADAPTER} is missing")
-        result, identity = _result(RunRecord(place)), _data_identity(place)
+        result, identity = _result(RunRecord(place)), read_finished(place).data
     except (OSError, ValueError) as error:
         return ListedRun(**known, state="damaged", steps=_last_step(place / METRICS), problem=_first_line(error))
     return ListedRun(**known, state="finished", steps=recipe.train.steps, result=result, data_identity=identity)
@@ -143,13 +143,6 @@ def _last_step(metrics: Path) -> int:
         if isinstance(event, dict) and event.get("event") == "step" and isinstance(event.get("step"), int):
             return int(event["step"])
     return 0
-
-
-def _data_identity(place: Path) -> str:
-    if not (place / FINISHED).is_file():
-        return ""
-    about = read_json(place / FINISHED, max_bytes=_MARKER_BYTES)
-    return str(about.get("data", "")) if isinstance(about, dict) else ""
 
 
 def _result(record: RunRecord) -> float | None:

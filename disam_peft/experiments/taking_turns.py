@@ -8,13 +8,14 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from disam_peft.common.finished import FINISHED
 from disam_peft.common.locks import InUse, locked
 from disam_peft.common.processes import on_main
 from disam_peft.config.recipe import Recipe
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.errors import Notice
 from disam_peft.experiments import run_folder
-from disam_peft.experiments.run_folder import FINISHED, Planned, is_finished
+from disam_peft.experiments.run_folder import Planned, is_finished
 
 POLL_SECONDS = 1.0
 

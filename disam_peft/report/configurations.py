@@ -13,6 +13,8 @@ from disam_peft.report.runs import RunData, RunRecord
 
 ZERO_SHOT_SETTINGS = ("backbone", "prompts", "train.mixed_precision")
 """What zero-shot numbers depend on beside the data: settings, or groups of them."""
+BACKBONE_IDENTITY = "backbone.identity"
+"""Stands among the settings where backbones of equal settings are other ones, because their files changed."""
 FOLDER = "folder"
 """Stands in place of a setting where runs of equal settings, seed and data have other numbers nevertheless."""
 
@@ -78,12 +80,15 @@ def configurations(runs: Iterable[RunRecord]) -> list[Configuration]:
     held-out domain have other numbers (other machines, other versions), each gets a configuration of its own, told
     apart by its folder.
     """
+    given = list(runs)
     by_key: dict[str, list[RunRecord]] = {}
-    for run in runs:
-        key = json.dumps([run.data.identity, run.settings], sort_keys=True, default=str)
+    settings_of = dict(zip(map(id, given), settings_with_backbones(given), strict=True))
+    for run in given:
+        key = json.dumps([run.data.identity, settings_of[id(run)]], sort_keys=True, default=str)
         by_key.setdefault(key, []).append(run)
     found = []
     for members in by_key.values():
+        settings = settings_of[id(members[0])]
         kept: dict[tuple[str | None, int], RunRecord] = {}
         at_odds = []
         for run in members:
@@ -91,14 +96,31 @@ def configurations(runs: Iterable[RunRecord]) -> list[Configuration]:
             if first is not run and _numbers(first.rows) != _numbers(run.rows):
                 at_odds.append(run)
         if not at_odds:
-            found.append(Configuration(members[0].data, members[0].settings, tuple(kept.values())))
+            found.append(Configuration(members[0].data, settings, tuple(kept.values())))
             continue
         by_place: dict[str, list[RunRecord]] = {}
         for run in [*kept.values(), *at_odds]:
             by_place.setdefault(_place(run), []).append(run)
         for place, there in by_place.items():
-            found.append(Configuration(there[0].data, {**there[0].settings, FOLDER: place}, tuple(there)))
+            found.append(Configuration(there[0].data, {**settings, FOLDER: place}, tuple(there)))
     return found
+
+
+def settings_with_backbones(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """The settings of each run, with the identity of its backbone where runs of equal settings of it have several."""
+    named = [
+        _as_text({key: value for key, value in run.settings.items() if key.startswith("backbone")}) for run in runs
+    ]
+    identities: dict[str, set[str]] = {}
+    for name, run in zip(named, runs, strict=True):
+        if run.backbone:
+            identities.setdefault(name, set()).add(run.backbone)
+    return [
+        {**run.settings, BACKBONE_IDENTITY: run.backbone[:12] or "not recorded"}
+        if len(identities.get(name, ())) > 1
+        else run.settings
+        for name, run in zip(named, runs, strict=True)
+    ]
 
 
 def _place(run: RunRecord) -> str:

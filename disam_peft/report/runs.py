@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from disam_peft.common.finished import read_finished
 from disam_peft.common.prediction_table import PREDICTIONS, PredictionTable, read_predictions
 from disam_peft.common.records import (
     CONFUSION,
@@ -93,6 +94,12 @@ class RunRecord:
             {} if self.recipe is None else self.recipe.data.model_dump(mode="json", exclude={"pixel_store", "verify"})
         )
         return RunData(f"as the recipe says: {json.dumps(told, sort_keys=True)}", source)
+
+    @cached_property
+    def backbone(self) -> str:
+        """The identity of its weights and of all else that its output depends on; empty where a run of an older version
+        did not record it."""
+        return read_finished(self.folder).backbone
 
     @cached_property
     def steps(self) -> list[dict[str, Any]]:

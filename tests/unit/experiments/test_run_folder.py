@@ -323,6 +323,35 @@ def test_row_53_a_run_goes_on_with_the_same_backbone_only(make_recipe, cut, open
         run.train(recipe, resume=True)
 
 
+@pytest.mark.parametrize("verify", [True, "full"])
+def test_row_53_a_finished_run_is_kept_for_its_own_backbone_only(
+    make_recipe, domains_folder, openclip_name, tmp_path, verify
+):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "clip"
+    shutil.copytree(openclip_name.removeprefix("local-dir:"), folder)
+    recipe = make_recipe(backbone={"name": f"local-dir:{folder}"}, data={"root": domains_folder, "verify": verify})
+    run.train(recipe)
+    assert run.train(recipe)[0].fit is None
+    config, weights = folder / "open_clip_config.json", folder / "open_clip_model.safetensors"
+    config.write_text(config.read_text() + "\n")
+    assert run.train(recipe)[0].fit is None, "other files of the same backbone"
+    before, tensors = weights.stat(), load_file(weights)
+    name = next(name for name in sorted(tensors) if tensors[name].ndim == 2)
+    save_file({**tensors, name: tensors[name] + 0.1}, tmp_path / "new", metadata={"format": "pt"})
+    os.utime(tmp_path / "new", ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.replace(tmp_path / "new", weights)
+    with pytest.raises(UserError, match=r"a run with another backbone; bring its files back.*\n.*-> [0-9a-f]{12}"):
+        run.train(recipe)
+    with pytest.raises(UserError, match="another backbone"):
+        kept_runs(recipe, RunCache())
+    marker = recipe.folder("photo") / "finished.json"
+    about = json.loads(marker.read_text())
+    marker.write_text(json.dumps({key: about[key] for key in ("disam_peft_version", "images", "data")}))
+    assert run.train(recipe)[0].fit is None, "an older version did not record the backbone"
+
+
 def test_a_run_may_look_closer_at_its_images_when_it_goes_on(make_recipe, cut, domains_folder):
     cut(make_recipe(data={"root": domains_folder, "verify": False}))
     with pytest.warns(Notice, match="going on after step 2"):

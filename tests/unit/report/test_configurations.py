@@ -8,6 +8,7 @@ import shutil
 import pytest
 from matplotlib.container import BarContainer
 
+from disam_peft.common.finished import Finished, write_finished
 from disam_peft.common.records import append_event
 from disam_peft.errors import UserError
 from disam_peft.report.configurations import configuration_titles, configurations, data_titles, telling_apart
@@ -150,6 +151,17 @@ def test_a_copy_of_a_run_counts_once_and_other_numbers_of_the_same_settings_are_
     [table] = tables_of(tmp_path)
     assert table.titles[0] == "folder"
     assert [texts for name, texts in table.texts() if name == "DISAM"] == [["a", "50.0"], ["b", "75.0"]]
+
+
+def test_runs_with_other_weights_of_one_name_are_never_pooled(tmp_path):
+    """A folder of weights may hold others by now; runs of an older version, which did not record them, stand apart."""
+    for seed, backbone in enumerate(("a" * 64, "a" * 64, "b" * 64, "")):
+        write_finished(write_run(tmp_path / f"s{seed}" / "sketch", seed=seed), Finished(backbone=backbone))
+    runs = read_runs([tmp_path])
+    found = configurations(runs)
+    assert [[run.trained.seed for run in one.runs] for one in found] == [[0, 1], [2], [3]]
+    assert telling_apart(found) == ["backbone.identity"] and len({one.zero_shot_key for one in found}) == 3
+    assert len(configurations([runs[0], runs[1], runs[3]])) == 1, "as before, where nothing says that there are others"
 
 
 def test_what_was_not_run_is_missing_in_tables_and_figures(tmp_path):
