@@ -20,6 +20,7 @@ PARTS: tuple[Part, ...] = get_args(Part)
 MAX_IMAGES = 50_000_000
 """A file that claims more rows is not read: a few bytes can claim any number."""
 _TEXTS = ("key", "content", "domain", "class_name", "part")
+_OPTIONAL = ("given", "state")
 _WORDS = b"class_words"
 
 
@@ -35,6 +36,10 @@ class RunImages:
         part: what the run used the image for: ``training``, ``validation``, ``held_out`` or ``test``.
         size: of each file in bytes.
         class_words: class as in the source -> its name in a prompt, for every class, also those without images.
+        given: the part that the data themselves give, if the run used it: ``validation``, ``test``, or empty for what
+            is to train or has no given part. None where the data give none, and in files of older versions.
+        state: what the file system noted about each file, hashed; where nobody has read the files, it alone tells them
+            from others of equal sizes. None elsewhere, and in files of older versions.
     """
 
     key: tuple[str, ...]
@@ -44,6 +49,8 @@ class RunImages:
     part: tuple[Part, ...]
     size: tuple[int, ...]
     class_words: Mapping[str, str] = field(default_factory=dict)
+    given: tuple[str, ...] | None = None
+    state: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.key)
@@ -55,12 +62,14 @@ class RunImages:
 
     @cached_property
     def identity(self) -> str:
-        """sha256, hex, over what the data are: keys, contents, domains, classes and their names in prompts. Neither
-        the place of the files, nor their order, nor the parts that a run splits them into enter."""
+        """sha256, hex, over what the data are: keys, contents, domains, classes and their names in prompts, and given
+        parts. Neither the place of the files, nor their order, nor the parts that a run draws by its seed enter."""
         digest = hashlib.sha256(json.dumps(sorted(self.class_words.items())).encode())
-        rows = zip(self.key, self.content, self.domain, self.class_name, strict=True)
+        given = ("",) * len(self) if self.given is None else self.given
+        rows = zip(self.key, self.content, self.domain, self.class_name, given, strict=True)
         for row in sorted(rows):
-            digest.update("\0".join(row).encode("utf-8", "surrogateescape") + b"\1")
+            told = row if row[-1] else row[:-1]  # without given parts as in older versions
+            digest.update("\0".join(told).encode("utf-8", "surrogateescape") + b"\1")
         return digest.hexdigest()
 
 
@@ -81,6 +90,9 @@ def write_images(path: Path, images: RunImages) -> None:
 
     columns: dict[str, pa.Array] = {name: pa.array(getattr(images, name), pa.string()) for name in _TEXTS}
     columns["size"] = pa.array(images.size, pa.int64())
+    for name in _OPTIONAL:
+        if getattr(images, name) is not None:
+            columns[name] = pa.array(getattr(images, name), pa.string())
     words = {_WORDS: json.dumps(dict(images.class_words), ensure_ascii=False).encode()}
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns).replace_schema_metadata(words), buffer, compression="zstd")
@@ -108,6 +120,7 @@ def read_images(path: Path) -> RunImages:
                     f"{path} lacks some of the columns {', '.join(wanted)} (it has "
                     f"{', '.join(f'{name}: {kind}' for name, kind in kinds.items()) or 'none'})"
                 )
+            wanted |= {name: pa.string() for name in _OPTIONAL if kinds.get(name) == pa.string()}
             table = file.read(columns=list(wanted))
         columns = {name: table.column(name).to_pylist() for name in wanted}
         class_words = json.loads(words)
@@ -133,4 +146,5 @@ def read_images(path: Path) -> RunImages:
         part=cast("tuple[Part, ...]", texts["part"]),
         size=tuple(columns["size"]),
         class_words=class_words,
+        **{name: tuple(columns[name]) for name in _OPTIONAL if name in columns},
     )

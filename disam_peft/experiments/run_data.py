@@ -54,6 +54,8 @@ def images_of(data: SplitData) -> RunImages:
     class_name: list[str] = []
     part: list[Part] = []
     size: list[int] = []
+    given: list[str] = []
+    state: list[str] = []
     for name, dataset in parts:
         sizes = dataset.sizes_and_times[0].tolist()
         key += dataset.keys
@@ -62,8 +64,29 @@ def images_of(data: SplitData) -> RunImages:
         class_name += [dataset.classes[number] for number in dataset.labels.tolist()]
         part += [name] * len(dataset)
         size += sizes
+        own = dataset.given_parts or [""] * len(dataset)
+        given += ["" if one == "train" else one for one in own]  # as where nothing is given
+        state += states_of(dataset) if dataset.hashes is None else []
     words = dict(zip(data.training.classes, data.training.prompt_names, strict=True))
-    return RunImages(tuple(key), tuple(content), tuple(domain), tuple(class_name), tuple(part), tuple(size), words)
+    return RunImages(
+        tuple(key),
+        tuple(content),
+        tuple(domain),
+        tuple(class_name),
+        tuple(part),
+        tuple(size),
+        words,
+        given=tuple(given) if any(given) else None,
+        state=tuple(state) if state else None,
+    )
+
+
+def states_of(dataset: DomainDataset) -> list[str]:
+    """What the file system notes about the file of each image, or about the table that it is in, as a hash: equal files
+    in another place have another one, a file that was moved on its disk has not."""
+    embedded = dataset.state_of_embedded
+    told = [(row, "" if row[1] else embedded) for row in dataset.file_states_N4.tolist()]
+    return [hashlib.sha256(repr(one).encode()).hexdigest()[:32] for one in told]
 
 
 def compare_data(before: RunImages, recipe: Recipe, dataset: DomainDataset) -> DataComparison:

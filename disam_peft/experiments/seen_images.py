@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.load import load
 from disam_peft.data.transforms.decode import BadImage
 from disam_peft.errors import Notice, UserError
-from disam_peft.experiments.run_data import images_of
+from disam_peft.experiments.run_data import images_of, states_of
 from disam_peft.experiments.split_data import samples_in_use, split_data
 
 SEEN_TRAINING, SEEN_VALIDATION, UNSEEN, UNKNOWN = "seen_training", "seen_validation", "unseen", "unknown"
@@ -41,10 +42,38 @@ class RunsImages:
         if self.recorded is None:
             return self._own_splits_of_an_older_run(recipe, dataset)
         used = samples_in_use(self.recipe, dataset)
-        if _rows(self.recorded) != _rows_of(used, _contents(used, hashed=self.recorded.is_hashed)):
+        if self.recorded.is_hashed:
+            if _rows(self.recorded) != _rows_of(used, _contents(used, hashed=True)):
+                return None
+        elif not self._are_the_unread(recipe, used):
             return None
         data = split_data(self.recipe, dataset)
         return data.by_split() if _parts(images_of(data)) == _parts(self.recorded) else None
+
+    def _are_the_unread(self, recipe: Recipe, used: DomainDataset) -> bool:
+        """Whether ``used`` are the images of a run that did not read them: the very files, or files of the same content
+        as those that the run had, which are read now."""
+        assert self.recorded is not None
+        if _rows(self.recorded) == _rows_of(used, _contents(used, hashed=False)):
+            if self.recorded.state is not None and self._are_the_files(used):
+                return True
+            if self.recorded.state is None and _places(recipe) == _places(self.recipe):
+                warnings.warn(
+                    f"{self.run} recorded the sizes of its images alone: {used.origin}, where they lay, is taken for "
+                    "what it was trained on",
+                    Notice,
+                    stacklevel=4,
+                )
+                return True
+        before = self._recomputed
+        return before is not None and _rows(before) == _rows_of(used, _contents(used, hashed=True))
+
+    def _are_the_files(self, used: DomainDataset) -> bool:
+        """Whether the file system notes nothing new about the run's files; True where the run did not record it."""
+        if self.recorded is None or self.recorded.state is None:
+            return True
+        before = dict(zip(self.recorded.key, self.recorded.state, strict=True))
+        return before == dict(zip(used.keys, states_of(used), strict=True))
 
     def _own_splits_of_an_older_run(self, recipe: Recipe, dataset: DomainDataset) -> dict[str, DomainDataset] | None:
         if recipe.data != self.recipe.data:
@@ -85,8 +114,8 @@ class RunsImages:
             own = dataset.sizes_and_times[0].tolist()
             split_N = [UNKNOWN if sizes is None or size in sizes else UNSEEN for size in own]
             warnings.warn(
-                f"{self.run} did not record the content of its images, and they are no longer where they were: "
-                f"which of the images of {dataset.origin} it was trained on is unknown",
+                f"{self.run} did not record the content of its images, and they are no longer where, or what, they "
+                f"were: which of the images of {dataset.origin} it was trained on is unknown",
                 stacklevel=2,
             )
         found = {}
@@ -100,13 +129,22 @@ class RunsImages:
     def _recomputed(self) -> RunImages | None:
         """The images of the run, read again from where they were; None where they are gone or not the same."""
         try:
-            data = split_data(self.recipe, load(self.recipe.data.model_copy(update={"verify": True})))
+            dataset = load(self.recipe.data.model_copy(update={"verify": True}))
+            data = split_data(self.recipe, dataset)
+            if not self._are_the_files(samples_in_use(self.recipe, dataset)):
+                return None
         except (UserError, OSError, BadImage):
             return None
         images = images_of(data)
         if self.recorded is not None and _without_content(images) != _without_content(self.recorded):
             return None
         return images
+
+
+def _places(recipe: Recipe) -> tuple[str, str]:
+    """Where the data of a recipe come from."""
+    place = getattr(recipe.data, recipe.data.source)
+    return recipe.data.source, os.path.realpath(place) if isinstance(place, Path) else str(place)
 
 
 def _rows(images: RunImages) -> tuple[list[tuple[str, ...]], dict[str, str]]:

@@ -49,10 +49,19 @@ def test_the_identity_is_that_of_the_data_whatever_a_run_does_with_them() -> Non
         {"domain": ("b", "a", "b")},
         {"class_name": ("x", "x", "x")},
         {"class_words": {"x": "cross"}},
+        {"given": ("", "validation", "")},
+        {"given": ("", "test", "")},
     ],
 )
 def test_other_data_have_another_identity(changes: dict[str, object]) -> None:
     assert replace(RUN, **changes).identity != RUN.identity
+
+
+def test_what_older_files_lack_is_unknown_and_their_identity_the_same(tmp_path: Path) -> None:
+    full = replace(RUN, given=("", "test", ""), state=("a", "b", "c"))
+    write_images(tmp_path / IMAGES, full)
+    assert read_images(tmp_path / IMAGES) == full
+    assert replace(RUN, given=("", "", "")).identity == replace(full, given=None).identity == RUN.identity
 
 
 def test_sizes_in_place_of_hashes_are_marked() -> None:

@@ -134,12 +134,45 @@ def test_row_52_a_run_of_an_older_version_is_split_again_from_its_data(run, reci
         assert counts(RunsImages(run, recipe).by_what_was_seen(dataset)) == {"unknown": 29}
 
 
+@pytest.mark.parametrize("where", ["elsewhere", "in place"])
+def test_row_52_unread_images_are_the_runs_only_where_they_are_the_same_files(tmp_path, where):
+    """Equal names and sizes, and a held-out domain that holds the training images of another one."""
+    root = paint(tmp_path / "images")
+    for path in root.rglob("*.png"):
+        path.write_bytes(path.read_bytes().ljust(200, b"\0"))
+    recipe = recipe_of(root, verify=False)
+    run = tmp_path / "run"
+    run.mkdir()
+    write_images(run / IMAGES, images_of(split_data(recipe, load(recipe.data))))
+    own = RunsImages(run, recipe).own_splits(recipe, load(recipe.data))
+    assert own is not None and counts(own) == {"source_validation": 4, "held_out": 10}
+    other = tmp_path / "other"
+    shutil.copytree(root, other)
+    copied = load(DataConfig(root=other, verify=False))
+    assert RunsImages(run, recipe).own_splits(recipe_of(other), copied) is not None, "read now, here and there"
+    shutil.rmtree(other / "sketch")
+    shutil.copytree(other / "art", other / "sketch")
+    if where == "in place":
+        shutil.rmtree(root)
+        other = other.rename(root)
+    for verify in (False, True):
+        dataset, images = load(DataConfig(root=other, verify=verify)), RunsImages(run, recipe)
+        assert images.own_splits(recipe_of(other, verify=verify), dataset) is None
+        if where == "elsewhere":
+            found = images.by_what_was_seen(dataset)
+            assert not {"held_out", "source_validation"} & found.keys() and counts(found)["seen_training"] > 16
+        else:
+            with pytest.warns(UserWarning, match="no longer where, or what, they were"):
+                assert counts(images.by_what_was_seen(dataset)) == {"unknown": 30}
+
+
 def test_row_52_sizes_alone_do_not_tell_what_was_seen(run, recipe, root, tmp_path):
     """The run did not read its images. Where its data are still there they are read now; else only an image of another
     size is known to be new."""
     known = read_images(run / IMAGES)
     write_images(run / IMAGES, replace(known, content=tuple(map(size_as_content, known.size))))
-    assert RunsImages(run, recipe).own_splits(recipe, load(recipe.data)) is not None
+    with pytest.warns(Notice, match="recorded the sizes of its images alone"):
+        assert RunsImages(run, recipe).own_splits(recipe, load(recipe.data)) is not None
     other = tmp_path / "other"
     shutil.copytree(root, other)
     Image.effect_noise((64, 64), 50).save(other / "photo/dog/new.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from disam_peft.errors import UserError
 from disam_peft.experiments import run, sweep
 from disam_peft.experiments.build import load_pretrained
 from disam_peft.experiments.data_verdict import look_at_data
+from disam_peft.experiments.run_data import images_of
 from disam_peft.experiments.split_data import split_data
 from disam_peft.training.trainer import fit
 from tests.helpers.folders import write_domains
@@ -51,6 +53,22 @@ def test_the_seed_of_the_recipe_chooses_the_validation_part(make_recipe, domains
         assert not set(data.validation.keys) & set(data.training.keys)
         chosen[seed] = set(data.validation.keys)
     assert chosen[0] != chosen[5]
+
+
+def test_the_identity_of_the_images_depends_on_given_parts_and_not_on_the_seed(make_recipe, domains_folder):
+    dataset = load(DataConfig(root=domains_folder))
+    parts = {}
+    for name, validating in (("none", None), ("all to train", 0), ("every second", 2), ("every third", 3)):
+        given = None
+        if validating is not None:
+            given = tuple("validation" if validating and i % validating == 0 else "train" for i in range(len(dataset)))
+        own = replace(dataset, given_parts=given)
+        first, second = (images_of(split_data(make_recipe(seed=seed), own)) for seed in (0, 1))
+        assert first.identity == second.identity
+        drawn = [dict(zip(images.key, images.part, strict=True)) for images in (first, second)]
+        assert (drawn[0] == drawn[1]) == bool(validating)
+        parts[name] = first.identity
+    assert parts["none"] == parts["all to train"] and len(set(parts.values())) == 3
 
 
 def test_the_held_out_domain_is_the_target_and_nothing_else(make_recipe, domains_folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from matplotlib.container import BarContainer
@@ -162,6 +163,17 @@ def test_runs_with_other_weights_of_one_name_are_never_pooled(tmp_path):
     assert [[run.trained.seed for run in one.runs] for one in found] == [[0, 1], [2], [3]]
     assert telling_apart(found) == ["backbone.identity"] and len({one.zero_shot_key for one in found}) == 3
     assert len(configurations([runs[0], runs[1], runs[3]])) == 1, "as before, where nothing says that there are others"
+
+
+def test_runs_of_other_given_parts_are_never_pooled(tmp_path):
+    """The same images, of which others validate: that is no other seed. A share that the seed draws is one."""
+    given = [("validation", *[""] * 7), ("validation", *[""] * 7), ("", "validation", *[""] * 6), None, None]
+    for seed, parts in enumerate(given):
+        drawn = "validation" if seed == 4 else "training"
+        write_run(tmp_path / f"s{seed}/sketch", seed=seed, recorded=replace(images(part=drawn), given=parts))
+    found = configurations(read_runs([tmp_path]))
+    assert [[run.trained.seed for run in one.runs] for one in found] == [[0, 1], [2], [3, 4]]
+    assert len(set(data_titles(found).values())) == 3
 
 
 def test_what_was_not_run_is_missing_in_tables_and_figures(tmp_path):
