@@ -13,7 +13,7 @@ from torch import Tensor
 
 from disam_peft.disam.domain_objective import DomainObjective, DomainsOfSamples, Forward
 from disam_peft.disam.domain_sums import DomainSums, domain_index, domain_sums, union_of_ids
-from disam_peft.disam.masking import finite_where_masked, guard_gradients, hides_infinity
+from disam_peft.disam.masking import Watch, finite_where_masked, guard_gradients
 from disam_peft.disam.random_state import RandomState
 from disam_peft.disam.ranks import Ranks
 
@@ -96,13 +96,8 @@ class MicroBatch:
             ValueError: they are no (B,) tensor with a graph, or do not match the domains. Without samples they need no
                 graph, unless other ranks wait for the backward.
         """
-        found = self._called()
+        found = self._called() if self.mask_B is None else self._called_with(self.mask_B)
         loss_B = found.loss_B
-        hides = self.mask_B is not None and hides_infinity(loss_B, self.mask_B)
-        if hides and self.mask_B is not None:
-            with finite_where_masked(self.mask_B):
-                found = self._called()
-            loss_B = found.loss_B
         if len(loss_B) == 0 and not loss_B.requires_grad:
             if self.awaited:
                 raise ValueError(_LEFT_WAITING)
@@ -111,9 +106,7 @@ class MicroBatch:
             raise ValueError("the losses have no graph: nothing that requires a gradient took part (or no_grad is on)")
         statistics = self._statistics(found)
         if self.mask_B is not None:
-            if hides:
-                for root in (loss_B, *statistics):
-                    guard_gradients(root, self.mask_B)
+            guard_gradients((loss_B, *statistics), self.mask_B)
             loss_B = loss_B.where(self.mask_B, 0.0)
         return MicroBatchLosses(loss_B, found.reported_B, statistics, self)
 
@@ -141,6 +134,21 @@ class MicroBatch:
             return Forward(self._checked(result))
         reported_B = None if result.reported_B is None else self._checked(result.reported_B)
         return Forward(self._checked(result.loss_B), reported_B, result.outputs)
+
+    def _called_with(self, mask_B: Tensor) -> Forward:
+        """A forward pass whose backward pass reads nothing of masked samples that is not finite."""
+        watch = Watch(mask_B)
+        try:
+            with watch.hooks():
+                found = self._called()
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):  # of torch.func, which allows none within it
+                raise
+            found = self._called()
+        if watch.hides(found.loss_B):
+            with finite_where_masked(mask_B):
+                found = self._called()
+        return found
 
     def _checked(self, loss_B: Tensor) -> Tensor:
         if not isinstance(loss_B, Tensor) or loss_B.ndim != 1:

@@ -85,6 +85,136 @@ def test_row_74_a_masked_sample_whose_derivative_alone_is_infinite():
     assert torch.allclose(found, w.grad, atol=1e-15, rtol=0) and found.isfinite().all()
 
 
+@pytest.mark.parametrize("mode", [None, "two_phase", "auto"])
+@pytest.mark.parametrize("activation", [torch.tanh, torch.sigmoid, torch.relu], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("where", [slice(None), 1], ids=["whole", "one value"])
+def test_row_74_a_masked_sample_whose_loss_is_finite_and_its_input_is_not(where, fault, activation, mode):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(8, 8, dtype=torch.float64, generator=generator)
+    y = torch.randint(0, 3, (8,), generator=generator)
+
+    class Net(nn.Sequential):
+        def forward(self, x_BF):
+            return self[1](activation(self[0](x_BF)))
+
+    def model():
+        torch.manual_seed(0)
+        return Net(nn.Linear(8, 6), nn.Linear(6, 3)).double()
+
+    expected, _ = gradient(model(), x[MASK], y[MASK], DOMAINS[MASK])
+    x[2, where], x[6, where] = fault, fault
+    found, report = gradient(model(), x, y, DOMAINS, MASK, mode)
+    assert bool(report.is_finite)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-12, rtol=0) and ours.abs().max() > 1e-4
+
+
+def test_row_74_a_masked_micro_batch_of_minus_infinity_alone():
+    x, y = data()
+    expected, _ = gradient(network(), x[3:], y[3:], DOMAINS[3:])
+    x[:3] = -math.inf
+    found, report = gradient(network(), x, y, DOMAINS, torch.arange(8) > 2, "two_phase")
+    assert bool(report.is_finite)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-12, rtol=0)
+
+
+def test_row_74_a_masked_sample_whose_values_are_finite_and_its_derivative_is_not():
+    """The deviation within an empty picture: the square root of 0."""
+    x, _ = data()
+    model = network()
+
+    def losses(part):
+        return model(x[part] - 1)[:, 0] ** 2 + torch.sqrt(model.first(x[part]).var((1, 2)))
+
+    with torch.no_grad():
+        model.first.bias.fill_(0.5)
+    disam = DISAM(model.parameters(), rho=0.2)
+    disam.backward(lambda: losses(MASK), DOMAINS[MASK])
+    expected = [p.grad for p in (model.first.weight, model.first.bias)]
+    x[2], x[6] = 0, 0
+    report = disam.backward(lambda: losses(slice(None)), DOMAINS, MASK)
+    assert bool(report.is_finite)
+    for ours, theirs in zip((model.first.weight.grad, model.first.bias.grad), expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("fault", [None, math.nan, -math.inf], ids=str)
+@pytest.mark.parametrize("counts", [MASK, torch.arange(8) == 7, torch.arange(8) != 0], ids=["six", "last", "others"])
+def test_row_74_attention_masks_of_minus_infinity_stay_what_they_are(counts, fault):
+    """As many tokens as samples: the causal mask has the shape of a batch, and is kept for the backward pass."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(8, 8, 4, dtype=torch.float64, generator=generator)
+    causal = torch.full((8, 8), -math.inf, dtype=torch.float64).triu(1)
+    weight = torch.randn(4, 4, dtype=torch.float64, generator=generator).requires_grad_()
+    disam = DISAM([weight], rho=0.2)
+
+    class Added(torch.autograd.Function):
+        """Scores plus a mask that the backward pass needs, as fused attention does."""
+
+        @staticmethod
+        def forward(ctx, scores, mask):
+            ctx.save_for_backward(scores, mask)
+            return (scores + mask).softmax(-1)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            scores, mask = ctx.saved_tensors
+            shares = (scores + mask).softmax(-1)
+            return shares * (gradient - (gradient * shares).sum(-1, keepdim=True)), None
+
+    def losses(part):
+        return (Added.apply(x[part] @ weight @ x[part].mT, causal) @ x[part]).tanh().pow(2).sum((1, 2))
+
+    disam.backward(lambda: losses(counts), DOMAINS[counts])
+    expected = weight.grad.clone()
+    if fault is not None:
+        x[~counts] = fault
+    report = disam.backward(lambda: losses(slice(None)), DOMAINS, counts)
+    assert bool(report.is_finite)
+    assert torch.allclose(weight.grad, expected, atol=1e-12, rtol=0) and expected.abs().max() > 1e-3
+
+
+def test_row_74_a_counted_gradient_that_is_not_finite_is_not_hidden_by_the_shape_of_the_weights():
+    """As many outputs as samples: the gradient of a weight is not taken for one of the batch."""
+    w = torch.zeros(8, 1, requires_grad=True)
+    x = torch.ones(8, 1)
+
+    def losses():
+        scores = x @ w.t()
+        return scores.sum(1) + scores[:, 2].sqrt()
+
+    DISAM([w], rho=0.0).backward(losses, DOMAINS, MASK)
+    assert w.grad.isfinite().flatten().tolist() == [number != 2 for number in range(8)]
+
+
+def test_row_74_a_masked_batch_may_use_transforms_of_functions():
+    w = torch.ones(3, requires_grad=True)
+    x = torch.arange(24.0).view(8, 3)
+
+    def losses(part=slice(None)):
+        return (torch.func.grad(lambda v: v.pow(2).sum())(x[part]) @ w) ** 2
+
+    DISAM([w]).backward(losses, DOMAINS, MASK)
+    found = w.grad.clone()
+    DISAM([w]).backward(lambda: losses(MASK), DOMAINS[MASK])
+    assert torch.allclose(found, w.grad, rtol=1e-6)
+
+
+def test_row_74_a_masked_batch_sees_what_was_modified_in_place():
+    w = torch.ones(3, requires_grad=True)
+
+    def losses():
+        squares = w.exp()
+        value = squares.expand(8, 3).sum(1)
+        squares.mul_(2)
+        return value
+
+    with pytest.raises(RuntimeError, match="modified in place"):
+        DISAM([w]).backward(losses, DOMAINS, MASK)
+
+
 def test_row_74_a_counted_sample_that_is_not_finite_is_not_hidden():
     x, y = data()
     x[2], x[3] = math.nan, math.inf
@@ -138,7 +268,8 @@ def test_row_74_no_sample_on_any_rank_and_one_on_a_single_rank(tmp_path):
 
 
 def test_without_masks_nothing_is_asked_of_the_device(monkeypatch):
-    monkeypatch.setattr("disam_peft.disam.micro_batches.hides_infinity", lambda *_: pytest.fail("asked"))
+    for name in ("Watch", "guard_gradients", "finite_where_masked"):
+        monkeypatch.setattr(f"disam_peft.disam.micro_batches.{name}", lambda *_: pytest.fail("asked"))
     x, y = data()
     gradient(network(), x, y, DOMAINS)
 

@@ -126,13 +126,13 @@ MUTANTS = {
     ),
     "gradients of masked samples": Mutant(
         "micro_batches.py",
-        "                    guard_gradients(root, self.mask_B)\n",
-        "                    pass\n",
+        "            guard_gradients((loss_B, *statistics), self.mask_B)\n",
+        "            pass\n",
         f"{NORMS}::test_row_74_a_masked_sample_whose_derivative_alone_is_infinite",
     ),
     "what is kept of masked samples": Mutant(
         "micro_batches.py",
-        "            with finite_where_masked(self.mask_B):\n",
+        "            with finite_where_masked(mask_B):\n",
         "            if True:\n",
         f"{NORMS}::test_row_74_a_masked_sample_that_is_not_finite_is_as_if_absent",
     ),
