@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from disam_peft.common.files import write_atomically
-from disam_peft.common.records import append_event
+from disam_peft.common.records import MAX_EVENT_BYTES, append_event
 from disam_peft.common.strict_json import parse_json
 
 LOST = "records_lost"
@@ -30,11 +30,12 @@ def cut_back(records: Path | None, length: int | None, step: int) -> None:
     """
     if records is None:
         return
-    content = records.read_bytes() if records.is_file() else b""
-    if _is_whole(content, length or 0, step):
-        if content:
+    size = records.stat().st_size if records.is_file() else 0
+    if _is_whole(_beginning(records, min(size, length or 0)), length or 0, step):
+        if size:
             os.truncate(records, length or 0)
         return
+    content = _beginning(records, min(size, MAX_EVENT_BYTES))
     found = _Walk(step)
     for line in content.split(b"\n")[:-1]:
         found.read(line)
@@ -49,11 +50,19 @@ def cut_back(records: Path | None, length: int | None, step: int) -> None:
         )
 
 
+def _beginning(path: Path, size: int) -> bytes:
+    """The first ``size`` bytes: what somebody else made of the file may not fit into memory."""
+    if not size:
+        return b""
+    with open(path, "rb") as file:
+        return file.read(size)
+
+
 def _is_whole(content: bytes, length: int, step: int) -> bool:
-    """Whether the first ``length`` bytes are what was there when the checkpoint was saved, as far as can be seen."""
-    if len(content) < length or (length and content[length - 1 : length] != b"\n"):
+    """Whether ``content`` is what the file held when the checkpoint was saved, as far as can be seen."""
+    if len(content) < length or (length and not content.endswith(b"\n")):
         return False
-    events = [_event(line) for line in content[:length].split(b"\n")[:-1]]
+    events = [_event(line) for line in content.split(b"\n")[:-1]]
     return all(event is not None and _step(event) <= step for event in events)
 
 
@@ -96,10 +105,15 @@ def _event(line: bytes) -> dict[str, Any] | None:
     """None where the line is damaged."""
     try:
         event = parse_json(line)
-        is_event = isinstance(event, dict) and isinstance(event.get("event"), str)
-        return event if is_event and isinstance(event.get("step", 0), int) else None
     except ValueError:
         return None
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return None
+    if event["event"] == LOST:
+        numbers = [event.get("first_step"), event.get("last_step")]
+    else:
+        numbers = [event.get("step", 0)]
+    return event if all(isinstance(number, int) for number in numbers) else None
 
 
 def _step(event: dict[str, Any]) -> int:

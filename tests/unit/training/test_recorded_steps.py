@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +42,24 @@ def test_whole_records_are_cut_to_the_checkpoint_without_a_word(tmp_path: Path) 
         cut_back(None, None, 4)
         cut_back(tmp_path / "none.jsonl", None, 0)
     assert path.read_bytes() == before
+
+
+def test_row_61_what_follows_the_checkpoint_is_cut_off_without_being_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    length = written(path, lines_of(range(1, 5)))
+    before = path.read_bytes()
+    os.truncate(path, 2**40)  # more than fits into memory; the disk keeps none of it
+    cut_back(path, length, 4)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("event", [{}, {"first_step": 1}, {"first_step": "a", "last_step": None}, {"first_step": [1]}])
+def test_row_61_an_event_of_lost_records_without_its_steps_is_damaged(tmp_path: Path, event: dict[str, Any]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [*lines_of(range(1, 3)), json.dumps({"event": LOST, **event}).encode(), *lines_of(range(4, 5))]
+    with pytest.warns(UserWarning, match="the records of steps 3 to 3 are missing"):
+        cut_back(path, written(path, lines), 4)
+    assert steps_in(path) == [1, 2, 4] and lost_in(path) == [(3, 3)]
 
 
 @pytest.mark.parametrize(
