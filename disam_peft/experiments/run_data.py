@@ -110,7 +110,7 @@ def compare_data(before: RunImages, recipe: Recipe, dataset: DomainDataset) -> D
         for name in sorted(before.class_words.keys() | now.class_words.keys())
         if before.class_words.get(name) != now.class_words.get(name)
     ]
-    return DataComparison(tuple(differences), _basis(dataset, by_hash=by_hash))
+    return DataComparison(tuple(differences), _basis(before, now, dataset))
 
 
 def _images(images: RunImages, *, by_hash: bool) -> Iterator[_Image]:
@@ -118,8 +118,15 @@ def _images(images: RunImages, *, by_hash: bool) -> Iterator[_Image]:
     return zip(images.domain, images.class_name, images.key, content, images.part, strict=True)
 
 
-def _basis(dataset: DomainDataset, *, by_hash: bool) -> str:
-    if not by_hash:
+def _basis(before: RunImages, now: RunImages, dataset: DomainDataset) -> str:
+    if not before.is_hashed and before.state is not None:
+        noted, found = zip(before.key, before.state, strict=True), zip(dataset.keys, states_of(dataset), strict=True)
+        if set(noted) <= set(found):
+            files = "the file system notes nothing new about them"
+        else:
+            files = "these are other files by now, whose content may be another one; --overwrite runs again"
+        return f"images were compared by name and size alone, as the run was trained with data.verify=false; {files}"
+    if not (before.is_hashed and now.is_hashed):
         return (
             "images were compared by name and size alone, as data.verify was false; with data.verify=full every file "
             "is read"

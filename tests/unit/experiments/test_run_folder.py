@@ -352,13 +352,16 @@ def test_row_53_a_finished_run_is_kept_for_its_own_backbone_only(
     assert run.train(recipe)[0].fit is None, "an older version did not record the backbone"
 
 
-def test_a_run_may_look_closer_at_its_images_when_it_goes_on(make_recipe, cut, domains_folder):
+def test_a_run_may_look_closer_at_its_images_when_it_goes_on(make_recipe, cut, domains_folder, tmp_path):
     cut(make_recipe(data={"root": domains_folder, "verify": False}))
     with pytest.warns(Notice, match="going on after step 2"):
         [outcome] = run.train(make_recipe(), resume=True)
     assert not read_images(outcome.folder / "images.parquet").is_hashed
-    with pytest.warns(Notice, match="images were compared by name and size alone"):
+    with pytest.warns(Notice, match="images were compared by name and size alone, .* notes nothing new about them"):
         assert run.train(make_recipe())[0].fit is None
+    shutil.copytree(domains_folder, tmp_path / "copy")
+    with pytest.warns(Notice, match="images were compared by name and size alone, .* these are other files by now"):
+        assert run.train(make_recipe(data={"root": tmp_path / "copy"}))[0].fit is None
 
 
 @pytest.mark.parametrize("options", [{}, {"resume": True}])
