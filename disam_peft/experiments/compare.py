@@ -133,6 +133,8 @@ def is_finished(recipe: Recipe, cache: RunCache) -> bool:
     if not run_folder.is_finished(folder) or not _is_ours(recipe):
         return False
     try:
+        if run_folder.lost(folder):
+            return False
         return not run_folder.compared_data(recipe, lambda: cache.dataset(recipe.data)).differences
     except UserError:  # of data that are not there any more, for example: told when it is this cell's turn
         return False

@@ -38,7 +38,7 @@ def kept_runs(recipe: Recipe, cache: RunCache) -> list[Outcome] | None:
     domains = held_out_domains(recipe.protocol.held_out, _domains(recipe, cache))
     runs = [holding_out(recipe, domain) for domain in domains]
     folders = [run.folder(run.protocol.domain) for run in runs]
-    if not all(map(run_folder.is_finished, folders)):
+    if not all(run_folder.is_finished(folder) and not run_folder.lost(folder) for folder in folders):
         return None
     planned = [run_folder.plan(run, lambda: cache.dataset(recipe.data)) for run in runs]
     say_what_it_rests_on(planned)

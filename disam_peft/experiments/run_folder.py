@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from disam_peft.common.files import is_draft, require_no_link, require_own_file, wait_for_disk, write_atomically
 from disam_peft.common.finished import FINISHED, Finished, read_finished, write_finished
 from disam_peft.common.processes import is_main
-from disam_peft.common.records import RESULTS
+from disam_peft.common.records import RESULTS, read_results
 from disam_peft.common.run_images import IMAGES, RunImages, read_images, write_images
 from disam_peft.config.identity import COMPUTED_FROM_DATA, effective, is_harmless
 from disam_peft.config.names import name_of_folder
@@ -72,12 +72,13 @@ def plan(
     compared = compared_data(recipe, data)
     if compared.differences:
         raise UserError(_other_run(folder, "a run of other data", compared.differences, resume=resume))
-    if is_finished(folder):
+    gone = lost(folder)
+    if is_finished(folder) and not gone:
         if other := _other_backbone(recipe, folder):
             raise UserError(_other_run(folder, "a run with another backbone", [other], resume=resume))
         return Planned("keep", compared.basis)
     if not resume and (folder / FINISHED).is_file():
-        raise UserError(f"{folder} holds a finished run whose {RESULTS} is gone; --resume makes it again")
+        raise UserError(f"{folder} holds a finished run whose {gone} is gone; --resume makes it again")
     if not resume:
         raise UserError(f"{folder} holds a run that did not finish; --resume continues it, --overwrite starts it again")
     for path in sorted(folder.iterdir()):  # and not after all of the training, when they are written
@@ -141,6 +142,18 @@ def is_finished(folder: Path) -> bool:
     if not (folder / RESULTS).is_file():
         return False
     return (folder / FINISHED).is_file() or not (folder / IMAGES).is_file()
+
+
+def lost(folder: Path) -> str:
+    """What a finished run cannot be without and its folder does not hold: its results or its adapter; empty: nothing.
+
+    Raises:
+        UserError: results that are damaged.
+    """
+    if not (folder / RESULTS).is_file() or not read_results(folder / RESULTS):
+        return RESULTS
+    has_adapter = (folder / ADAPTER).is_dir() and any((folder / ADAPTER).iterdir())
+    return "" if has_adapter else ADAPTER
 
 
 def changed(recipe: Recipe) -> list[str]:

@@ -145,7 +145,7 @@ def test_row_37_another_run_is_never_overwritten_unasked(cli, arguments, tmp_pat
     results.unlink()
     code, _, err = cli("train", recipe, "protocol.held_out=art", *arguments, "method.rho=0.2")
     assert code == 2
-    assert "did not finish" in err
+    assert "holds a finished run whose results.json is gone; --resume makes it again" in err
 
 
 def test_a_folder_of_somebody_else_is_left_alone(cli, arguments, tmp_path):

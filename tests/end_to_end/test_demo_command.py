@@ -20,7 +20,7 @@ def test_the_demo_leaves_a_report_a_sheet_and_an_adapter_that_loads(tmp_path, mo
     assert "DISAM" in page
     for heading in ("Convergence of each", "Cosine between", "Sharpness of", "was taken for", "The surest errors"):
         assert heading in page, heading
-    assert len(list((tmp_path / "demo/report_figures").glob("*.svg"))) == 6
+    assert len(list((tmp_path / "demo/report_figures").glob("*.svg"))) == 7
     assert (tmp_path / "demo/domains.png").read_bytes()[:4] == b"\x89PNG"
     assert len(read_runs([tmp_path / "demo/runs"])) == 3
     assert len(load_adapter(tmp_path / "demo/adapter").class_names) == 12

@@ -16,6 +16,7 @@ IMPORTING = """
 import os, signal, sys
 from disam_peft.cli import app
 sys.path.insert(0, sys.argv[2])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what runs in the background ignore it
 app.app = lambda: __import__("slow_module")
 app.main()
 """
@@ -34,6 +35,7 @@ def test_a_signal_during_an_import_ends_at_once_without_a_traceback(tmp_path, nu
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_in_a_verb_ends_it_in_order_and_handlers_are_put_back(number, code, monkeypatch, capsys):
+    at_first = signal.signal(number, signal.default_int_handler)  # it may be ignored: a shell does so in the background
     before, cleaned = signal.getsignal(number), []
 
     def verb():
@@ -43,8 +45,11 @@ def test_a_signal_in_a_verb_ends_it_in_order_and_handlers_are_put_back(number, c
             cleaned.append(True)
 
     monkeypatch.setattr(command_line, "app", verb)
-    with pytest.raises(SystemExit) as ended:
-        command_line.main()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            command_line.main()
+        assert signal.getsignal(number) is before
+    finally:
+        signal.signal(number, at_first)
     assert ended.value.code == code and cleaned
     assert f"stopped by {number.name}; what was finished before stays" in capsys.readouterr().err
-    assert signal.getsignal(number) is before

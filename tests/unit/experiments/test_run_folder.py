@@ -180,6 +180,22 @@ def test_row_60_a_finished_run_whose_results_are_gone_is_made_again(make_recipe,
     assert (folder / "results.json").read_bytes() == before and (folder / "finished.json").is_file()
 
 
+def test_row_60_a_finished_run_without_its_adapter_or_without_rows_is_not_kept(make_recipe):
+    recipe = make_recipe()
+    folder = run.train(recipe)[0].folder
+    before = (folder / "results.json").read_bytes()
+    shutil.rmtree(folder / "adapter")
+    for keep in (run.train, lambda recipe: kept_runs(recipe, RunCache()) or run.train(recipe)):
+        with pytest.raises(UserError, match="a finished run whose adapter is gone; --resume makes it again"):
+            keep(recipe)
+    assert not is_finished(recipe, RunCache())
+    run.train(recipe, resume=True)
+    assert (folder / "results.json").read_bytes() == before and any((folder / "adapter").iterdir())
+    (folder / "results.json").write_text("[]")
+    with pytest.raises(UserError, match=r"a finished run whose results\.json is gone; --resume makes it again"):
+        run.train(recipe)
+
+
 def test_a_comparison_keeps_runs_of_its_data_only(make_recipe, images):
     recipe = make_recipe(data=images)
     assert not is_finished(recipe, RunCache())
