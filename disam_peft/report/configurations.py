@@ -89,18 +89,16 @@ def configurations(runs: Iterable[RunRecord]) -> list[Configuration]:
     found = []
     for members in by_key.values():
         settings = settings_of[id(members[0])]
-        kept: dict[tuple[str | None, int], RunRecord] = {}
-        at_odds = []
+        distinct: dict[tuple[str | None, int, str], RunRecord] = {}
         for run in members:
-            first = kept.setdefault((run.trained.held_out, run.trained.seed), run)
-            if first is not run and _numbers(first.rows) != _numbers(run.rows):
-                at_odds.append(run)
-        if not at_odds:
-            found.append(Configuration(members[0].data, settings, tuple(kept.values())))
+            distinct.setdefault((run.trained.held_out, run.trained.seed, str(_numbers(run.rows))), run)
+        kept = list(distinct.values())
+        if len({_trained(run) for run in kept}) == len(kept):
+            found.append(Configuration(members[0].data, settings, tuple(kept)))
             continue
         by_place: dict[str, list[RunRecord]] = {}
-        for run in [*kept.values(), *at_odds]:
-            by_place.setdefault(_place(run), []).append(run)
+        for run, place in zip(kept, _places(kept), strict=True):
+            by_place.setdefault(place, []).append(run)
         for place, there in by_place.items():
             found.append(Configuration(there[0].data, {**settings, FOLDER: place}, tuple(there)))
     return found
@@ -123,9 +121,19 @@ def settings_with_backbones(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     ]
 
 
-def _place(run: RunRecord) -> str:
-    """The folder of the run of all held-out domains, as far as it tells runs apart."""
-    return run.folder.parent.name or str(run.folder)
+def _trained(run: RunRecord) -> tuple[str | None, int]:
+    return run.trained.held_out, run.trained.seed
+
+
+def _places(runs: Sequence[RunRecord]) -> list[str]:
+    """The folder of each run, which has the runs of all held-out domains: as much of the end of its path as is needed
+    to tell runs of the same held-out domain and seed apart."""
+    parents = [run.folder.parent.parts for run in runs]
+    for depth in range(1, max(map(len, parents)) + 1):
+        places = ["/".join(parts[-depth:]) for parts in parents]
+        if len({(place, *_trained(run)) for place, run in zip(places, runs, strict=True)}) == len(runs):
+            return [place or run.folder.as_posix() for place, run in zip(places, runs, strict=True)]
+    return [run.folder.as_posix() for run in runs]
 
 
 def _numbers(rows: Sequence[ResultRow]) -> list[tuple[Any, ...]]:

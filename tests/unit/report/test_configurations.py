@@ -176,6 +176,24 @@ def test_runs_of_other_given_parts_are_never_pooled(tmp_path):
     assert len(set(data_titles(found).values())) == 3
 
 
+def test_runs_of_other_numbers_in_folders_of_the_same_name_are_told_apart_by_more_of_their_path(tmp_path):
+    for place, value in (("two/A/x", 0.5), ("two/B/x", 0.75)):
+        for held_out in ("sketch", "art"):
+            write_run(tmp_path / place / held_out, held_out=held_out, value=value, recorded=images())
+    shutil.copytree(tmp_path / "two/B/x", tmp_path / "two/C/x")  # a copy of the second counts once as well
+    [table] = tables_of(tmp_path)
+    found = [texts[:2] for name, texts in table.texts() if name == "DISAM"]
+    assert found == [["A/x", "50.0"], ["B/x", "75.0"]]
+
+
+def test_runs_of_other_numbers_side_by_side_in_one_folder_are_both_shown(tmp_path):
+    write_run(tmp_path / "x/sketch", value=0.5, recorded=images())
+    write_run(tmp_path / "x/again", value=0.75, recorded=images())
+    [table] = tables_of(tmp_path)
+    found = [(texts[0].rpartition("/")[2], texts[1]) for name, texts in table.texts() if name == "DISAM"]
+    assert sorted(found) == [("again", "75.0"), ("sketch", "50.0")]
+
+
 def test_what_was_not_run_is_missing_in_tables_and_figures(tmp_path):
     for held_out in ("sketch", "art"):
         write_run(tmp_path / "erm" / held_out, method="erm", held_out=held_out, value=0.5, recorded=images())
