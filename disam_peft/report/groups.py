@@ -82,7 +82,9 @@ def _group(number: int, members: list[Configuration], data: str) -> Group:
     if len({run.trained.seed for run in shown}) > 1:
         seed = f"figures of the first of the seeds {', '.join(map(str, seeds))} that each configuration has"
     named = zip(names, chosen, strict=True)
-    tables = sharpness_by_title([(name, run.sharpness) for name, one in named for run in one.runs])
+    tables = sharpness_by_title(
+        [(name, run.sharpness_settings, run.sharpness) for name, one in named for run in one.runs]
+    )
     selected = (
         f"{len(chosen)} of {len(members)} configurations are shown, of each method those with the highest accuracy on "
         "source validation; the tables above have all of them"

@@ -28,6 +28,7 @@ from disam_peft.common.records import (
 )
 from disam_peft.common.run_images import IMAGES, read_images
 from disam_peft.config.data import SOURCE_SETTINGS
+from disam_peft.config.evaluation import SharpnessConfig
 from disam_peft.config.identity import identifying_settings
 from disam_peft.config.recipe import Recipe, load_recipe
 from disam_peft.errors import UserError
@@ -49,6 +50,9 @@ class RunData:
     identity: str
     source: str = ""
     images: int | None = None
+
+
+_NOT_IN_TABLES = ("samples", "rhos", "slice_points", "slice_radius", "slice_directions")
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,14 @@ class RunRecord:
     def sharpness(self) -> list[ResultRow]:
         path = self.folder / SHARPNESS
         return read_results(path) if path.is_file() else []
+
+    @property
+    def sharpness_settings(self) -> dict[str, Any]:
+        """How its sharpness was measured, as far as the numbers of a table depend on it: by the recipe, or by default
+        where the recipe does not say it. The number of images stands in the rows."""
+        told = None if self.recipe is None else self.recipe.evaluation.sharpness
+        values = (SharpnessConfig() if told is None else told).model_dump()
+        return {key: value for key, value in values.items() if key not in _NOT_IN_TABLES}
 
     @cached_property
     def loss_slices(self) -> list[LossSlice]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from disam_peft.common.records import RAW, ResultRow
 from disam_peft.report.result_tables import ComparisonTable, column_titles, mean_over_seeds, training_domains
@@ -29,14 +30,27 @@ def compare_sharpness(rows: Iterable[ResultRow]) -> list[ComparisonTable]:
     return _tables([(titles[row.method, row.weights], row) for row in rows if _is_shown(row)], tuple(titles.values()))
 
 
-def sharpness_by_title(of_runs: Sequence[tuple[str, Sequence[ResultRow]]]) -> list[ComparisonTable]:
+def sharpness_by_title(
+    of_runs: Sequence[tuple[str, Mapping[str, Any], Sequence[ResultRow]]],
+) -> list[ComparisonTable]:
     """The same with a column for each title, over all seeds that have it. Where samples of other sizes were measured,
-    which cannot be compared, the columns say so.
+    or it was measured with other settings, which cannot be compared, the columns say so.
 
     Args:
-        of_runs: title and rows of sharpness of every run.
+        of_runs: title, settings of the measurement and rows of sharpness of every run.
     """
-    rows = [(title, row) for title, of_run in of_runs for row in of_run if _is_shown(row)]
+    measured = [settings for _, settings, of_run in of_runs if any(map(_is_shown, of_run))]
+    differing = [
+        key
+        for key in dict.fromkeys(key for settings in measured for key in settings)
+        if len({str(settings.get(key)) for settings in measured}) > 1
+    ]
+    rows = [
+        (", ".join([title, *(f"measured with {key}={settings.get(key)}" for key in differing)]), row)
+        for title, settings, of_run in of_runs
+        for row in of_run
+        if _is_shown(row)
+    ]
     by_split: dict[str, set[int]] = {}
     for _, row in rows:
         by_split.setdefault(row.split, set()).add(row.n)

@@ -10,7 +10,8 @@ import pytest
 from matplotlib.container import BarContainer
 
 from disam_peft.common.finished import Finished, write_finished
-from disam_peft.common.records import append_event
+from disam_peft.common.records import append_event, read_results, write_results
+from disam_peft.config.evaluation import SharpnessConfig
 from disam_peft.errors import UserError
 from disam_peft.report.configurations import configuration_titles, configurations, data_titles, telling_apart
 from disam_peft.report.figures import accuracy_bars, configuration_dots, domain_curves
@@ -310,3 +311,22 @@ def test_what_is_shown_of_many_is_chosen_by_the_sources_alone(tmp_path):
 
 def test_names_make_no_links_and_no_pictures_in_markdown():
     assert markdown_text("![x](http://a/b.png) `c` *d* a|b \\") == r"!\[x\](http://a/b.png) \`c\` \*d\* a\|b \\"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("ascent_steps", 3), ("seed", 5), ("hessian_iterations", 9), ("hessian_tolerance", 0.1), ("gradient_group", 4)],
+)
+def test_sharpness_that_was_measured_with_other_settings_is_not_pooled(tmp_path, key, value):
+    measured = [{}, {}, {key: value}, {"slice_points": 3}]  # the plane of losses is in no table
+    for seed, settings in enumerate(measured):
+        evaluation = {"sharpness": settings}
+        folder = write_run(tmp_path / f"{seed}/sketch", seed=seed, recorded=images(), evaluation=evaluation)
+        like = next(row for row in read_results(folder / "results.json") if row.method == "disam")
+        row = replace(like, split="held_out", metric="hessian_max", value=float(seed), n=8, pooled=None)
+        write_results(folder / "sharpness.json", [row])
+    [group] = group_runs(read_runs([tmp_path]))
+    default = getattr(SharpnessConfig(), key)
+    assert group.sharpness.columns == tuple(f"DISAM, measured with {key}={told}" for told in (default, value))
+    [(_, cells)] = group.sharpness.lines
+    assert [cell.mean for cell in cells] == pytest.approx([4 / 3, 2.0]), "seeds 0, 1 and 3; and seed 2 alone"
