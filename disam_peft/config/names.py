@@ -31,6 +31,7 @@ OURS = frozenset(
         *(
             "results.json",
             "evaluation.json",
+            "evaluation_predictions.parquet",
             "finished.json",
             "confusion.json",
             "errors.json",

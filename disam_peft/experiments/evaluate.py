@@ -25,6 +25,8 @@ from disam_peft.experiments.seen_images import RunsImages
 from disam_peft.training.accelerator import start_accelerator
 
 EVALUATION = "evaluation.json"
+EVALUATION_PREDICTIONS = "evaluation_predictions.parquet"
+"""Of other data than the run's own, whose predictions stay in ``predictions.parquet``."""
 
 
 def evaluate(folder: Path, overrides: Sequence[str] = (), *, sharpness: bool = False) -> list[Outcome]:
@@ -33,7 +35,8 @@ def evaluate(folder: Path, overrides: Sequence[str] = (), *, sharpness: bool = F
 
     Other data (``data.root=...``) are evaluated whole. Their rows say what the run had seen of them, by the content of
     the images: ``seen_training``, ``seen_validation``, ``unseen``, or ``unknown`` where that cannot be told. Writes
-    ``evaluation.json`` beside ``results.json``, and ``predictions.parquet``.
+    ``evaluation.json`` beside ``results.json``, and ``predictions.parquet``, or ``evaluation_predictions.parquet`` for
+    other data.
 
     Args:
         folder: a run, or a folder with runs at any depth.
@@ -68,7 +71,10 @@ def evaluate(folder: Path, overrides: Sequence[str] = (), *, sharpness: bool = F
         if is_main:
             write_results(run / EVALUATION, rows)
             classes = _class_names(manifest, classifier.class_names)
-            write_predictions(run / PREDICTIONS, prediction_table(predictions, splits, classes))
+            name = PREDICTIONS if is_own else EVALUATION_PREDICTIONS
+            write_predictions(run / name, prediction_table(predictions, splits, classes))
+            if is_own:  # evaluation.json is no longer of what an earlier evaluation left there
+                (run / EVALUATION_PREDICTIONS).unlink(missing_ok=True)
         outcomes.append(Outcome(run, recipe.protocol.domain, rows, None))
     return outcomes
 

@@ -156,7 +156,7 @@ class RunRecord:
 
     @cached_property
     def predictions(self) -> PredictionTable | None:
-        """Of the last evaluation of the run; None where it has none."""
+        """For the run's own data; None where it has none."""
         path = self.folder / PREDICTIONS
         return read_predictions(path) if path.is_file() else None
 

@@ -177,7 +177,7 @@ def test_evaluate_on_other_data_with_fewer_classes(cli, arguments, domains_folde
         ("seen_validation", "studio"),
     }, "photo was a source: copies of its images have been seen, whatever their names are now"
     assert sum(n.values()) == 16
-    table = read_predictions(folder / "art/predictions.parquet")
+    table = read_predictions(folder / "art/evaluation_predictions.parquet")
     assert {split: table.split.count(split) for split in n} == n
     assert set(table.label) == {"blue", "red"} and set(table.domain) == {"studio"}
     (other / "studio/red").rename(other / "studio/purple")
@@ -186,7 +186,7 @@ def test_evaluate_on_other_data_with_fewer_classes(cli, arguments, domains_folde
     assert "classes that the adapter was not trained for: purple" in err
     code, _, err = cli("evaluate", folder, "--data", other, "data.classes=intersection")
     assert code == 0 and "8 of 16 images are left out: the adapter does not know purple" in err
-    assert set(read_predictions(folder / "art/predictions.parquet").label) == {"blue"}
+    assert set(read_predictions(folder / "art/evaluation_predictions.parquet").label) == {"blue"}
     (other / "studio/blue").rename(other / "studio/mauve")
     code, _, err = cli("evaluate", folder, "--data", other, "data.classes=intersection")
     assert code == 2 and "classes that the adapter was not trained for: mauve, purple" in err
@@ -207,7 +207,8 @@ def test_row_52_evaluate_on_other_data_with_the_domains_of_the_run(cli, argument
     code, out, err = cli("evaluate", tmp_path, "--data", other)
     assert code == 0, err
     assert "seen training" in out and "unseen" in out and "source val." not in out and "held out" not in out
-    table = read_predictions(folder / "predictions.parquet")
+    assert read_predictions(folder / "predictions.parquet") == trained, "those of its own data stay"
+    table = read_predictions(folder / "evaluation_predictions.parquet")
     assert len(table) == 49, "evaluated whole"
     part_of = dict(zip(known.content, known.part, strict=True))
     names = {"training": "seen_training", "validation": "seen_validation", "held_out": "unseen", None: "unseen"}

@@ -8,6 +8,7 @@ import warnings
 import pytest
 
 from disam_peft.cli.output import print_held_out
+from disam_peft.common.prediction_table import read_predictions
 from disam_peft.common.records import Confusion, read_list, read_results
 from disam_peft.config.protocol import as_held_out, named_domain
 from disam_peft.config.recipe import Recipe, load_recipe
@@ -127,6 +128,13 @@ def test_foreign_data_are_evaluated_whole(make_recipe, tmp_path):
     own = [row for row in outcome.rows if row.metric == "top1" and row.pooled is None]
     assert {row.split for row in own} == {"seen_training", "seen_validation"}, "both domains are of known images"
     assert {name: sum(row.n for row in own if row.domain == name) for name in ("art", "clay")} == {"art": 8, "clay": 8}
+    trained = read_predictions(outcome.folder / "predictions.parquet")
+    assert set(trained.split) == {"source_validation"}, "those of the run's own data stay"
+    foreign = outcome.folder / "evaluation_predictions.parquet"
+    assert set(read_predictions(foreign).domain) == {"art", "clay"}
+    evaluate(outcome.folder)
+    assert not foreign.exists(), "evaluation.json is of the run's own data now"
+    assert read_predictions(outcome.folder / "predictions.parquet").key == trained.key
 
 
 def test_the_terminal_shows_every_domain_and_their_mean(make_recipe, capsys):
