@@ -65,7 +65,7 @@ def report(
     folders: Annotated[list[Path], typer.Argument(help="Runs, or folders of runs.")],
     output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="Of the page.")] = "Results",
-    figures: Annotated[Path | None, typer.Option(help="Folder for figures and tables [default: beside it].")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Folder for figures and tables; unset: beside it.")] = None,
 ) -> None:
     """Tables and figures of finished runs as one HTML page, rebuilt from their records."""
     from disam_peft.report.page import build_report

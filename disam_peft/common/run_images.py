@@ -15,7 +15,7 @@ from disam_peft.common.files import write_atomically
 from disam_peft.errors import UserError
 
 IMAGES = "images.parquet"
-Part = Literal["training", "validation", "held_out", "test"]
+Part = Literal["training", "validation", "held_out", "test", "unused"]
 PARTS: tuple[Part, ...] = get_args(Part)
 MAX_IMAGES = 50_000_000
 """A file that claims more rows is not read: a few bytes can claim any number."""
@@ -33,7 +33,8 @@ class RunImages:
         content: sha256 of each file, 64 hex digits; ``size:BYTES`` where nobody has read the files.
         domain: the domain of the data, not one that was inferred.
         class_name: the class as in the source.
-        part: what the run used the image for: ``training``, ``validation``, ``held_out`` or ``test``.
+        part: what the run used the image for: ``training``, ``validation``, ``held_out`` or ``test``. ``unused`` are
+            given test parts of the domains that it trained on, which belong to its data all the same.
         size: of each file in bytes.
         class_words: class as in the source -> its name in a prompt, for every class, also those without images.
         given: the part that the data themselves give, if the run used it: ``validation``, ``test``, or empty for what

@@ -108,6 +108,8 @@ class _Mistake:
         if kind == "union_tag_not_found":
             kinds = ", ".join(_kinds(place.choices))
             return f"{where}.{_plain(self.details['ctx']['discriminator'])}: Field required (one of {kinds})"
+        if kind == "missing" and where == "protocol":
+            return "protocol: name the domain to hold out, protocol.held_out=DOMAIN, or train on all, protocol=all"
         message = self.details["msg"].removeprefix("Value error, ")
         if not place.keys and message.startswith("name: "):  # of a name with fields, which needs the whole recipe
             return message

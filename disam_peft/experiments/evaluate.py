@@ -20,7 +20,7 @@ from disam_peft.data.load import load
 from disam_peft.errors import UserError
 from disam_peft.evaluation.results import Evaluator, Identity, prediction_table, result_rows, write_sharpness
 from disam_peft.experiments.run import Outcome
-from disam_peft.experiments.run_folder import ADAPTER, RECIPE, find_runs
+from disam_peft.experiments.run_folder import ADAPTER, RECIPE, find_runs, warn_if_unfinished
 from disam_peft.experiments.seen_images import RunsImages
 from disam_peft.training.accelerator import start_accelerator
 
@@ -45,14 +45,16 @@ def evaluate(folder: Path, overrides: Sequence[str] = (), *, sharpness: bool = F
 
     Raises:
         UserError: no run in ``folder``; an override of what made the adapter; data with classes that the adapter does
-            not know; sharpness asked for on other data than the run's own.
+            not know; sharpness asked for on other data than the run's own; an adapter that another run trained.
     """
     outcomes = []
     for run in find_runs(folder):
         recipe = recipe_for_evaluation(run / RECIPE, overrides)
+        warn_if_unfinished(run)
         accelerator = start_accelerator(recipe.train.mixed_precision, timeout_minutes=recipe.train.timeout_minutes)
         classifier = load_adapter(run / ADAPTER, device=accelerator.device)
         manifest = read_manifest(run / ADAPTER)
+        _require_own_adapter(manifest, recipe, run)
         images = RunsImages(run, load_recipe(run / RECIPE))
         with accelerator.main_process_first():
             splits, is_own = _splits(images, recipe, overrides, classifier.class_names)
@@ -114,6 +116,25 @@ def _splits(
     dataset = load(ours.model_copy(update=whole))
     shared = _in_classes(known, dataset, only_known=classes_told and ours.classes == "intersection")
     return images.by_what_was_seen(shared), False
+
+
+def _require_own_adapter(manifest: AdapterManifest, recipe: Recipe, run: Path) -> None:
+    """Pass if the adapter says of its training what the run's recipe says, or nothing."""
+    told = manifest.trained_with
+    of_recipe = told.get("recipe")
+    of_recipe = of_recipe if isinstance(of_recipe, dict) else {}
+    method = of_recipe.get("method")
+    found = {
+        "held_out": (told.get("held_out"), {recipe.protocol.held_out, recipe.protocol.domain}),
+        "seed": (of_recipe.get("seed"), {recipe.seed}),
+        "method.name": (method.get("name") if isinstance(method, dict) else None, {recipe.method.name}),
+    }
+    for name, (trained, ours) in found.items():
+        if trained is not None and trained not in ours:
+            raise UserError(
+                f"{run / ADAPTER} was trained with {name}={trained!r}, but {RECIPE} beside it has "
+                f"{' or '.join(sorted(map(repr, ours)))}: it is another run's adapter; copy the whole folder of the run"
+            )
 
 
 def _class_names(manifest: AdapterManifest, words: tuple[str, ...]) -> tuple[str, ...]:

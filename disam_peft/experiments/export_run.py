@@ -8,7 +8,7 @@ from disam_peft.adapters.manifest import read_manifest
 from disam_peft.classification.saved_classifier import load_adapter
 from disam_peft.config.export import check_form
 from disam_peft.errors import UserError
-from disam_peft.experiments.run_folder import ADAPTER, find_run
+from disam_peft.experiments.run_folder import ADAPTER, find_run, warn_if_unfinished
 from disam_peft.export.merged import export_merged
 from disam_peft.export.peft import export_peft
 
@@ -25,7 +25,9 @@ def export_run(folder: Path, to: str, output: Path, *, held_out: str | None = No
             be merged.
     """
     check_form(to)
-    source = find_run(folder, held_out) / ADAPTER
+    run = find_run(folder, held_out)
+    warn_if_unfinished(run)
+    source = run / ADAPTER
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is not empty; choose another --output, or remove it")
     classifier = load_adapter(source)

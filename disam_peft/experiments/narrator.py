@@ -37,7 +37,6 @@ class Narrator:
         self._say, self.verbose = say, verbose
         self._first: tuple[int, float] | None = None  # step and time of the first record
         self._loss: float | None = None
-        self._best: float | None = None
         self._steps = 0
 
     def say(self, text: str) -> None:
@@ -119,7 +118,7 @@ class Narrator:
         unused = unused_settings(recipe)
         if unused:
             self.say(f"  without effect: {'; '.join(unused)}")
-        self._first, self._loss, self._best, self._steps = None, None, None, config.steps
+        self._first, self._loss, self._steps = None, None, config.steps
 
     def event(self, event: str, **values: Any) -> None:
         """A record of ``metrics.jsonl``, of which those of steps and validations are told."""
@@ -134,16 +133,13 @@ class Narrator:
                 self.say(f"  step {step} of {self._steps}: {_loss(self._loss)}, rate {values['learning_rate']:.3g}")
             return
         score = values.get("score", values.get("mean_top1"))
-        better = score is not None and (self._best is None or score > self._best)
-        if better:
-            self._best = score
         parts = [f"accuracy {100 * values['mean_top1']:.1f} %" if "mean_top1" in values else f"score {score}"]
         if "mean_top1" in values and score not in (None, values["mean_top1"]):
             parts.append(f"score {score:.4f}")
         parts.append(_loss(self._loss))
         parts += [self._time_left(step, now)] if step < self._steps else []
         weights = f" ({values['weights']})" if "weights" in values else ""
-        best = ", the best so far" if better else ""
+        best = ", the best so far" if values.get("is_best") else ""
         self.say(f"  step {step} of {self._steps}: validation{weights} {', '.join(filter(None, parts))}{best}")
 
     def _time_left(self, step: int, now: float) -> str:

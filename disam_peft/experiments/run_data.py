@@ -48,6 +48,8 @@ def images_of(data: SplitData) -> RunImages:
         parts.append(("held_out", data.target if data.test is None else without_test_part(data.target)))
     if data.test is not None:
         parts.append(("test", data.test))
+    if data.unused is not None:
+        parts.append(("unused", data.unused))
     key: list[str] = []
     content: list[str] = []
     domain: list[str] = []

@@ -144,6 +144,16 @@ def is_finished(folder: Path) -> bool:
     return (folder / FINISHED).is_file() or not (folder / IMAGES).is_file()
 
 
+def warn_if_unfinished(run: Path) -> None:
+    """Warn where the adapter of a run is not the one that it would end with."""
+    if not is_finished(run):
+        warnings.warn(
+            f"{run} did not finish: its adapter is the best state so far, and not the run's result; train with "
+            "--resume first",
+            stacklevel=3,
+        )
+
+
 def lost(folder: Path) -> str:
     """What a finished run cannot be without and its folder does not hold: its results or its adapter; empty: nothing.
 

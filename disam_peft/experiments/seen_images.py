@@ -14,7 +14,7 @@ from disam_peft.data.load import load
 from disam_peft.data.transforms.decode import BadImage
 from disam_peft.errors import Notice, UserError
 from disam_peft.experiments.run_data import images_of, states_of
-from disam_peft.experiments.split_data import samples_in_use, split_data
+from disam_peft.experiments.split_data import split_data
 
 SEEN_TRAINING, SEEN_VALIDATION, UNSEEN, UNKNOWN = "seen_training", "seen_validation", "unseen", "unknown"
 
@@ -41,11 +41,10 @@ class RunsImages:
         """
         if self.recorded is None:
             return self._own_splits_of_an_older_run(recipe, dataset)
-        used = samples_in_use(self.recipe, dataset)
         if self.recorded.is_hashed:
-            if _rows(self.recorded) != _rows_of(used, _contents(used, hashed=True)):
+            if _rows(self.recorded) != _rows_of(dataset, _contents(dataset, hashed=True)):
                 return None
-        elif not self._are_the_unread(recipe, used):
+        elif not self._are_the_unread(recipe, dataset):
             return None
         data = split_data(self.recipe, dataset)
         return data.by_split() if _parts(images_of(data)) == _parts(self.recorded) else None
@@ -77,8 +76,8 @@ class RunsImages:
 
     def _own_splits_of_an_older_run(self, recipe: Recipe, dataset: DomainDataset) -> dict[str, DomainDataset] | None:
         if recipe.data != self.recipe.data:
-            before, used = self._recomputed, samples_in_use(self.recipe, dataset)
-            if before is None or _rows(before) != _rows_of(used, _contents(used, hashed=True)):
+            before = self._recomputed
+            if before is None or _rows(before) != _rows_of(dataset, _contents(dataset, hashed=True)):
                 return None
         else:
             warnings.warn(
@@ -131,7 +130,7 @@ class RunsImages:
         try:
             dataset = load(self.recipe.data.model_copy(update={"verify": True}))
             data = split_data(self.recipe, dataset)
-            if not self._are_the_files(samples_in_use(self.recipe, dataset)):
+            if not self._are_the_files(dataset):
                 return None
         except (UserError, OSError, BadImage):
             return None

@@ -36,6 +36,8 @@ class SplitData:
         target: all samples of the held-out domain; None where nothing is held out.
         test: the samples that the data themselves give as the test part of ``target``, or of every domain where nothing
             is held out; None where they give none.
+        unused: the samples that the data themselves give as the test parts of the sources, where a domain is held out;
+            None where there are none.
     """
 
     sources: DomainDataset
@@ -43,6 +45,7 @@ class SplitData:
     validation: DomainDataset
     target: DomainDataset | None
     test: DomainDataset | None = None
+    unused: DomainDataset | None = None
 
     def by_split(self) -> dict[str, DomainDataset]:
         """The data sets that results are reported on, by the names that records give to them. Where the data have given
@@ -81,15 +84,6 @@ def _held_out(recipe: Recipe, dataset: DomainDataset) -> str | None:
     return None if held_out is None else named_domain(held_out, dataset.domains)
 
 
-def samples_in_use(recipe: Recipe, dataset: DomainDataset) -> DomainDataset:
-    """The samples that a run uses: all but the given test parts of domains other than the one that it holds out."""
-    held_out, parts = _held_out(recipe, dataset), dataset.given_parts
-    if parts is None or held_out is None:
-        return dataset
-    names = [dataset.domains[number] for number in dataset.domain_ids.tolist()]
-    return dataset.select(i for i, part in enumerate(parts) if part != "test" or names[i] == held_out)
-
-
 def split_data(recipe: Recipe, dataset: DomainDataset) -> SplitData:
     """Split ``dataset`` as the protocol of one run says, which names the domain to hold out or holds nothing out.
 
@@ -101,7 +95,8 @@ def split_data(recipe: Recipe, dataset: DomainDataset) -> SplitData:
     sources, target = (dataset, None) if held_out is None else leave_out(dataset, held_out)
     training, validation = split_train_validation(sources, recipe.protocol.validation_fraction, recipe.seed)
     test = given_test_part(dataset if target is None else target)
-    return SplitData(without_test_part(sources), training, validation, target, test)
+    unused = None if target is None else given_test_part(sources)
+    return SplitData(without_test_part(sources), training, validation, target, test, unused)
 
 
 def require_splits(runs: Sequence[Recipe], dataset: DomainDataset) -> None:

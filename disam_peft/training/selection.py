@@ -149,6 +149,10 @@ class BestStates:
                 self._keep_if_better(weights, step, found[weights].score)
         return found
 
+    def is_best(self, weights: str, step: int) -> bool:
+        """Whether the best state of all so far is that of ``weights`` after ``step``."""
+        return weights == self.chosen and weights in self._best and self._best[weights].step == step
+
     def _keep_if_better(self, weights: str, step: int, score: tuple[float, ...]) -> None:
         before, overall = self._best.get(weights), self._best.get(self.chosen)
         if before is None or is_better(score, before.score):

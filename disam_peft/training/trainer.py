@@ -280,7 +280,8 @@ def fit(
                 for weights, validation in (best.offer(step) if trainer.metrics.has_trained else {}).items():
                     trainer.validated = validation.words
                     about = {} if weights == RAW else {"weights": weights}
-                    emit("validation", step=step, **about, **validation.numbers)
+                    is_best = best.is_best(weights, step)
+                    emit("validation", step=step, **about, **validation.numbers, is_best=is_best)
                     prefix = "validation" if weights == RAW else f"validation/{weights}"
                     trainer.metrics.track(step, {f"{prefix}/{name}": v for name, v in validation.numbers.items()})
             manager.end_of_step(step, validated=is_validated)

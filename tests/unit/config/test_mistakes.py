@@ -197,3 +197,10 @@ def test_a_mistyped_file_gets_the_files_near_it(tmp_path: Path, name: str, hint:
         load_recipe(tmp_path / name)
     assert hint in str(caught.value)
     assert "notes.txt" not in str(caught.value)
+
+
+def test_a_recipe_without_a_protocol_is_told_both_ways_to_go_on():
+    values = {key: value for key, value in GOOD.items() if key != "protocol"}
+    assert mistakes(values) == [
+        "protocol: name the domain to hold out, protocol.held_out=DOMAIN, or train on all, protocol=all"
+    ]

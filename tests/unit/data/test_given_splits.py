@@ -237,12 +237,12 @@ def test_where_nothing_is_held_out_the_test_parts_are_judged(tmp_path):
 def test_images_say_what_a_run_used_each_of_them_for(tmp_path):
     run = recipe(write(tmp_path / "d", "{split}/{domain}/{name}"))
     images = images_of(split_data(run, load(run.data)))
-    assert Counter(images.part) == {"training": 10, "validation": 4, "held_out": 14, "test": 6}
+    assert Counter(images.part) == {"training": 10, "validation": 4, "held_out": 14, "test": 6, "unused": 6}
     assert {domain for domain, part in zip(images.domain, images.part, strict=True) if part == "test"} == {"sketch"}
 
 
 def test_the_data_of_a_run_are_known_again(tmp_path):
-    """The test parts of its sources, which it did not use, are no difference; another split is one."""
+    """Another given split is a difference."""
     rows = records(write(tmp_path / "d", "{domain}/{name}"))
     path = tmp_path / "d" / "t.csv"
     path.write_text(as_csv(rows))

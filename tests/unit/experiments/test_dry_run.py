@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -152,3 +153,14 @@ def test_an_estimate_with_averages_counts_their_validations_and_copies(make_reci
 def test_the_numbers_of_a_dry_run_are_plain(make_recipe):
     [estimate] = run.dry_run(make_recipe())
     assert json.dumps(vars(estimate))
+
+
+def test_no_warning_of_one_domain_where_domains_will_be_inferred(make_recipe, domains_folder):
+    one = {"root": domains_folder, "domains": ["art"]}
+    inferred = make_recipe(data=one, protocol="all", domains={"infer": "kmeans", "k": 2})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.dry_run(inferred)
+    assert not [warning for warning in caught if "one source domain" in str(warning.message)]
+    with pytest.warns(UserWarning, match="disam with one source domain"):
+        run.dry_run(make_recipe(data=one, protocol="all"))

@@ -21,6 +21,8 @@ from disam_peft.data.load import load
 from disam_peft.errors import Notice, UserError
 from disam_peft.experiments import run, run_folder
 from disam_peft.experiments.compare import is_finished
+from disam_peft.experiments.evaluate import evaluate
+from disam_peft.experiments.export_run import export_run
 from disam_peft.experiments.kept_runs import kept_runs
 from disam_peft.experiments.run_cache import RunCache
 from disam_peft.experiments.run_data import content_by_cell, images_of
@@ -194,6 +196,20 @@ def test_row_60_a_finished_run_without_its_adapter_or_without_rows_is_not_kept(m
     (folder / "results.json").write_text("[]")
     with pytest.raises(UserError, match=r"a finished run whose results\.json is gone; --resume makes it again"):
         run.train(recipe)
+
+
+def test_an_adapter_that_is_not_the_runs_result_is_said_or_refused(make_recipe, tmp_path):
+    recipe = make_recipe()
+    folder = run.train(recipe)[0].folder
+    (folder / "finished.json").unlink()
+    with pytest.warns(UserWarning, match="did not finish: its adapter is the best state so far"):
+        evaluate(folder)
+    with pytest.warns(UserWarning, match="did not finish"):
+        export_run(folder, "peft", tmp_path / "out")
+    text = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(re.sub(r"^seed: .*$", "seed: 77", text, flags=re.M))
+    with pytest.raises(UserError, match=r"trained with seed=\d+, but recipe.yaml beside it has 77"):
+        evaluate(folder)
 
 
 def test_a_comparison_keeps_runs_of_its_data_only(make_recipe, images):

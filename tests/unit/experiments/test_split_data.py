@@ -71,6 +71,17 @@ def test_the_identity_of_the_images_depends_on_given_parts_and_not_on_the_seed(m
     assert parts["none"] == parts["all to train"] and len(set(parts.values())) == 3
 
 
+def test_the_identity_of_the_images_is_the_same_whichever_domain_is_held_out(make_recipe, domains_folder):
+    """Also where each run leaves other given test parts unused."""
+    dataset = load(DataConfig(root=domains_folder))
+    given = tuple("test" if i % 4 == 0 else "train" for i in range(len(dataset)))
+    own = replace(dataset, given_parts=given)
+    found = [images_of(split_data(make_recipe(protocol={"held_out": name}), own)) for name in ("art", "photo")]
+    found.append(images_of(split_data(make_recipe(protocol="all"), own)))
+    assert len({images.identity for images in found}) == 1
+    assert [images.part.count("unused") for images in found] == [16, 16, 0]
+
+
 def test_the_held_out_domain_is_the_target_and_nothing_else(make_recipe, domains_folder):
     data = split_data(make_recipe(), load(DataConfig(root=domains_folder)))
     assert data.target.present_domains == ("photo",) and len(data.target) == 32
