@@ -130,14 +130,16 @@ def _set_or_drop(told: dict[str, Any], group: str, key: str, value: Any, unset: 
     within.pop(key, None)
     if value != unset:
         within[key] = value
-    told[group] = within
+    told.pop(group, None)
+    if within:
+        told[group] = within
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value of nested settings."""
+    """Dotted key -> value of nested settings. A group without settings in it is a value: it says that it is there."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             found |= flat(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = value

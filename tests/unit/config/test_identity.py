@@ -67,6 +67,11 @@ def test_a_seed_is_another_run_with_the_same_settings() -> None:
     assert settings_hash(recipe(seed=1)) != settings_hash(recipe())
 
 
+def test_a_group_that_is_there_with_its_defaults_is_not_one_that_is_missing() -> None:
+    assert settings_hash(recipe(evaluation={"sharpness": {}})) != settings_hash(recipe())
+    assert identifying_settings(recipe(evaluation={"sharpness": {}})) != identifying_settings(recipe())
+
+
 def test_row_78_the_digits_of_a_run_do_not_depend_on_settings_that_it_does_not_use() -> None:
     """A later version has more settings. Those that a recipe leaves at their defaults do not enter; these digits were
     written down once and must stay."""
