@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -124,7 +125,7 @@ def _require_own_adapter(manifest: AdapterManifest, recipe: Recipe, run: Path) -
     of_recipe = told.get("recipe")
     of_recipe = of_recipe if isinstance(of_recipe, dict) else {}
     method = of_recipe.get("method")
-    found = {
+    found: dict[str, tuple[Any, set[Any]]] = {
         "held_out": (told.get("held_out"), {recipe.protocol.held_out, recipe.protocol.domain}),
         "seed": (of_recipe.get("seed"), {recipe.seed}),
         "method.name": (method.get("name") if isinstance(method, dict) else None, {recipe.method.name}),
