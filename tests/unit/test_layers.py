@@ -164,6 +164,7 @@ def test_some_folders_need_little(folder):
     assert not others
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", HOMES)
 def test_each_library_has_one_home(library):
     users = {name for name, path in MODULES.items() if any(top(found) == library for found in imported(path))}

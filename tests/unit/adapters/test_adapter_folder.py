@@ -85,6 +85,7 @@ def test_round_trip_is_bit_exact(twins: tuple[str, str], family: str, cell: str,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_recorded_backbone_is_found_again(twins: tuple[str, str], family: str, tmp_path: Path) -> None:
     backbone = load_backbone(BackboneConfig(family=family, name=twins[FAMILIES.index(family)]))

@@ -113,6 +113,7 @@ def saved(folder: Path, backbone: ClipBackbone) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "change", "message"),
     [

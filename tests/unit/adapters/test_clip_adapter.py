@@ -137,6 +137,7 @@ def test_merging_is_refused_with_the_way_out(backbone: ClipBackbone, tmp_path_fa
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_every_method_trains_it_and_each_in_its_own_way(
     openclip_name: str, domains_folder: Path, tmp_path: Path
 ) -> None:

@@ -98,6 +98,7 @@ def distort(content: Any, rng: Random) -> Any:
     return content
 
 
+@pytest.mark.slow
 def test_row_42_distorted_json_is_an_error_or_harmless(
     saved: dict[str, Path], backbone: ClipBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,6 +111,7 @@ def test_row_19_prompt_longer_than_the_context(tmp_path: Path) -> None:
         backbone.tokenize(["a dog", "one two three four five six seven"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quick_gelu", [False, True])
 def test_the_same_weights_give_the_same_logits_in_both_families(tmp_path: Path, quick_gelu: bool) -> None:
     name, folder = twin_checkpoints(tmp_path, seed=6, quick_gelu=quick_gelu)

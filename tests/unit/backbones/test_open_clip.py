@@ -273,6 +273,7 @@ def test_a_resnet_runs_as_a_whole(tmp_path: Path) -> None:
         backbone.image_trunk(images, 1)
 
 
+@pytest.mark.slow
 def test_a_foreign_text_tower_runs_as_a_whole(tmp_path: Path) -> None:
     from transformers import RobertaConfig
 

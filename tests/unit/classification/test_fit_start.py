@@ -53,6 +53,7 @@ def test_the_start_is_the_closed_form_on_unaugmented_images(openclip_name: str, 
         assert adapter.images_CD[label].tolist() == np.bincount(dataset.domain_ids[of_class], minlength=3).tolist()
 
 
+@pytest.mark.slow
 def test_a_store_and_the_split_change_no_bit(openclip_name: str, dataset: DomainDataset, tmp_path: Path) -> None:
     store = FeatureConfig(store=True, folder=tmp_path)
     wanted = start(class_means(openclip_name, dataset), dataset).state()

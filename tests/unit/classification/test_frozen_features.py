@@ -90,6 +90,7 @@ def test_augmented_views_are_those_of_the_epochs_and_wrap_round(make_classifier,
     assert torch.equal(store.rows([40, 41], [5, 4]), store.rows([40, 41], [1, 0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [LORA, LinearProbeConfig(), CoOpConfig(context_tokens=4, seed=0), ClipAdapterConfig(seed=0)],
@@ -148,6 +149,7 @@ def test_predictions_from_a_store(make_classifier, dataset, stored):
     assert torch.equal(from_images.labels_N, from_store.labels_N)
 
 
+@pytest.mark.slow
 def test_another_model_split_transform_or_data_is_another_store(
     make_classifier, dataset, stored, domains_folder, tmp_path
 ):
@@ -274,6 +276,7 @@ def test_a_disk_without_room_is_an_error_before_anything_is_built(make_classifie
     assert not list(stored.folder.glob("*/"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("corrupt", [0, 70])
 def test_an_image_that_cannot_be_decoded_is_named(make_classifier, domains_folder, stored, tmp_path, corrupt):
     """The first one too: nothing looks at it before its turn."""
@@ -290,6 +293,7 @@ def test_augmentation_without_a_number_of_views_is_an_error(make_classifier, dat
         training_store(make_classifier(), dataset, AugmentConfig(), 0, stored)
 
 
+@pytest.mark.slow
 def test_painted_images_of_another_seed_have_a_store_of_their_own(make_classifier, stored):
     """Unchecked and embedded: names, sizes and (no) times are equal, only the content differs."""
     classifier = make_classifier()

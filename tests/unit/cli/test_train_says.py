@@ -47,6 +47,7 @@ def test_train_says_what_it_does_and_where_the_results_are(cli, tmp_path):
     assert places == sorted(places)
 
 
+@pytest.mark.slow
 def test_quiet_prints_the_results_alone_and_verbose_prints_more(cli):
     code, out, err = cli("-q")
     assert code == 0, err
@@ -68,6 +69,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(cli, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_warning_of_several_runs_is_shown_once(cli):
     code, _, err = cli("--dry-run", "protocol.held_out=all", "train.batch_size=600")
     assert code == 0, err

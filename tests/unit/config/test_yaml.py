@@ -44,6 +44,7 @@ def test_merges_that_grow_faster_than_the_file():
         parse_yaml(lists, "x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -84,6 +85,7 @@ def test_a_seed_beyond_what_generators_take():
         load_recipe(RECIPE, [f"seed={2**32}"])
 
 
+@pytest.mark.slow
 def test_a_long_mistake_is_told_in_short(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text(RECIPE.read_text() + "\noutput: [" + "1234567," * 20_000 + "]\n")

@@ -178,6 +178,7 @@ def test_a_cache_that_cannot_be_written_only_warns(tree, monkeypatch, tmp_path):
         assert verified(dataset_of(tree(["a"], ["x"], 2))).hashes is not None
 
 
+@pytest.mark.slow
 def test_pacs_mini_is_clean(pacs_mini):
     report = inspect(dataset_of(pacs_mini))
     assert report.total == 1680 and report.bad == () and report.duplicates_across == ()

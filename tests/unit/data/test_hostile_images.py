@@ -58,6 +58,7 @@ def test_the_originals_are_fine():
         assert decode_image(data, name).mode == "RGB"
 
 
+@pytest.mark.slow
 def test_row_13_giant_claims_cost_no_memory():
     """In a process of its own, which may not grow by more than 200 MB; the claims are 256 MB to 17 GB of pixels."""
     code = """

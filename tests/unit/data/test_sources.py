@@ -31,6 +31,7 @@ def test_folder_tree_is_numbered_in_sorted_order(tree):
     assert dataset.image(3).mode == "RGB" and dataset.image(3).size == (12, 10)
 
 
+@pytest.mark.slow
 def test_pacs_mini_census(pacs_mini):
     dataset = load(DataConfig(root=pacs_mini))
     assert len(dataset) == 4 * 7 * 60

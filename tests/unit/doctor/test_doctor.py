@@ -72,6 +72,7 @@ def verdicts(subject):
     return {check.name: check.run(subject) for check in checks(subject)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [MethodConfig(), MethodConfig(name="erm"), MethodConfig(adaptive=True, rho=1.0)])
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_sound_code_passes(subject, adapter, method):
@@ -86,6 +87,7 @@ def test_sound_code_passes(subject, adapter, method):
     assert not [finding for finding in found.values() if finding.verdict == "failed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_sound_code_passes_in_float32(subject, adapter):
     found = verdicts(subject(adapter, exact=torch.float32))
@@ -169,6 +171,7 @@ def test_weights_that_are_restored_on_success_alone(subject, monkeypatch):
     assert failed(equalities.restoring_after_an_exception(subject()))
 
 
+@pytest.mark.slow
 def test_a_second_pass_on_the_same_weights(subject, monkeypatch):
     monkeypatch.setattr(AscentDirection, "add_", lambda self, rho: None)
     for check in (equalities.restoring, equalities.restoring_after_an_exception):
@@ -191,6 +194,7 @@ def test_sam_that_is_not(subject, monkeypatch):
     assert not failed(equalities.erm(subject()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exact", [torch.float64, torch.float32])
 def test_a_variance_of_each_piece(subject, monkeypatch, exact):
     """The mean of the pieces' own steps, as plain gradient accumulation would take it."""
@@ -268,6 +272,7 @@ def test_what_each_process_does_for_itself(recipe, monkeypatch, tmp_path):
     assert finding.what.startswith("numbers in which the two differ")
 
 
+@pytest.mark.slow
 def test_processes_that_end_or_hang(recipe):
     crash = [sys.executable, "-S", "-c", "raise SystemExit('no gloo here')"]
     finding = TwoProcesses.start(recipe(), torch.float64, crash).finding(60)

@@ -40,6 +40,7 @@ def four_classes(twins, cell):
     return tiny_classifier(tiny_backbone(twins, "open_clip", torch.float32), cell, prompts=prompts)
 
 
+@pytest.mark.slow
 def test_rows_of_both_splits_and_untouched_weights(twins, parts):
     classifier = four_classes(twins, "lora-both")
     classifier.train()
@@ -128,6 +129,7 @@ evaluation: {{workers: 0, example_errors: 3}}
 SETTINGS = "evaluation.sharpness={samples: 8, ascent_steps: 2, hessian_iterations: 3, slice_points: 3}"
 
 
+@pytest.mark.slow
 def test_a_run_records_mistakes_and_on_request_sharpness(recipe, tmp_path, monkeypatch, capsys):
     [plain] = run.train(load_recipe(recipe))
     files = {path.name for path in plain.folder.iterdir()}

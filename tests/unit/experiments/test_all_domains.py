@@ -60,6 +60,7 @@ def test_every_domain_trains_and_validates_and_nothing_is_held_out(make_recipe):
     assert (len(data.sources), len(data.training), len(data.validation)) == (96, 78, 18)
 
 
+@pytest.mark.slow
 def test_a_run_on_all_domains_is_trained_kept_evaluated_exported_and_reported(make_recipe, tmp_path):
     recipe = make_recipe(evaluation={"workers": 0, "sharpness": SHARPNESS})
     [outcome] = run.train(recipe)
@@ -100,6 +101,7 @@ def test_a_test_part_of_the_data_is_what_a_run_on_all_domains_is_judged_on(make_
     assert sum(count for one in confusions for _, _, count in one.counts) == 16
 
 
+@pytest.mark.slow
 def test_a_run_on_all_domains_goes_on_after_a_kill_to_the_same_bits(make_recipe, monkeypatch):
     expected = run.train(make_recipe(name="whole"))[0]
     whole = StepMetrics.record
@@ -145,6 +147,7 @@ def test_the_terminal_shows_every_domain_and_their_mean(make_recipe, capsys):
         assert out.count(f" {name} ") == 1, out
 
 
+@pytest.mark.slow
 def test_a_domain_called_all_and_a_run_on_all_domains_have_folders_of_their_own(make_recipe, tmp_path):
     root = write_domains(tmp_path / "named", count=4, domains=("all", "art"))
     each = make_recipe(data={"root": root}, protocol={"held_out": "all"})

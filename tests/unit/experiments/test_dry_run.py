@@ -55,6 +55,7 @@ def test_nothing_is_written_and_the_plan_and_an_estimate_are_said(make_recipe, t
     assert estimate.memory_bytes is not None and 1e8 < estimate.memory_bytes < 1e11
 
 
+@pytest.mark.slow
 def test_the_run_after_a_dry_run_has_the_same_bits(make_recipe):
     [first] = run.train(make_recipe(name="first"))
     torch.manual_seed(77)
@@ -77,6 +78,7 @@ def test_what_train_would_refuse_a_dry_run_refuses(make_recipe, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_would_be_kept_and_is_left_as_it_is(make_recipe, tmp_path):
     [outcome] = run.train(make_recipe())
     before = {path: path.read_bytes() for path in outcome.folder.rglob("*") if path.is_file()}

@@ -73,6 +73,7 @@ def test_verbose_says_every_record_and_every_trained_tensor(make_recipe):
     assert "    art: 26 train, 6 validate" in lines
 
 
+@pytest.mark.slow
 def test_a_run_on_all_domains_and_one_of_several_say_which_they_are(make_recipe):
     lines = told(make_recipe(protocol="all"))
     assert lines[1].startswith("run: on all domains, in ")
@@ -105,6 +106,7 @@ def test_where_the_frozen_part_ends_is_said_for_other_adapters(make_recipe):
     )
 
 
+@pytest.mark.slow
 def test_inferred_domains_are_said(make_recipe):
     lines = told(make_recipe(domains={"infer": "kmeans", "k": 2}))
     [line] = [line for line in lines if line.startswith("  domains for training: 2 were inferred (cluster 0 ")]

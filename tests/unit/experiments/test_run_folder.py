@@ -71,6 +71,7 @@ def cut(monkeypatch):
     return until_step_3
 
 
+@pytest.mark.slow
 def test_row_37_half_a_run_is_continued_or_overwritten_when_told_to(make_recipe, cut):
     recipe = make_recipe()
     cut(recipe)
@@ -112,6 +113,7 @@ def test_after_a_mistake_that_stops_a_run_before_its_first_step_the_corrected_on
     assert run.train(make_recipe())[0].fit is not None
 
 
+@pytest.mark.slow
 def test_row_75_a_run_that_trained_nothing_has_no_results_and_advises_no_resume(make_recipe, monkeypatch, capsys):
     recipe = make_recipe(method={"name": "sam", "rho": 3e38})
     path = recipe.output / "recipe.yaml"
@@ -131,6 +133,7 @@ def test_row_75_a_run_that_trained_nothing_has_no_results_and_advises_no_resume(
     assert run.train(make_recipe(), overwrite=True)[0].fit is not None
 
 
+@pytest.mark.slow
 def test_row_62_metrics_that_are_gone_are_said_and_the_run_goes_on_to_the_same_result(make_recipe, cut):
     recipe = make_recipe()
     cut(recipe)
@@ -145,6 +148,7 @@ def test_row_62_metrics_that_are_gone_are_said_and_the_run_goes_on_to_the_same_r
     assert (outcome.folder / "results.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_row_60_results_alone_do_not_make_a_finished_run(make_recipe, monkeypatch):
     recipe = make_recipe(evaluation={"workers": 0, "sharpness": {}})
 
@@ -165,6 +169,7 @@ def test_row_60_results_alone_do_not_make_a_finished_run(make_recipe, monkeypatc
     assert run.train(recipe)[0].fit is None
 
 
+@pytest.mark.slow
 def test_row_60_a_finished_run_whose_results_are_gone_is_made_again(make_recipe, monkeypatch):
     recipe = make_recipe()
     folder = run.train(recipe)[0].folder
@@ -182,6 +187,7 @@ def test_row_60_a_finished_run_whose_results_are_gone_is_made_again(make_recipe,
     assert (folder / "results.json").read_bytes() == before and (folder / "finished.json").is_file()
 
 
+@pytest.mark.slow
 def test_row_60_a_finished_run_without_its_adapter_or_without_rows_is_not_kept(make_recipe):
     recipe = make_recipe()
     folder = run.train(recipe)[0].folder
@@ -198,6 +204,7 @@ def test_row_60_a_finished_run_without_its_adapter_or_without_rows_is_not_kept(m
         run.train(recipe)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_not_the_runs_result_is_said_or_refused(make_recipe, tmp_path):
     recipe = make_recipe()
     folder = run.train(recipe)[0].folder
@@ -262,6 +269,7 @@ def test_row_38_a_changed_recipe_is_refused_with_its_differences(make_recipe, cu
     assert sorted(path.name for path in checkpoints.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_row_38_harmless_keys_may_change(make_recipe, cut, domains_folder, tmp_path):
     recipe = make_recipe()
     expected = read_results(run.train(recipe)[0].folder / "results.json")
@@ -323,6 +331,7 @@ def test_row_38_changed_data_are_refused_with_the_difference(make_recipe, cut, i
         run.train(recipe, resume=True)
 
 
+@pytest.mark.slow
 def test_row_38_where_images_were_not_recorded_the_checkpoint_knows_their_content(make_recipe, cut, images):
     """As for a run that version 0.1 began."""
     recipe = make_recipe(data=images)
@@ -355,6 +364,7 @@ def test_row_53_a_run_goes_on_with_the_same_backbone_only(make_recipe, cut, open
         run.train(recipe, resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verify", [True, "full"])
 def test_row_53_a_finished_run_is_kept_for_its_own_backbone_only(
     make_recipe, domains_folder, openclip_name, tmp_path, verify
@@ -396,6 +406,7 @@ def test_a_run_may_look_closer_at_its_images_when_it_goes_on(make_recipe, cut, d
         assert run.train(make_recipe(data={"root": tmp_path / "copy"}))[0].fit is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"resume": True}])
 def test_a_finished_run_is_not_the_result_for_other_data(make_recipe, images, options):
     recipe = make_recipe(data=images)
@@ -431,6 +442,7 @@ def test_the_same_images_elsewhere_are_the_same_run_and_others_are_not(make_reci
         run.train(make_recipe(data={"root": images, "class_names": tmp_path / "words.yaml"}))
 
 
+@pytest.mark.slow
 def test_all_domains_are_compared_when_all_are_held_out_in_turn(make_recipe, images):
     recipe = make_recipe(held_out="all", data=images)
     run.train(recipe)
@@ -446,6 +458,7 @@ def test_all_domains_are_compared_when_all_are_held_out_in_turn(make_recipe, ima
         run.train(recipe)
 
 
+@pytest.mark.slow
 def test_row_65_a_replaced_image_is_noticed_though_its_size_and_time_are_the_same(make_recipe, images, monkeypatch):
     recipe = make_recipe(data=images)
     run.train(recipe)
@@ -510,6 +523,7 @@ def test_what_the_content_of_data_is_made_of(make_recipe, domains_folder):
     assert sizes != cells, "by sizes, where nobody looked into the files"
 
 
+@pytest.mark.slow
 def test_resume_keeps_what_is_finished_continues_what_began_and_starts_the_rest(make_recipe, cut):
     recipe = make_recipe(held_out="all")
     cut(recipe, held_out="cartoon")
@@ -524,6 +538,7 @@ def test_resume_keeps_what_is_finished_continues_what_began_and_starts_the_rest(
     assert {row.held_out for row in read_results(recipe.output / "probe/results.json")} == {"art", "cartoon", "photo"}
 
 
+@pytest.mark.slow
 def test_what_kills_left_behind_is_cleared(make_recipe, cut):
     recipe = make_recipe()
     cut(recipe)
@@ -552,6 +567,7 @@ def test_what_kills_left_behind_is_cleared(make_recipe, cut):
     assert run.train(fresh)[0].fit is not None, "killed before the folder had its recipe"
 
 
+@pytest.mark.slow
 def test_the_command_line_says_notes_and_exit_codes(make_recipe, cut, monkeypatch, capsys, tmp_path):
     recipe = make_recipe()
     cut(recipe)
@@ -622,6 +638,7 @@ def test_row_64_locks_are_not_written_through_links(make_recipe, tmp_path):
         assert (tmp_path / "victim").read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_overwriting_a_run_removes_its_old_tensorboard_files_and_no_others(make_recipe):
     recipe = make_recipe(train={"tracker": "tensorboard"})
     place = recipe.folder("photo").parent / "tensorboard/photo"
@@ -643,6 +660,7 @@ def test_overwriting_a_run_removes_its_old_tensorboard_files_and_no_others(make_
     assert (place / "notes.txt").read_text() == "mine" and other.is_file()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_tensorboard_files(make_recipe, cut):
     recipe = make_recipe(train={"tracker": "tensorboard"})
     cut(recipe)

@@ -72,6 +72,7 @@ def make_recipe(domains_folder, openclip_name, tmp_path):
     return make
 
 
+@pytest.mark.slow
 @every_adapter
 def test_every_image_is_decoded_once(make_recipe, monkeypatch, adapter):
     watched = Watched(monkeypatch)

@@ -154,6 +154,7 @@ def test_every_kind_of_adapter_can_be_compared_by_its_name_alone_but_peft_which_
 STUDIES = sorted((RECIPES / "studies").glob("[a-z]_*.yaml"))
 
 
+@pytest.mark.slow
 def test_every_shipped_study_loads(tmp_path):
     assert {path.name[0] for path in STUDIES} == set("abcdef")
     for path in STUDIES:

@@ -52,6 +52,7 @@ def test_the_best_setting_scores_what_training_it_records(recipe_path, tmp_path)
     assert -negative_nll == pytest.approx(best.source_nll, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [["selection.metric=nll"], ["selection.rule=worst_source"]])
 def test_the_recipes_rule_of_selection_ranks_the_settings(recipe_path, overrides):
     rows = sweep(load_recipe(recipe_path, overrides), learning_rates=[1e-3, 3e-1, 1e-1], rhos=[0.1])

@@ -45,6 +45,7 @@ def plain_transformers(folder: Path, images: Tensor) -> Tensor:
 PLAIN = {"open_clip": plain_open_clip, "transformers": plain_transformers}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cell", ["lora-both", "dora", "ln_tuning"])
 @torch.no_grad()
@@ -64,6 +65,7 @@ def test_the_familys_own_loader_takes_it_with_equal_logits(
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_row_43_exporting_twice_gives_the_same_files(twins: tuple[str, str], family: str, tmp_path: Path) -> None:
     backbone = tiny_backbone(twins, family, torch.float32)
@@ -79,6 +81,7 @@ def test_row_43_exporting_twice_gives_the_same_files(twins: tuple[str, str], fam
         export_merged(tmp_path / "first", classifier)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("fault", ["weights", "nan", "unmerged"])
 def test_row_44_a_checkpoint_that_disagrees_is_not_published(
@@ -136,6 +139,7 @@ def test_what_cannot_be_merged_leaves_nothing_behind(twins: tuple[str, str], cel
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_row_43_a_half_precision_backbone_exports_in_its_precision(
     twins: tuple[str, str], family: str, tmp_path: Path

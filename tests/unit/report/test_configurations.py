@@ -313,6 +313,7 @@ def test_names_make_no_links_and_no_pictures_in_markdown():
     assert markdown_text("![x](http://a/b.png) `c` *d* a|b \\") == r"!\[x\](http://a/b.png) \`c\` \*d\* a\|b \\"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value"),
     [("ascent_steps", 3), ("seed", 5), ("hessian_iterations", 9), ("hessian_tolerance", 0.1), ("gradient_group", 4)],

@@ -125,6 +125,7 @@ def runs(tmp_path):
     return tmp_path / "runs"
 
 
+@pytest.mark.slow
 def test_the_page_is_whole_escaped_and_reproducible(runs, tmp_path):
     records = read_runs([runs])
     assert [record.trained.method for record in records] == ["disam", "erm"]

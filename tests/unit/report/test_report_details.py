@@ -73,6 +73,7 @@ def runs(tmp_path):
     return tmp_path / "runs"
 
 
+@pytest.mark.slow
 def test_every_part_is_there_whole_and_escaped(runs, tmp_path):
     build_report(read_runs([runs]), tmp_path / "report.html", figures=tmp_path / "paper")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -121,6 +122,7 @@ def test_the_same_records_give_the_same_bytes(runs, tmp_path):
         assert (tmp_path / "one_figures" / name).read_bytes() == (tmp_path / "two_figures" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_folder_for_figures(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "runs/erm/x", "erm", details=False)
     words = ["report", tmp_path / "runs", "--output", tmp_path / "a.html", "--figures", tmp_path / "paper"]
@@ -133,6 +135,7 @@ def test_the_command_takes_a_folder_for_figures(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "a_figures").exists()
 
 
+@pytest.mark.slow
 def test_sharpness_over_seeds_by_hand(tmp_path):
     for seed in (0, 1):
         write_run(tmp_path / f"runs/erm-{seed}/x", "erm", seed)
@@ -162,6 +165,7 @@ def test_old_runs_have_curves_only(tmp_path):
     assert group.losses is not None
 
 
+@pytest.mark.slow
 def test_a_matrix_of_many_classes_is_left_out(tmp_path):
     write_run(tmp_path / "runs/erm/x", "erm", details=False)
     (tmp_path / "runs/erm/x/metrics.jsonl").write_text("")

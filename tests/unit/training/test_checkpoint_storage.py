@@ -113,6 +113,7 @@ def test_row_34_a_failure_at_any_call_of_a_save_keeps_the_checkpoint_before_it(f
     assert len(failed) >= 15
 
 
+@pytest.mark.slow
 def test_row_33_a_kill_at_any_call_of_a_save_leaves_a_whole_checkpoint(folder, tmp_path):
     for number in range(1, 100):
         place = tmp_path / str(number)

@@ -82,6 +82,7 @@ def test_a_step_is_the_same_and_blocks_are_eager_outside(twins: tuple[str, str],
     assert built <= 12  # kinds of blocks, not blocks
 
 
+@pytest.mark.slow
 def test_blocks_of_the_text_tower_only_where_it_is_trained(twins: tuple[str, str]) -> None:
     for cell, count in (("lora-image", 3), ("lora-both", 6), ("lora-text", 6), ("coop-shared", 3)):
         classifier = tiny_classifier(tiny_backbone(twins, "open_clip"), cell)

@@ -149,6 +149,7 @@ def test_late_is_as_if_it_had_looked_first(trained, optimizer, settings, bad_ste
         assert repr(same_outcome) == repr(outcome)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("log_every", [4, 100])
 @pytest.mark.parametrize("first", [1, 3])
 def test_row_11_ten_in_a_row_name_the_files_of_the_tenth(trained, first, log_every):
@@ -174,6 +175,7 @@ def test_row_31_out_of_memory_does_not_lose_the_step_before(trained):
     assert repr(same_events) == repr(events)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad_steps", [(1,), (4, 5)], ids=str)
 @pytest.mark.parametrize("stop_at", [1, 5])
 def test_row_32_what_a_signal_saves_knows_of_its_step(trained, tmp_path, bad_steps, stop_at):

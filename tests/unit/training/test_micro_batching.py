@@ -44,6 +44,7 @@ def accumulation(events):
     return found[0] if found else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pieces", "batch", "way"),
     [

@@ -66,6 +66,7 @@ def trained(make_classifier, dataset):
     return run
 
 
+@pytest.mark.slow
 def test_the_loss_on_the_sources_falls(trained):
     _, events, result = trained(steps=60, batch_size=12, learning_rate=1e-2, augment=AugmentConfig(kind="none"))
     losses = [values["loss"] for name, values in events if name == "step"]
@@ -86,6 +87,7 @@ def test_workers_do_not_change_the_result(trained):
     assert torch.equal(trained()[0], trained(workers=2)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -125,6 +127,7 @@ def test_a_pixel_store_feeds_the_same_samples_from_stored_images(trained, domain
     assert events[0][1]["loss"] == pytest.approx(same_batches[0][1]["loss"], rel=0.2)
 
 
+@pytest.mark.slow
 def test_row_25_erm_sam_and_disam_agree_where_they_must(trained):
     erm = trained(method=MethodConfig(name="erm", rho=0.3))[0]
     assert torch.equal(erm, trained(method=MethodConfig(name="disam", rho=0.0))[0])
@@ -308,6 +311,7 @@ def test_row_30_bf16_on_a_gpu_without_it(monkeypatch):
         check_precision("bf16", torch.device("cuda"))
 
 
+@pytest.mark.slow
 def test_a_schedule_of_rho_and_lambda_takes_its_values_step_by_step(trained):
     linear = {"kind": "linear", "from": 0.0, "to": 0.3}
     _, events, _ = trained(method=MethodConfig.model_validate({"rho": linear}), steps=4)

@@ -119,6 +119,7 @@ def test_with_nobody_validating_the_last_weights_are_kept_and_the_average_is_the
     assert not torch.equal(vector(result.states["raw"].tensors), vector(result.states["ema"].tensors))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::disam_peft.errors.Notice")
 def test_a_run_with_averages_goes_on_in_the_same_bits(trained, tmp_path):
     averages = [EmaConfig(decay=0.9), EmaConfig(decay=0.5)]
