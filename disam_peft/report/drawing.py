@@ -18,6 +18,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from disam_peft.common.files import write_atomically
+from disam_peft.errors import UserError
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 METHOD_COLOURS = {"zero-shot": "#999999", "ERM": "#0072B2", "SAM": "#E69F00", "DISAM": "#D55E00"}
@@ -66,12 +67,24 @@ class Drawing:
 
 
 def draw(name: str, alt: str, plot: Callable[[float], Figure]) -> Drawing:
-    """``plot(width)`` makes the figure for a width in inches; it is called for both."""
+    """``plot(width)`` makes the figure for a width in inches; it is called for both.
+
+    Raises:
+        UserError: numbers that no axis can hold, such as a loss of 1e308.
+    """
     with matplotlib.rc_context(STYLE):
-        wide, narrow = plot(WIDE), plot(NARROW)
-        buffer = io.BytesIO()
-        wide.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
-        return Drawing(re.sub(r"[^\w.-]+", "_", name), alt, svg(wide), svg(narrow), buffer.getvalue())
+        try:
+            wide, narrow = plot(WIDE), plot(NARROW)
+            buffer = io.BytesIO()
+            wide.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
+            return Drawing(re.sub(r"[^\w.-]+", "_", name), alt, svg(wide), svg(narrow), buffer.getvalue())
+        except (ValueError, OverflowError, FloatingPointError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"the figure {name!r} ({alt}) cannot be drawn ({error}): a record of these runs holds a number that no "
+                "axis can hold; look for it in metrics.jsonl, or leave the run out"
+            ) from error
 
 
 def grid(count: int, width: float, panel: float, height: float) -> tuple[Figure, list[Any]]:

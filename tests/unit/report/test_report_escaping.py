@@ -6,6 +6,8 @@ from html.parser import HTMLParser
 import pytest
 
 from disam_peft.common.records import ResultRow, append_event, write_results
+from disam_peft.errors import UserError
+from disam_peft.report.drawing import draw, grid
 from disam_peft.report.page import Picture, build_report
 from disam_peft.report.result_tables import compare_held_out
 from disam_peft.report.runs import read_runs
@@ -113,3 +115,13 @@ def test_row_21_tables_in_markdown_and_latex_hold_no_markup_of_a_name(name):
     [line] = [line for line in latex if " & 25.0" in line]
     bare = re.sub(r"\\textbackslash\{\}|\\text\w+\{\}|\\[&%$#_{}]", "", line.removesuffix(r" \\"))
     assert not set(bare) & set("\\%$#_{}~^") and bare.count("&") == 2
+
+
+def test_row_61_numbers_that_no_axis_can_hold_are_an_error_that_names_the_figure():
+    def plot(width):
+        figure, [panel] = grid(1, width, 2.0, 2.0)
+        panel.plot([0, 1], [-1e308, 1e308])
+        return figure
+
+    with pytest.raises(UserError, match=r"the figure '01_losses' \(losses\) cannot be drawn"):
+        draw("01_losses", "losses", plot)
