@@ -66,7 +66,7 @@ def test_row_33_killed_again_and_again_a_run_ends_in_the_same_bits(finished, mak
         assert ended(start(recipe)) == 0
         assert result(recipe) == expected
         shutil.rmtree(recipe.output)
-    assert kills["perturbed"] >= 3 and kills["saving"] >= 3 and kills["any time"] >= 1, kills
+    assert kills["perturbed"] >= 3 and kills["saving"] >= 3 and sum(kills.values()) >= 10, kills
 
 
 SMALL = {"samples": 2, "ascent_steps": 1, "hessian_iterations": 3, "slice_points": 3}

@@ -9,7 +9,6 @@ import re
 import shutil
 import struct
 import sys
-import time
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -236,7 +235,7 @@ def test_row_40_tensors_that_lie_about_themselves(
     refused(
         folder,
         backbone,
-        "is not a safetensors file|does not (hold the tensors|fit its schema)|are missing|match|more than 64 bits",
+        "is not a safetensors file|does not (hold the tensors|fit its schema)|are missing|match",
     )
 
 
@@ -348,6 +347,5 @@ def test_row_67_thousands_of_classes_work_and_too_many_are_refused_at_once(
     assert len(classifier.class_names) == 1_000
     classifier.adapter.detach(backbone)
     edit(folder / RECORD, classes=[f"class {number}" for number in range(100_001)])
-    start = time.perf_counter()
+    (folder / TENSORS).unlink()  # so that nothing can be done before the refusal
     refused(folder, backbone, "at most 100000 items")
-    assert time.perf_counter() - start < 10
