@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,24 @@ from disam_peft.errors import UserError
 
 SAME = 1e-6
 """Normalised features that differ by less differ by rounding."""
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """What one forward pass of a classifier has computed, with its graph.
+
+    Attributes:
+        logits_BC: (B, C).
+        features_BE: image features as the adapter changes them, (B, E), not normalised.
+        class_features_CE: normalised class features (C, E).
+        scale, bias: the factor of the cosines in the logits, and what is added to them (None: nothing), shape ().
+    """
+
+    logits_BC: Tensor
+    features_BE: Tensor
+    class_features_CE: Tensor
+    scale: Tensor
+    bias: Tensor | None
 
 
 class ClipClassifier(nn.Module):
@@ -153,10 +172,10 @@ class ClipClassifier(nn.Module):
         image), and later calls use them. They are freed together with the function.
         """
         outputs = self.cached_outputs(frozen)
-        return lambda: outputs()[0]
+        return lambda: outputs().logits_BC
 
-    def cached_outputs(self, frozen: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-        """As ``cached_logits``, for ``outputs``: logits and image features."""
+    def cached_outputs(self, frozen: Tensor) -> Callable[[], ForwardPass]:
+        """As ``cached_logits``, for ``outputs``."""
         cache: PassCache = {}
         return lambda: self.outputs(frozen, cache)
 
@@ -177,17 +196,18 @@ class ClipClassifier(nn.Module):
             class_features_CE: the result of ``class_features``, for several batches between which nothing is trained;
                 unset: it is computed.
         """
-        return self.outputs(frozen, cache, class_features_CE)[0]
+        return self.outputs(frozen, cache, class_features_CE).logits_BC
 
     def outputs(
         self, frozen: Tensor, cache: PassCache | None = None, class_features_CE: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Logits (B, C), as ``logits`` has them, and the image features (B, E) that they come from, not normalised."""
+    ) -> ForwardPass:
+        """Logits (B, C), as ``logits`` has them, and what they come from."""
         features_BE = self.features(frozen, cache)
         class_features_CE = self.class_features() if class_features_CE is None else class_features_CE
         scale, bias = self.backbone.logit_scale, self.backbone.logit_bias
         logits = cosine_logits if self.adapter is None else self.adapter.logits
-        return logits(features_BE, class_features_CE, scale, bias), features_BE
+        logits_BC = logits(features_BE, class_features_CE, scale, bias)
+        return ForwardPass(logits_BC, features_BE, class_features_CE, scale, bias)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Images (B, 3, H, W) to logits (B, C)."""

@@ -45,7 +45,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,17 +58,30 @@ from disam_peft.disam.domain_sums import DomainSums
 class Outputs:
     """The results of a forward pass of a micro-batch, with their graph.
 
+    In a run of training all of them are there (the features where ``Objective.needs_features``). A loop of one's own
+    may leave out all but the first two. A penalty that cannot do without one reads ``features``, ``class_features``,
+    ``logit_scale`` or ``places``, which raise an error that says what to hand over.
+
     Attributes:
         logits_BC: of float32 or a wider type.
         labels_B: the true classes.
         features_BE: normalised image features, after the adapter's ``image_features``, as they meet the class features.
-            In a run of training they are there wherever a penalty has statistics. None in a loop of one's own that
-            gave none.
+        class_features_CE: normalised class features. (A linear probe has a head of its own beside them.)
+        scale, bias: the factor of the cosines in CLIP's logits, and what is added to them (None: nothing), shape ().
+        place_B: place of each sample in the whole batch, over all micro-batches and processes: int64 below
+            ``num_places``, and no two samples have the same. The batch is the same for any number of processes, and so
+            are the places; but a process may have fewer samples than another.
+        num_places: how many places there are.
     """
 
     logits_BC: Tensor
     labels_B: Tensor
     features_BE: Tensor | None = None
+    class_features_CE: Tensor | None = None
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+    place_B: Tensor | None = None
+    num_places: int | None = None
 
     @property
     def features(self) -> Tensor:
@@ -84,6 +97,36 @@ class Outputs:
             )
         return self.features_BE
 
+    @property
+    def class_features(self) -> Tensor:
+        """``class_features_CE``, or a ValueError."""
+        return _given(
+            self.class_features_CE, "the class features", "class_features_CE=..., normalised, with their graph"
+        )
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """``scale``, or a ValueError."""
+        return _given(self.scale, "the factor of the cosines in the logits (100 in CLIP)", "scale=...")
+
+    @property
+    def places(self) -> tuple[Tensor, int]:
+        """``place_B`` and ``num_places``, or a ValueError."""
+        how = "place_B=..., num_places=..., counted over all micro-batches and processes"
+        place_B = _given(self.place_B, "the place of each sample in the whole batch", how)
+        return place_B, _given(self.num_places, "the number of places in the whole batch", how)
+
+
+T = TypeVar("T")
+
+
+def _given(value: T | None, what: str, how: str) -> T:
+    if value is None:
+        raise ValueError(
+            f"this objective needs {what}, but there is none; hand it over as Objective.forward(..., {how})"
+        )
+    return value
+
 
 class Loss:
     """One loss for each sample.
@@ -94,6 +137,9 @@ class Loss:
 
     is_cross_entropy: bool = False
     """Whether the losses are the plain cross entropy, which records show whatever is descended."""
+
+    needs_features: bool = False
+    """Whether it reads ``Outputs.features``. (A penalty that has statistics always finds them.)"""
 
     def __init__(self, config: Any) -> None:
         self.config = config

@@ -42,11 +42,24 @@ class Objective(DomainObjective):
         self.penalties = built if penalties is None else list(penalties)
         self._steps_begun, self._warned = 0, False
         self.has_statistics = any(penalty.num_statistics > 0 for penalty in self.penalties)
+        self.needs_features = self.has_statistics or self._loss.needs_features
+        """Whether something reads the image features, which a training loop normalises for nobody else."""
 
-    def forward(self, logits_BC: Tensor, labels_B: Tensor, features_BE: Tensor | None = None) -> Forward:
-        """The losses of a forward pass, and what the penalties need of it, for ``DISAM.backward``."""
+    def forward(
+        self,
+        logits_BC: Tensor,
+        labels_B: Tensor,
+        features_BE: Tensor | None = None,
+        *,
+        class_features_CE: Tensor | None = None,
+        scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        place_B: Tensor | None = None,
+        num_places: int | None = None,
+    ) -> Forward:
+        """The losses of a forward pass, and what the penalties need of it, for ``DISAM.backward``. See ``Outputs``."""
         logits_BC = logits_BC if logits_BC.dtype.itemsize >= 4 else logits_BC.float()
-        outputs = Outputs(logits_BC, labels_B, features_BE)
+        outputs = Outputs(logits_BC, labels_B, features_BE, class_features_CE, scale, bias, place_B, num_places)
         # runs with different losses are compared by the plain cross entropy
         reported_B = None if self._loss.is_cross_entropy else cross_entropy(logits_BC.detach(), labels_B)
         return Forward(self._loss(outputs), reported_B, outputs if self.has_statistics else None)

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.classification.classifier import ClipClassifier, ForwardPass
 from disam_peft.common.device import to_device
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.training import TrainConfig
@@ -131,6 +131,7 @@ class StepGradient:
     Args:
         accelerator: gives device and precision. Its own gradient accumulation must be off, since it divides every loss.
         objective: what is descended; unset: the mean of the cross entropy.
+        batch_size: samples of a whole batch, over all processes; unset: every process has as many as this one.
 
     Raises:
         UserError: the accelerator's gradient accumulation is on.
@@ -143,6 +144,7 @@ class StepGradient:
         micro_batches: MicroBatches,
         accelerator: Accelerator,
         objective: Objective | None = None,
+        batch_size: int | None = None,
     ) -> None:
         if accelerator.gradient_accumulation_steps != 1:
             raise UserError(
@@ -152,6 +154,7 @@ class StepGradient:
         self._classifier, self._disam, self._accelerator = classifier, disam, accelerator
         self._micro_batches = micro_batches
         self._objective = Objective() if objective is None else objective
+        self._batch_size = batch_size
         self._dtype = next(classifier.model.parameters()).dtype
 
     def __call__(self, batch: dict[str, Tensor]) -> StepReport:
@@ -159,15 +162,19 @@ class StepGradient:
         mode = self._micro_batches.mode
         # domains stay on the host: otherwise the step would ask the device which micro-batches hold a single domain
         labels_B, domains_B = to_device(batch["labels"], self._accelerator.device), batch["domains"]
+        places = self._places(len(labels_B))
         if mode == "whole":
             frozen = self._encoded(batch, slice(None)) if "frozen" in batch else self._encoded_in_micro_batches(batch)
             outputs = self._classifier.cached_outputs(frozen)
-            return self._disam.backward(self._forward(outputs, labels_B), domains_B, objective=self._objective)
+            forward = self._forward(outputs, labels_B, places)
+            return self._disam.backward(forward, domains_B, objective=self._objective)
         indices = self._micro_batches.indices(domains_B)
         # Micro-batches are there to save memory: only the output of the frozen part is kept between the passes.
         outputs_of = [partial(self._classifier.outputs, self._encoded(batch, rows)) for rows in indices]
-        labels = [_rows(labels_B, rows) for rows in indices]
-        forwards = [self._forward(*of_one) for of_one in zip(outputs_of, labels, strict=True)]
+        forwards = [
+            self._forward(outputs, _rows(labels_B, rows), places.of(rows))
+            for outputs, rows in zip(outputs_of, indices, strict=True)
+        ]
         # "auto" is one pass here; of the others it would ask the device, every step, which one is possible
         return self._disam.backward_accumulated(
             forwards,
@@ -189,17 +196,43 @@ class StepGradient:
             pixels_BCHW = to_device(_rows(batch["pixels"], rows), device).to(self._dtype)
             return self._classifier.encode_frozen(pixels_BCHW)
 
-    def _forward(self, outputs: Callable[[], tuple[Tensor, Tensor]], labels_B: Tensor) -> Callable[[], Forward]:
+    def _places(self, size: int) -> _Places:
+        """Process r of W has the places r, r + W, ... of a batch, see ``DomainBatches``."""
+        rank, processes = self._accelerator.process_index, self._accelerator.num_processes
+        place_B = torch.arange(rank, rank + size * processes, processes, device=self._accelerator.device)
+        return _Places(place_B, size * processes if self._batch_size is None else self._batch_size)
+
+    def _forward(self, outputs: Callable[[], ForwardPass], labels_B: Tensor, places: _Places) -> Callable[[], Forward]:
         def forward() -> Forward:
             with self._accelerator.autocast():  # per pass: its cache of casts must not outlive the weights
-                logits_BC, features_BE = outputs()
-            if not self._objective.has_statistics:
-                return self._objective.forward(logits_BC, labels_B)
-            wide = torch.promote_types(features_BE.dtype, torch.float32)
-            normalised_BE = torch.nn.functional.normalize(features_BE.to(wide), dim=-1)
-            return self._objective.forward(logits_BC, labels_B, normalised_BE)
+                found = outputs()
+            normalised_BE: Tensor | None = None
+            if self._objective.needs_features:
+                wide = torch.promote_types(found.features_BE.dtype, torch.float32)
+                normalised_BE = torch.nn.functional.normalize(found.features_BE.to(wide), dim=-1)
+            return self._objective.forward(
+                found.logits_BC,
+                labels_B,
+                normalised_BE,
+                class_features_CE=found.class_features_CE,
+                scale=found.scale,
+                bias=found.bias,
+                place_B=places.place_B,
+                num_places=places.count,
+            )
 
         return forward
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where samples stand in the whole batch of a step, which has ``count`` places."""
+
+    place_B: Tensor
+    count: int
+
+    def of(self, rows: Indices) -> _Places:
+        return _Places(_rows(self.place_B, rows), self.count)
 
 
 def _rows(tensor: Tensor, rows: Indices) -> Tensor:

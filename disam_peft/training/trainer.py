@@ -103,7 +103,9 @@ class Trainer:
             classifier, dataset, config, method, accelerator.num_processes, self.objective
         )
         self.method, self.disam = method, _disam(params, method, config, dataset, accelerator)
-        self.gradient = StepGradient(classifier, self.disam, self.micro_batches, accelerator, self.objective)
+        self.gradient = StepGradient(
+            classifier, self.disam, self.micro_batches, accelerator, self.objective, config.batch_size
+        )
         self.averages = WeightAverages(averages, params)
         self.metrics = StepMetrics(dataset, method, config, on_event, accelerator)
         self.compiled = CompiledBlocks.of(classifier) if config.compile else nullcontext()
