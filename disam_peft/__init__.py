@@ -75,8 +75,8 @@ _HOMES = {
     "save_adapter": "disam_peft.classification.saved_classifier",
     # training
     "start_accelerator": "disam_peft.training.accelerator",
-    "FitResult": "disam_peft.training.trainer",
-    "fit": "disam_peft.training.trainer",
+    "FitResult": "disam_peft.training.fit",
+    "fit": "disam_peft.training.fit",
     # evaluation
     "metrics_by_domain": "disam_peft.evaluation.metrics",
     "Predictions": "disam_peft.evaluation.predict",
@@ -157,8 +157,8 @@ if TYPE_CHECKING:  # the same names, for type checkers; a test compares them wit
     from disam_peft.report.page import build_report as build_report
     from disam_peft.report.runs import read_runs as read_runs
     from disam_peft.training.accelerator import start_accelerator as start_accelerator
-    from disam_peft.training.trainer import FitResult as FitResult
-    from disam_peft.training.trainer import fit as fit
+    from disam_peft.training.fit import FitResult as FitResult
+    from disam_peft.training.fit import fit as fit
 
     load_data = _data.load
 

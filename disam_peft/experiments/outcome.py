@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from disam_peft.common.records import RESULTS, ResultRow, write_results
 
 if TYPE_CHECKING:
-    from disam_peft.training.trainer import FitResult
+    from disam_peft.training.fit import FitResult
 
 
 @dataclass(frozen=True)

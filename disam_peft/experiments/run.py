@@ -46,11 +46,11 @@ from disam_peft.experiments.split_data import SplitData, checked_split, holding_
 from disam_peft.experiments.taking_turns import Turns
 from disam_peft.training.accelerator import deterministic_kernels, start_accelerator
 from disam_peft.training.checkpoint.manager import CheckpointConfig
+from disam_peft.training.fit import FitResult, fit
 from disam_peft.training.rehearsal import rehearse
 from disam_peft.training.selection import Validation, put_into, validation
 from disam_peft.training.trackers.base import TrackedRun
 from disam_peft.training.trackers.tracking import forget_tracked, require_tracker, tracking
-from disam_peft.training.trainer import FitResult, fit
 
 
 def train(

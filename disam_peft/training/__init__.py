@@ -1,1 +1,1 @@
-"""The training loop: ``trainer.py`` has the whole step on one screen."""
+"""The training loop, ``fit.py``; ``trainer.py`` has one step, in order."""

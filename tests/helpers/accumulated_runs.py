@@ -15,7 +15,7 @@ from disam_peft.config.objective import CrossEntropyConfig, ObjectiveConfig, VRe
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
 from disam_peft.training.accelerator import start_accelerator
-from disam_peft.training.trainer import fit
+from disam_peft.training.fit import fit
 from tests.helpers.adapter_cells import CELLS, LAST_TWO, tiny_backbone, tiny_classifier
 from tests.helpers.ranks import fork_ranks
 

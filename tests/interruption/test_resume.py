@@ -29,8 +29,8 @@ from disam_peft.training.accelerator import start_accelerator
 from disam_peft.training.checkpoint import storage as checkpoints
 from disam_peft.training.checkpoint.manager import CheckpointConfig
 from disam_peft.training.checkpoint.serialization import from_json_and_tensors, to_json_and_tensors
+from disam_peft.training.fit import fit
 from disam_peft.training.guarded_optimizer import GuardedOptimizer
-from disam_peft.training.trainer import fit
 from tests.helpers.interrupted import ended, ends_itself, ends_itself_at_a_write, result, saved
 
 pytestmark = [

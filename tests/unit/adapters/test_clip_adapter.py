@@ -25,7 +25,7 @@ from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
 from disam_peft.errors import UserError
 from disam_peft.export.merged import export_merged
-from disam_peft.training.trainer import fit
+from disam_peft.training.fit import fit
 from tests.helpers.adapter_cells import FAMILIES, PROMPTS, pixels, tiny_backbone
 from tests.helpers.paths import RECIPES, REFERENCE
 

@@ -17,7 +17,7 @@ from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.load import load
 from disam_peft.errors import UserError
 from disam_peft.training.checkpoint.manager import CheckpointConfig
-from disam_peft.training.trainer import fit
+from disam_peft.training.fit import fit
 from tests.helpers.adapter_cells import CELLS, tiny_backbone, tiny_classifier
 from tests.helpers.class_means import ClassMeans, class_means
 

@@ -27,7 +27,7 @@ from disam_peft.data.transforms.augment import TrainTransform
 from disam_peft.data.transforms.decode import BadImage
 from disam_peft.errors import Notice, UserError
 from disam_peft.evaluation.predict import predict
-from disam_peft.training.trainer import fit
+from disam_peft.training.fit import fit
 
 LORA = LoraAdapterConfig(blocks=LastBlocks(last=1), seed=0)
 NO_AUGMENT = AugmentConfig(kind="none")

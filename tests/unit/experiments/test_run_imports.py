@@ -17,7 +17,7 @@ ABSENT = {
 def test_importing_the_run_loads_no_library_before_it_is_used() -> None:
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
-    assert {"torch", "accelerate", "numpy", "disam_peft.training.trainer"} <= loaded
+    assert {"torch", "accelerate", "numpy", "disam_peft.training.fit"} <= loaded
     assert loaded & ABSENT == set()
 
 

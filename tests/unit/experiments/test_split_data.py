@@ -19,7 +19,7 @@ from disam_peft.experiments.build import load_pretrained
 from disam_peft.experiments.data_verdict import look_at_data
 from disam_peft.experiments.run_data import images_of
 from disam_peft.experiments.split_data import split_data
-from disam_peft.training.trainer import fit
+from disam_peft.training.fit import fit
 from tests.helpers.folders import write_domains
 from tests.helpers.tiny_images import write_image
 

@@ -24,8 +24,8 @@ from disam_peft.evaluation.protocols import Score
 from disam_peft.objectives.cross_entropy import cross_entropy
 from disam_peft.training import trainer as loop
 from disam_peft.training.checkpoint.manager import CheckpointConfig
+from disam_peft.training.fit import fit
 from disam_peft.training.guarded_optimizer import GuardedOptimizer
-from disam_peft.training.trainer import fit
 from tests.helpers.guarded_optimizers import Late, LooksFirst
 from tests.helpers.losses import replace_loss
 

@@ -17,7 +17,7 @@ from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
 from disam_peft.objectives.cross_entropy import cross_entropy
 from disam_peft.training.accelerator import start_accelerator
-from disam_peft.training.trainer import fit
+from disam_peft.training.fit import fit
 from tests.helpers.losses import replace_loss
 from tests.helpers.overflow import Overflow
 

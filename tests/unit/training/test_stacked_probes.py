@@ -21,8 +21,8 @@ from disam_peft.errors import UserError
 from disam_peft.evaluation.predict import Predictions
 from disam_peft.evaluation.protocols import validation_score
 from disam_peft.objectives.cross_entropy import cross_entropy
+from disam_peft.training.fit import fit
 from disam_peft.training.stacked_probes import ProbeSetting, ProbeStack, fit_probes, probe_features
-from disam_peft.training.trainer import fit
 
 SETTINGS = [
     ProbeSetting(learning_rate, rho, variance_weight)

@@ -23,7 +23,7 @@ from disam_peft.errors import Diverged, UserError
 from disam_peft.evaluation.protocols import Score
 from disam_peft.objectives.cross_entropy import cross_entropy
 from disam_peft.training.accelerator import check_precision, start_accelerator
-from disam_peft.training.trainer import fit
+from disam_peft.training.fit import fit
 from tests.helpers.losses import replace_loss
 
 SETTINGS = {"steps": 3, "batch_size": 6, "workers": 0, "log_every": 1}

@@ -18,8 +18,8 @@ from disam_peft.data.load import load
 from disam_peft.errors import UserError
 from disam_peft.training.averages.weight_averages import AVERAGES, WeightAverages, named
 from disam_peft.training.checkpoint.manager import CheckpointConfig
+from disam_peft.training.fit import fit
 from disam_peft.training.guarded_optimizer import StepOutcome
-from disam_peft.training.trainer import fit
 
 
 def test_the_union_of_configs_is_the_table():

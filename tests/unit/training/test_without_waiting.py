@@ -10,7 +10,9 @@ from disam_peft.config.method import MethodConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.loading import feature_batches
 from disam_peft.objectives.cross_entropy import cross_entropy
-from disam_peft.training import trainer as loop
+from disam_peft.training import fit as loop
+from disam_peft.training import trainer
+from disam_peft.training.guarded_optimizer import GuardedOptimizer
 from tests.helpers import accumulated_runs
 from tests.helpers.guarded_optimizers import LooksFirst
 from tests.helpers.losses import replace_loss
@@ -114,7 +116,7 @@ def test_accumulation(run, strict, source, way, options):
 
 
 def test_one_look_at_the_device_would_be_seen(run, strict, monkeypatch):
-    monkeypatch.setattr(loop, "GuardedOptimizer", LooksFirst)
+    monkeypatch.setattr(trainer, "GuardedOptimizer", LooksFirst)
     with pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
         run()
     assert strict == [FIRST]
@@ -125,9 +127,9 @@ def test_one_look_at_the_device_would_be_seen(run, strict, monkeypatch):
 def test_late_is_as_if_it_had_looked_first(run, bad_steps, optimizer, monkeypatch):
     """SAM, whose weights of samples no order of additions can change."""
     found = []
-    for way in (loop.GuardedOptimizer, LooksFirst):
+    for way in (GuardedOptimizer, LooksFirst):
         calls = count(2)
-        monkeypatch.setattr(loop, "GuardedOptimizer", way)
+        monkeypatch.setattr(trainer, "GuardedOptimizer", way)
 
         def sometimes_nan(logits, labels, calls=calls):
             return cross_entropy(logits, labels) * (float("nan") if next(calls) // 2 in bad_steps else 1.0)

@@ -1,0 +1,197 @@
+"""The training loop: data in, best adapter out. One optimizer step is ``Trainer.train_step``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.classification.fit_start import start_from_features
+from disam_peft.classification.frozen_features import training_store
+from disam_peft.common.progress import track
+from disam_peft.config.average import KeptAverageConfig
+from disam_peft.config.data import AugmentConfig, FeatureConfig
+from disam_peft.config.method import MethodConfig
+from disam_peft.config.objective import ObjectiveConfig
+from disam_peft.config.training import TrainConfig
+from disam_peft.data.dataset import DomainDataset
+from disam_peft.data.loading.batches import training_batches
+from disam_peft.data.loading.sampler import DomainBatches
+from disam_peft.data.stores.features import FeatureStore
+from disam_peft.data.transforms.augment import TrainTransform
+from disam_peft.errors import UserError
+from disam_peft.training.accelerator import start_accelerator
+from disam_peft.training.averages.weight_averages import RAW
+from disam_peft.training.checkpoint.manager import CheckpointConfig, CheckpointManager, Stateful
+from disam_peft.training.selection import BestStates, KeptState
+from disam_peft.training.step_metrics import OnEvent
+from disam_peft.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a run of training went.
+
+    Attributes:
+        best_step: number of optimizer steps after which the chosen state was reached; the last one if nobody
+            validated.
+        best_score: its score, a tuple of numbers; None if nobody validated.
+        first_loss, last_loss: mean training loss of the first and the last step, at w.
+        skipped_steps: steps without effect, because a loss or gradient was not finite.
+        weights: whose state was chosen: ``raw``, the trained weights themselves, or the name of an average.
+        states: the best state of the weights and of each average, for whoever judges them side by side.
+    """
+
+    best_step: int
+    best_score: tuple[float, ...] | None
+    first_loss: float
+    last_loss: float
+    skipped_steps: int
+    weights: str = RAW
+    states: Mapping[str, KeptState] = field(default_factory=dict, repr=False, compare=False)
+
+
+def fit(
+    classifier: ClipClassifier,
+    dataset: DomainDataset,
+    *,
+    method: MethodConfig | None = None,
+    objective: ObjectiveConfig | None = None,
+    config: TrainConfig | None = None,
+    averages: Sequence[KeptAverageConfig] = (),
+    augment: AugmentConfig | None = None,
+    features: FeatureConfig | None = None,
+    seed: int = 0,
+    accelerator: Accelerator | None = None,
+    validate: Callable[[], Any] | None = None,
+    on_best: Callable[[str], None] | None = None,
+    on_event: OnEvent | None = None,
+    checkpoints: CheckpointConfig | None = None,
+) -> FitResult:
+    """Train the classifier's adapter on ``dataset``, which holds source data only; in the end it is in its best state.
+
+    Args:
+        classifier: moved to the accelerator's device.
+        dataset: training samples; their labels index the classifier's classes.
+        objective: what is descended; unset: the mean of the cross entropy.
+        averages: averages of the weights that are kept and validated beside the weights themselves.
+        features: whether to train from stored features of the frozen part; unset: from images.
+        seed: of batches, augmentation and dropout.
+        accelerator: from ``start_accelerator``; the default is one with the config's precision.
+        validate: scores the present state on held-back source data: a number or a tuple of numbers, of which greater is
+            better, or a ``selection.Validation``. Called at intervals and after the last step, for the weights and for
+            each average in their place; the state with the highest score (the first of equals) is the one that is
+            kept. Unset: the last state of the weights is kept.
+        on_best: called in that state, whenever it is a new best, to save it; after a resume once more at the end. It is
+            told whose state it is: ``raw`` or the name of an average.
+        on_event: called on the main process as ``on_event(name, **values)`` with the records of ``metrics.jsonl``.
+        checkpoints: where to save at intervals, and whether to go on from there: whatever interrupted the run, the same
+            processes then come to the same bits. SIGTERM and Ctrl-C save and end it. Unset: nothing is saved.
+
+    Raises:
+        UserError: nothing to train; a batch too small for the domains; losses that stay not finite (names the files);
+            more micro-batches than images; a checkpoint that cannot be written, is damaged, or is of another run.
+        Stopped: by a signal; with ``checkpoints`` alone.
+    """
+    method, config = method or MethodConfig(), config or TrainConfig()
+    accelerator = accelerator or start_accelerator(config.mixed_precision)
+    emit = on_event if on_event is not None and accelerator.is_main_process else _ignore
+    if not classifier.trainable():
+        raise UserError("the classifier has no adapter with trainable parameters; build one and hand it over")
+    set_seed(seed, device_specific=True)  # other dropout masks on other ranks
+    classifier.to(accelerator.device)
+    trainer = Trainer(classifier, dataset, method, objective or ObjectiveConfig(), config, averages, accelerator, emit)
+    best = BestStates(classifier, trainer.averages, validate, on_best)
+    components: dict[str, Stateful] = {
+        "adapter": trainer,
+        "optimizer": trainer.optimizer,
+        "schedule": trainer.schedule,
+        "objective": trainer.objective,
+        "averages": trainer.averages,
+        "metrics": trainer.metrics,
+        "best": best,
+    }
+    manager = CheckpointManager(checkpoints, components, list(trainer.trained.values()), config, accelerator)
+    trainer.steps_done = resumed_after = manager.resume()
+    if resumed_after == 0:
+        start_from_features(classifier, dataset, features, autocast=accelerator.autocast, workers=config.workers)
+    sampler = DomainBatches(
+        dataset.domain_ids,
+        config.batch_size,
+        seed,
+        config.steps,
+        sampling=config.sampling,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        first_step=resumed_after,
+    )
+    inputs = _inputs(classifier, dataset, augment or AugmentConfig(), features, seed, config, accelerator)
+    # Micro-batches are there to save memory: the images of each are sent to the device when it is its turn.
+    images_on: Literal["device", "host"] = "host" if config.gradient_accumulation_steps > 1 else "device"
+    batches = training_batches(
+        dataset, sampler, inputs, accelerator.device, workers=config.workers, images_on=images_on
+    )
+    classifier.train()
+    if trainer.micro_batches.count > 1 and resumed_after == 0:
+        mb = trainer.micro_batches
+        emit("accumulation", pieces=mb.count, images_at_once=mb.size, way=mb.mode)
+    # the cosine takes a second backward through each forward, which what is recorded does not have
+    captured = nullcontext() if config.log_ascent_cosine else classifier.captured(accelerator.autocast)
+    interval = config.validation_interval
+    with manager.watching(), captured:
+        for batch in track(batches, "training", total=config.steps - resumed_after, status=trainer.status):
+            trainer.train_step(batch)
+            step = trainer.steps_done
+            is_validated = step % interval == 0 or step == config.steps
+            if is_validated:
+                trainer.optimizer.flush()
+                for weights, validation in (best.offer(step) if trainer.metrics.has_trained else {}).items():
+                    trainer.validated = validation.words
+                    about = {} if weights == RAW else {"weights": weights}
+                    is_best = best.is_best(weights, step)
+                    emit("validation", step=step, **about, **validation.numbers, is_best=is_best)
+                    prefix = "validation" if weights == RAW else f"validation/{weights}"
+                    trainer.metrics.track(step, {f"{prefix}/{name}": v for name, v in validation.numbers.items()})
+            manager.end_of_step(step, validated=is_validated)
+        trainer.metrics.require_training()
+
+    trainer.metrics.warn_at_the_end()
+    states = best.finish(config.steps, announce=resumed_after > 0)  # a power cut may have taken what was saved of it
+    chosen = states[best.chosen]
+    about = {"weights": best.chosen} if averages else {}
+    emit("trained", best_step=chosen.step, **about, **trainer.metrics.totals())
+    return FitResult(
+        best_step=chosen.step,
+        best_score=chosen.score,
+        first_loss=trainer.metrics.first_loss,
+        last_loss=trainer.metrics.last_loss,
+        skipped_steps=trainer.metrics.skipped,
+        weights=best.chosen,
+        states=states,
+    )
+
+
+def _ignore(name: str, **values: Any) -> None:
+    """Nobody records."""
+
+
+def _inputs(
+    classifier: ClipClassifier,
+    dataset: DomainDataset,
+    augment: AugmentConfig,
+    features: FeatureConfig | None,
+    seed: int,
+    config: TrainConfig,
+    accelerator: Accelerator,
+) -> TrainTransform | FeatureStore:
+    """What batches are made of: augmented images, or stored outputs of the frozen part."""
+    if features is None or not features.store:
+        return TrainTransform(classifier.backbone.preprocessing, augment, seed)
+    return training_store(
+        classifier, dataset, augment, seed, features, autocast=accelerator.autocast, workers=config.workers
+    )
