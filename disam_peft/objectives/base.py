@@ -43,8 +43,8 @@ A loss is added in the same way: a config class in ``LossConfig``, a ``Loss`` in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -72,6 +72,9 @@ class Outputs:
             ``num_places``, and no two samples have the same. The batch is the same for any number of processes, and so
             are the places; but a process may have fewer samples than another.
         num_places: how many places there are.
+        other_labels_B, share_B: of mixed samples, the class of the other image, and the share in [0, 1] that the image
+            of ``labels_B`` has in the mixture. None: nothing is mixed. A loss need not read them: the objective calls
+            it once for each class and adds up both by their shares. Penalties that read labels take ``targets_BC``.
     """
 
     logits_BC: Tensor
@@ -82,6 +85,18 @@ class Outputs:
     bias: Tensor | None = None
     place_B: Tensor | None = None
     num_places: int | None = None
+    other_labels_B: Tensor | None = None
+    share_B: Tensor | None = None
+
+    @property
+    def targets_BC(self) -> Tensor:
+        """The true class of each sample as a row of zeros and a one; of a mixed sample, the share of each class."""
+        target_BC = torch.zeros_like(self.logits_BC).scatter(1, self.labels_B[:, None], 1.0)
+        if self.other_labels_B is None or self.share_B is None:
+            return target_BC
+        share_B1 = self.share_B.to(target_BC.dtype)[:, None]
+        other_BC = torch.zeros_like(target_BC).scatter(1, self.other_labels_B[:, None], 1.0)
+        return share_B1 * target_BC + (1 - share_B1) * other_BC
 
     @property
     def features(self) -> Tensor:
@@ -126,6 +141,17 @@ def _given(value: T | None, what: str, how: str) -> T:
             f"this objective needs {what}, but there is none; hand it over as Objective.forward(..., {how})"
         )
     return value
+
+
+def mixed(loss: Callable[[Outputs], Tensor], outputs: Outputs) -> Tensor:
+    """The losses (B,) of samples that may be mixtures: ``share * loss(labels) + (1 - share) * loss(other labels)``, as
+    in mixup (Zhang et al. 2018, arXiv 1710.09412)."""
+    loss_B = loss(outputs)
+    if outputs.other_labels_B is None or outputs.share_B is None:
+        return loss_B
+    share_B = outputs.share_B.to(loss_B.dtype)
+    other_B = loss(replace(outputs, labels_B=outputs.other_labels_B))
+    return share_B * loss_B + (1 - share_B) * other_B
 
 
 class Loss:

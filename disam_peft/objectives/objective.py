@@ -18,7 +18,7 @@ from disam_peft.config.objective import CrossEntropyConfig, ObjectiveConfig, VRe
 from disam_peft.disam.domain_objective import DomainObjective, DomainsOfSamples, Forward
 from disam_peft.disam.domain_sums import DomainSums
 from disam_peft.errors import UserError
-from disam_peft.objectives.base import Loss, Outputs, Penalty, domain_mean_weights
+from disam_peft.objectives.base import Loss, Outputs, Penalty, domain_mean_weights, mixed
 from disam_peft.objectives.cross_entropy import CrossEntropy, cross_entropy
 from disam_peft.objectives.vrex import VRex
 
@@ -56,13 +56,16 @@ class Objective(DomainObjective):
         bias: Tensor | None = None,
         place_B: Tensor | None = None,
         num_places: int | None = None,
+        other_labels_B: Tensor | None = None,
+        share_B: Tensor | None = None,
     ) -> Forward:
         """The losses of a forward pass, and what the penalties need of it, for ``DISAM.backward``. See ``Outputs``."""
         logits_BC = logits_BC if logits_BC.dtype.itemsize >= 4 else logits_BC.float()
         outputs = Outputs(logits_BC, labels_B, features_BE, class_features_CE, scale, bias, place_B, num_places)
+        outputs = replace(outputs, other_labels_B=other_labels_B, share_B=share_B)
         # runs with different losses are compared by the plain cross entropy
-        reported_B = None if self._loss.is_cross_entropy else cross_entropy(logits_BC.detach(), labels_B)
-        return Forward(self._loss(outputs), reported_B, outputs if self.has_statistics else None)
+        reported_B = None if self._loss.is_cross_entropy else mixed(_plain_cross_entropy, outputs)
+        return Forward(mixed(self._loss, outputs), reported_B, outputs if self.has_statistics else None)
 
     # -- a function of sums over domains ---------------------------------------------------------------------
 
@@ -140,6 +143,10 @@ class Objective(DomainObjective):
         self._steps_begun = int(state["steps_begun"])
         for penalty in self.penalties:
             penalty.load_state_dict(state["penalties"][type(penalty).__name__])
+
+
+def _plain_cross_entropy(outputs: Outputs) -> Tensor:
+    return cross_entropy(outputs.logits_BC.detach(), outputs.labels_B)
 
 
 def build_objective(config: ObjectiveConfig, source_domains: Sequence[str], steps: int) -> Objective:
