@@ -153,6 +153,16 @@ class Adapter(nn.Module, ABC):
     def detach(self, backbone: ClipBackbone) -> None:
         """Undo what ``build`` changed in ``backbone.model``; the adapter cannot be used afterwards."""
 
+    def bypassed(self, backbone: ClipBackbone) -> AbstractContextManager[object]:
+        """A context in which both towers of ``backbone`` compute what they did before ``build``, to the bit.
+
+        Anchors take their zero-shot reference from it: once in a step, without a graph, and always from the output of
+        the frozen part, so nothing before ``image_split`` has to be undone. Modules may be exchanged inside; no trained
+        tensor is changed, and afterwards all is as it was. An adapter whose ``build`` changes nothing in
+        ``backbone.model`` need not override it.
+        """
+        return nullcontext()
+
     # -- saving and exporting ------------------------------------------------------------------------------------
 
     companion_names: ClassVar[tuple[str, ...]] = ()

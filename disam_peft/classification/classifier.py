@@ -76,6 +76,7 @@ class ClipClassifier(nn.Module):
             backbone.require_different(self._tokens_NL, len(prompts.templates))
         self._text: FrozenText | None = None
         self._text_key: tuple[torch.device, torch.dtype] | None = None
+        self._zero_shot_CE: Tensor | None = None
         self.train(False)
 
     @property
@@ -113,7 +114,7 @@ class ClipClassifier(nn.Module):
             # Not in inference mode even inside an evaluation that is: training saves these tensors for backward.
             off = torch.autocast(self.backbone.device.type, enabled=False)
             with torch.inference_mode(False), torch.no_grad(), off:
-                self._text, self._text_key = self._compute_frozen_text(), key
+                self._text, self._text_key, self._zero_shot_CE = self._compute_frozen_text(), key, None
         return self._text
 
     def _compute_frozen_text(self) -> FrozenText:
@@ -208,6 +209,38 @@ class ClipClassifier(nn.Module):
         logits = cosine_logits if self.adapter is None else self.adapter.logits
         logits_BC = logits(features_BE, class_features_CE, scale, bias)
         return ForwardPass(logits_BC, features_BE, class_features_CE, scale, bias)
+
+    # -- zero-shot beside an adapter -------------------------------------------------------------------------
+
+    def zero_shot_class_features(self) -> Tensor:
+        """Normalised class features (C, E) of the templates by the plain text tower, without a graph: those of
+        zero-shot classification, whatever the adapter does. They are kept as ``frozen_text`` is."""
+        text = self.frozen_text()
+        if text.features_CE is not None:
+            return text.features_CE
+        if self._zero_shot_CE is None:
+            off = torch.autocast(self.backbone.device.type, enabled=False)
+            with torch.inference_mode(False), torch.no_grad(), off, self._bypassed():
+                self._zero_shot_CE = zero_shot_features(self.backbone, text.tokens_NL, text.templates)
+        return self._zero_shot_CE
+
+    @torch.no_grad()
+    def zero_shot_outputs(self, frozen: Tensor) -> ForwardPass:
+        """What zero-shot classification computes from the output of ``encode_frozen``, without a graph: equal, to the
+        bit, to ``outputs`` of a classifier of this backbone without an adapter.
+
+        An image tower that is frozen as a whole has computed everything already. Otherwise the rest of the tower runs
+        once, with the adapter switched off.
+        """
+        class_features_CE = self.zero_shot_class_features()
+        with self._bypassed() if self.image_split is not None else nullcontext():
+            features_BE = self.tower_features(frozen)
+        scale, bias = self.backbone.logit_scale, self.backbone.logit_bias
+        logits_BC = cosine_logits(features_BE, class_features_CE, scale, bias)
+        return ForwardPass(logits_BC, features_BE, class_features_CE, scale, bias)
+
+    def _bypassed(self) -> AbstractContextManager[object]:
+        return nullcontext() if self.adapter is None else self.adapter.bypassed(self.backbone)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Images (B, 3, H, W) to logits (B, C)."""

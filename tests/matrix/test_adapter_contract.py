@@ -16,6 +16,7 @@ from tests.helpers.adapter_cells import (
     LABELS,
     OTHER_CELLS,
     PEFT_CELLS,
+    PROMPTS,
     pixels,
     tiny_backbone,
     tiny_classifier,
@@ -171,6 +172,31 @@ def test_what_cannot_be_merged_says_what_to_do(twins: tuple[str, str], family: s
     assert adapter is not None
     with pytest.raises(UserError, match="--to peft"):
         adapter.merged(backbone)
+
+
+@matrix
+@every_cell
+def test_the_zero_shot_reference_is_zero_shot_to_the_bit(twins: tuple[str, str], family: str, cell: str) -> None:
+    """In train mode, with trained weights, from the output of the frozen part; and nothing has changed afterwards."""
+    zero_shot = ClipClassifier(tiny_backbone(twins, family), None, PROMPTS)
+    classifier = tiny_classifier(tiny_backbone(twins, family), cell)
+    adapted, modules = classifier(pixels()), dict(classifier.model.named_modules())
+    trained = {name: p.detach().clone() for name, p in classifier.trainable().items()}
+    classifier.train()
+    for bf16 in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            found = classifier.zero_shot_outputs(classifier.encode_frozen(pixels()))
+            with torch.no_grad():
+                wanted = zero_shot.outputs(zero_shot.encode_frozen(pixels()))
+        assert torch.equal(found.logits_BC, wanted.logits_BC), bf16
+        assert torch.equal(found.features_BE, wanted.features_BE)
+        assert torch.equal(found.class_features_CE, wanted.class_features_CE)
+        assert not any(tensor.requires_grad for tensor in vars(found).values() if tensor is not None)
+    assert (found.logits_BC - adapted).abs().max() > 1e-4, "the adapter does something"
+    classifier.eval()
+    assert torch.equal(classifier(pixels()), adapted)
+    assert dict(classifier.model.named_modules()) == modules
+    assert all(p.requires_grad and torch.equal(p, trained[name]) for name, p in classifier.trainable().items())
 
 
 @matrix

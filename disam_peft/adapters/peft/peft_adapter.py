@@ -111,6 +111,20 @@ class PeftAdapter(Adapter):
     def detach(self, backbone: ClipBackbone) -> None:
         _restore(backbone.model, {name: layer.get_submodule("base_layer") for name, layer in self._layers()})
 
+    @contextmanager
+    def bypassed(self, backbone: ClipBackbone) -> Iterator[None]:
+        # The plain layers stand in the places of the adapted ones. (peft's own switch leaves the adapted layer in the
+        # way, with which a block may compute along another path, and takes requires_grad from the trained weights.)
+        self._require_unmerged()
+        layers = dict(self._layers())
+        try:
+            for name, layer in layers.items():
+                backbone.model.set_submodule(name, layer.get_submodule("base_layer"))
+            yield
+        finally:
+            for name, layer in layers.items():
+                backbone.model.set_submodule(name, layer)
+
     def merged(self, backbone: ClipBackbone) -> nn.Module:
         self._require_unmerged()
         whole = copy.deepcopy(self.peft_model)
