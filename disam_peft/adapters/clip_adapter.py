@@ -18,6 +18,12 @@ from disam_peft.config.base import Config
 from disam_peft.errors import UserError
 
 
+def clip_adapter(features_BE: Tensor, down_HE: Tensor, up_EH: Tensor, ratio: float) -> Tensor:
+    """``ratio * relu(relu(f down^T) up^T) + (1 - ratio) * f`` for image features f, (B, E); neither is normalised."""
+    adapted_BE = ((features_BE @ down_HE.T).relu() @ up_EH.T).relu()
+    return ratio * adapted_BE + (1 - ratio) * features_BE
+
+
 class ClipAdapter(Adapter):
     """v = ratio * relu(relu(f down^T) up^T) + (1 - ratio) * f; logits are CLIP's, of v in place of f.
 
@@ -67,5 +73,4 @@ class ClipAdapter(Adapter):
         """The blended features (B, E), in the precision of the weights also under autocast."""
         with torch.autocast(features_BE.device.type, enabled=False):
             features_BE = features_BE.to(self.down.dtype)
-            adapted_BE = ((features_BE @ self.down.T).relu() @ self.up.T).relu()
-            return self._ratio * adapted_BE + (1 - self._ratio) * features_BE
+            return clip_adapter(features_BE, self.down, self.up, self._ratio)
