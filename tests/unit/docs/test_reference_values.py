@@ -22,9 +22,9 @@ def rows(page: str) -> list[list[str]]:
 
 def function(path: str) -> Callable[..., object]:
     module, _, name = path.rpartition(".")
-    found = getattr(importlib.import_module(module), name)
+    found: Callable[..., object] = getattr(importlib.import_module(module), name)
     assert callable(found)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def faults(page: str) -> list[str]:
