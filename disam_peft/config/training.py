@@ -20,6 +20,10 @@ class TrainConfig(Config):
     sampling: Literal["balanced", "proportional"] = "balanced"
     """``balanced``: each batch has equally many images of every domain. ``proportional``: as many as the domain has
     in the data, on average."""
+    class_sampling: Literal["natural", "balanced"] = "natural"
+    """``natural``: within a domain (``sampling: balanced``) or the data (``proportional``) a class comes as often as it
+    is there. ``balanced``: all classes come equally often, so that images of rare classes are repeated, each time with
+    another augmentation."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(default=1e-3, gt=0)
     """The highest learning rate, which is reached after the warm-up."""

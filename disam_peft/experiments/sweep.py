@@ -28,7 +28,7 @@ from disam_peft.config.sweep import check_sweep
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.duplicates import check_duplicates
 from disam_peft.data.load import load
-from disam_peft.data.loading.sampler import DomainBatches
+from disam_peft.data.loading.batches import make_sampler
 from disam_peft.data.splits import held_out_domains, require_two_classes
 from disam_peft.errors import UserError
 from disam_peft.evaluation.metrics import metrics_of_domains
@@ -225,9 +225,7 @@ def _products(*values: Sequence[float]) -> Iterator[tuple[float, ...]]:
 
 def _rows(recipe: Recipe, training: DomainDataset, views: int, device: torch.device) -> Iterator[Tensor]:
     """The batches that a run with this recipe has, as indices of stored features."""
-    config = recipe.train
-    batches = DomainBatches(training.domain_ids, config.batch_size, recipe.seed, config.steps, sampling=config.sampling)
-    for batch in batches:
+    for batch in make_sampler(training, recipe.train, recipe.seed):
         indices, epochs = (np.array(column, dtype=np.int64) for column in zip(*batch, strict=True))
         yield torch.from_numpy(indices + len(training) * (epochs % views)).to(device)
 

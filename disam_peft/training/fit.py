@@ -20,8 +20,7 @@ from disam_peft.config.method import MethodConfig
 from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.dataset import DomainDataset
-from disam_peft.data.loading.batches import training_batches
-from disam_peft.data.loading.sampler import DomainBatches
+from disam_peft.data.loading.batches import make_sampler, training_batches
 from disam_peft.data.stores.features import FeatureStore
 from disam_peft.data.transforms.augment import TrainTransform
 from disam_peft.errors import UserError
@@ -120,12 +119,10 @@ def fit(
     trainer.steps_done = resumed_after = manager.resume()
     if resumed_after == 0:
         start_from_features(classifier, dataset, features, autocast=accelerator.autocast, workers=config.workers)
-    sampler = DomainBatches(
-        dataset.domain_ids,
-        config.batch_size,
+    sampler = make_sampler(
+        dataset,
+        config,
         seed,
-        config.steps,
-        sampling=config.sampling,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         first_step=resumed_after,

@@ -117,8 +117,12 @@ def choose_micro_batches(
 
 def _images_per_domain(dataset: DomainDataset, config: TrainConfig, num_processes: int) -> list[int]:
     """Images of each source domain in a process's part; their expected number where sampling is proportional."""
-    _, counts = np.unique(dataset.domain_ids, return_counts=True)
-    share_of = np.full(len(counts), 1 / len(counts)) if config.sampling == "balanced" else counts / counts.sum()
+    domains, of_sample_N = np.unique(dataset.domain_ids, return_inverse=True)
+    _, class_N, images_C = np.unique(dataset.labels, return_inverse=True, return_counts=True)
+    weight_N = np.ones(len(of_sample_N)) if config.class_sampling == "natural" else 1 / images_C[class_N]
+    share_of = np.bincount(of_sample_N, weight_N) / weight_N.sum()
+    if config.sampling == "balanced":
+        share_of = np.full(len(domains), 1 / len(domains))
     return [math.ceil(config.batch_size * float(share) / num_processes) for share in share_of]
 
 

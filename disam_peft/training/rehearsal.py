@@ -22,8 +22,8 @@ from disam_peft.config.method import MethodConfig
 from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.dataset import DomainDataset
+from disam_peft.data.loading.batches import make_sampler
 from disam_peft.data.loading.loader import make_eval_loader, make_train_loader
-from disam_peft.data.loading.sampler import DomainBatches
 from disam_peft.data.transforms.augment import TrainTransform
 from disam_peft.training.trainer import Trainer
 
@@ -85,12 +85,11 @@ def rehearse(
     """
     classifier.to(accelerator.device)
     trainer = Trainer(classifier, training, method, objective, config, (), accelerator, lambda name, **values: None)
-    sampler = DomainBatches(
-        training.domain_ids,
-        config.batch_size,
+    sampler = make_sampler(
+        training,
+        config,
         seed,
-        BATCHES,
-        sampling=config.sampling,
+        steps=BATCHES,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )

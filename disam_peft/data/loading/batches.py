@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from disam_peft.common.device import prefetch_to_device
+from disam_peft.config.training import TrainConfig
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.loading.feature_batches import feature_batches
 from disam_peft.data.loading.loader import make_stored_loader, make_train_loader
@@ -16,6 +17,30 @@ from disam_peft.data.loading.sampler import DomainBatches
 from disam_peft.data.stores.features import FeatureStore
 from disam_peft.data.transforms.augment import TrainTransform
 from disam_peft.data.transforms.batch_augment import BatchAugment
+
+
+def make_sampler(
+    dataset: DomainDataset, config: TrainConfig, seed: int, *, steps: int | None = None, **options: Any
+) -> DomainBatches:
+    """The sampler of a run with these settings.
+
+    Args:
+        steps: of the sampler; unset: those of the run.
+        options: ``rank``, ``world_size`` and ``first_step``, as for ``DomainBatches``.
+
+    Raises:
+        UserError: as ``DomainBatches``.
+    """
+    return DomainBatches(
+        dataset.domain_ids,
+        config.batch_size,
+        seed,
+        config.steps if steps is None else steps,
+        sampling=config.sampling,
+        class_sampling=config.class_sampling,
+        labels=dataset.labels,
+        **options,
+    )
 
 
 def training_batches(

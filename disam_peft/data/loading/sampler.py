@@ -7,7 +7,7 @@ it would have seen. Letters: D domains, B batch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 
@@ -15,6 +15,14 @@ from disam_peft.common.random import keyed_seed
 from disam_peft.errors import UserError
 
 Sampling = Literal["balanced", "proportional"]
+ClassSampling = Literal["natural", "balanced"]
+
+
+class _Order(Protocol):
+    """An endless sequence of samples."""
+
+    def take(self, first: int, count: int) -> Iterator[tuple[int, int]]:
+        """(index, epoch) at the positions ``first`` to ``first + count - 1`` of the sequence."""
 
 
 class _EndlessOrder:
@@ -26,7 +34,6 @@ class _EndlessOrder:
         self._order = members
 
     def take(self, first: int, count: int) -> Iterator[tuple[int, int]]:
-        """(index, epoch) at the positions ``first`` to ``first + count - 1`` of the sequence."""
         for position in range(first, first + count):
             epoch, offset = divmod(position, len(self._members))
             if epoch != self._epoch:
@@ -35,26 +42,47 @@ class _EndlessOrder:
             yield int(self._order[offset]), epoch
 
 
+class _ClassRounds:
+    """An endless sequence of ``members`` in rounds: each has one sample of every class, in an order of its own. Every
+    class has an endless order of its own samples, so that rare classes begin theirs anew more often."""
+
+    def __init__(self, members: np.ndarray, labels_N: np.ndarray, seed: int, name: str) -> None:
+        of_members = labels_N[members]
+        classes = np.unique(of_members)
+        self._samples = [_EndlessOrder(members[of_members == c], seed, f"{name}, class {c}") for c in classes]
+        self._classes = _EndlessOrder(np.arange(len(classes)), seed, f"{name}, classes")
+
+    def take(self, first: int, count: int) -> Iterator[tuple[int, int]]:
+        for number, turn in self._classes.take(first, count):
+            yield from self._samples[number].take(turn, 1)
+
+
 class DomainBatches:
     """The batches of one rank, for use as a DataLoader's ``batch_sampler``.
 
     Iterating gives, for every step from ``first_step`` to ``steps - 1``, the list of ``(index, epoch)`` pairs of
     this rank: ``index`` is a position in the dataset, ``epoch`` says how often all samples of its domain (or of the
-    data set) came before, so that (seed, epoch, index) never repeats within a run.
+    data set, or of its class) came before, so that (seed, epoch, index) never repeats within a run.
 
     ``balanced``: every domain gives B // D samples to each batch; the B % D left over go round the domains from
     step to step. Each domain has a permutation of its own and begins a new one when all its samples have come, so the
     smallest domain does not end the epoch. ``proportional``: one permutation of all samples after the other.
+
+    With ``class_sampling="balanced"``, each of these sequences has its classes equally often in place of as often as
+    they are in the data: every class once, in an order drawn anew, then every class again. So the numbers of samples of
+    two classes of a domain (of the data set) differ by at most one, however long the run is.
 
     Args:
         domain_ids: (N,) domain of every sample; ids need not be contiguous.
         batch_size: B, over all ranks. Rank r of W takes places r, r + W, ... of the global batch, in which samples
             stand domain by domain, so every rank has a fair share of each.
         steps: length of the whole run, in steps.
+        labels: (N,) class of every sample; needed where classes are balanced.
         first_step: where to start, in steps; more than 0 when resuming.
 
     Raises:
-        UserError: no samples; a batch smaller than the number of ranks, or (balanced) than that of domains.
+        UserError: no samples; a batch smaller than the number of ranks, or (balanced) than that of domains; no labels
+            to balance.
     """
 
     def __init__(
@@ -65,6 +93,8 @@ class DomainBatches:
         steps: int,
         *,
         sampling: Sampling = "balanced",
+        class_sampling: ClassSampling = "natural",
+        labels: np.ndarray | Sequence[int] | None = None,
         rank: int = 0,
         world_size: int = 1,
         first_step: int = 0,
@@ -76,8 +106,18 @@ class DomainBatches:
             raise UserError(f"rank {rank} of {world_size} processes does not exist; ranks count from 0")
         if not 0 <= first_step <= steps:
             raise UserError(f"first_step={first_step} is outside a run of {steps} steps")
-        if sampling not in get_args(Sampling):
-            raise UserError(f"sampling={sampling!r} is unknown; use one of {', '.join(get_args(Sampling))}")
+        for name, value, known in (
+            ("sampling", sampling, get_args(Sampling)),
+            ("class_sampling", class_sampling, get_args(ClassSampling)),
+        ):
+            if value not in known:
+                raise UserError(f"{name}={value!r} is unknown; use one of {', '.join(known)}")
+        labels_N = np.asarray([] if labels is None else labels)
+        if class_sampling == "balanced" and len(labels_N) != len(ids_N):
+            raise UserError(
+                f"class_sampling 'balanced' needs the class of each of the {len(ids_N)} samples, got {len(labels_N)}; "
+                "hand over labels=dataset.labels"
+            )
         domains = np.unique(ids_N)
         if batch_size < world_size:
             raise UserError(
@@ -91,10 +131,15 @@ class DomainBatches:
             )
         self.batch_size, self.steps, self.first_step = batch_size, steps, first_step
         self.rank, self.world_size = rank, world_size
+        groups = {"all": np.arange(len(ids_N))}
         if sampling == "balanced":
-            self._orders = [_EndlessOrder(np.flatnonzero(ids_N == d), seed, f"domain {d}") for d in domains]
-        else:
-            self._orders = [_EndlessOrder(np.arange(len(ids_N)), seed, "all")]
+            groups = {f"domain {d}": np.flatnonzero(ids_N == d) for d in domains}
+        self._orders: list[_Order] = [
+            _EndlessOrder(members, seed, name)
+            if class_sampling == "natural"
+            else _ClassRounds(members, labels_N, seed, name)
+            for name, members in groups.items()
+        ]
 
     def __len__(self) -> int:
         return self.steps - self.first_step

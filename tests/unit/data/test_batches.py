@@ -7,8 +7,9 @@ import torch
 
 from disam_peft.common.preprocessing import Preprocessing
 from disam_peft.config.data import AugmentConfig, DataConfig
+from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
-from disam_peft.data.loading.batches import training_batches
+from disam_peft.data.loading.batches import make_sampler, training_batches
 from disam_peft.data.loading.sampler import DomainBatches
 from disam_peft.data.stores.features import FeatureKey, open_or_build
 from disam_peft.data.stores.pixels import open_or_build as open_pixels
@@ -77,3 +78,26 @@ def test_from_stored_features_by_view(root, tmp_path):
         assert torch.allclose(batch["frozen"], torch.stack(expected), atol=1e-6)
         assert "pixels" not in batch
         require_names(batch, dataset)
+
+
+def test_stored_views_follow_the_passes_over_each_class(tree, tmp_path):
+    """With balanced classes a rare image is in its fifth pass while others are in their first."""
+    root = tree(["a", "b"], ["x", "y"], 5)
+    for name in ("1", "2", "3", "4"):
+        next(path for path in sorted((root / "b" / "y").iterdir()) if path.stem.endswith(name)).unlink()
+    dataset = load(DataConfig(root=root))
+    config = TrainConfig(batch_size=4, steps=6, class_sampling="balanced")
+    transform = TrainTransform(SEEN, AugmentConfig(), seed=3)
+    key = FeatureKey("backbone", None, "float32/no", "transform", "data", views=3)
+    store = open_or_build(
+        key, dataset, transform, lambda pixels: pixels.mean((2, 3)), folder=tmp_path / "features", workers=0
+    )
+    pairs = [pair for batch in make_sampler(dataset, config, 5) for pair in batch]
+    (rare,) = ((dataset.domain_ids == 1) & (dataset.labels == 1)).nonzero()[0]
+    assert [epoch for index, epoch in pairs if index == rare] == [0, 1, 2, 3, 4, 5]
+    assert {epoch for index, epoch in pairs if dataset.domain_ids[index] == 0} == {0, 1}
+    rows = torch.cat(
+        [batch["frozen"] for batch in training_batches(dataset, make_sampler(dataset, config, 5), store, CPU)]
+    )
+    expected = [transform(dataset.image(index), index, epoch % 3).mean((1, 2)) for index, epoch in pairs]
+    assert torch.allclose(rows, torch.stack(expected), atol=1e-6)

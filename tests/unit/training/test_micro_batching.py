@@ -5,7 +5,9 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -264,6 +266,18 @@ def test_the_way_follows_from_the_sizes(twins, domains_folder, pieces, batch, pr
     config = TrainConfig(batch_size=batch, gradient_accumulation_steps=pieces)
     chosen = choose_micro_batches(classifier, load(DataConfig(root=domains_folder)), config, MethodConfig(), processes)
     assert (chosen.mode, chosen.size) == (way, size)
+
+
+def test_expected_images_of_a_domain_follow_from_how_batches_are_drawn():
+    """Classes 0 and 1 are balanced over all data: of class 1, with four images, domain 8 has three."""
+    dataset = SimpleNamespace(domain_ids=np.array([2] * 9 + [8] * 3), labels=np.array([0] * 8 + [1] * 4))
+
+    def images(**settings):
+        return gradient._images_per_domain(dataset, TrainConfig(batch_size=160, **settings), 1)
+
+    assert images() == images(class_sampling="balanced") == [80, 80]
+    assert images(sampling="proportional") == [120, 40]
+    assert images(sampling="proportional", class_sampling="balanced") == [100, 60]
 
 
 def test_more_pieces_than_images_are_an_error(run, twins, domains_folder):

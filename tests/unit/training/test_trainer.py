@@ -93,6 +93,7 @@ def test_workers_do_not_change_the_result(trained):
     [
         {"batch_size": 9},
         {"sampling": "proportional"},
+        {"class_sampling": "balanced"},
         {"optimizer": "sgd"},
         {"learning_rate": 2e-3},
         {"weight_decay": 0.5},
