@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from disam_peft.adapters.interpolation import MoveTo, require_alpha, tensors_on_a_line, wise_ft
 from disam_peft.adapters.prompts import ClassPrompts, FrozenText, ensemble
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.config.base import Config
@@ -162,6 +163,55 @@ class Adapter(nn.Module, ABC):
         ``backbone.model`` need not override it.
         """
         return nullcontext()
+
+    # -- between zero-shot and trained ---------------------------------------------------------------------------
+
+    @classmethod
+    def require_zero_shot_weights(cls, config: Config) -> None:
+        """Pass if adapters of this config have weights w0 with which they classify as zero-shot CLIP does, and to which
+        a straight line ``w0 + alpha (w1 - w0)`` leads from the trained weights w1. It is asked before anything is
+        loaded.
+
+        Raises:
+            UserError: they have none; says why. Not overridden, this is so.
+        """
+        raise UserError(
+            f"a '{cls.kind}' adapter has no zero-shot weights w0, so there is no w0 + alpha (w1 - w0) (WiSE-FT)"
+        )
+
+    def zero_shot_tensors(self, backbone: ClipBackbone, prompts: ClassPrompts) -> dict[str, Tensor]:
+        """w0: the values with which this adapter classifies as zero-shot CLIP does, for those of ``trainable`` that
+        have to move. The weights of the model must be linear in these; the other tensors stay as they are trained.
+
+        Raises:
+            UserError: there is no such line in the tensors of this adapter; says what to do instead.
+        """
+        self.require_zero_shot_weights(self.config)
+        raise NotImplementedError(f"{type(self).__name__} has zero-shot weights and does not say which")
+
+    def interpolation(self, backbone: ClipBackbone, prompts: ClassPrompts) -> AbstractContextManager[MoveTo]:
+        """A context that yields a function of alpha, which puts the classifier at ``w0 + alpha (w1 - w0)``.
+
+        0 is zero-shot, 1 is the trained adapter to the bit, more goes beyond it. ``merged`` inside gives what is merged
+        at that alpha. On leaving, all weights have the bits that they had before.
+
+        Raises:
+            UserError: as ``require_zero_shot_weights``; when called, an alpha that is negative or not finite.
+        """
+        self.require_zero_shot_weights(self.config)
+        return tensors_on_a_line(self.trainable(), self.zero_shot_tensors(backbone, prompts))
+
+    @torch.no_grad()
+    def settle(self, backbone: ClipBackbone, prompts: ClassPrompts, alpha: float) -> None:
+        """Put the tensors at ``w0 + alpha (w1 - w0)`` for good, so that ``state`` has them.
+
+        Raises:
+            UserError: as ``zero_shot_tensors``; an alpha that is negative or not finite. Nothing is changed then.
+        """
+        require_alpha(alpha)
+        trained = self.trainable()
+        for name, start in self.zero_shot_tensors(backbone, prompts).items():
+            trained[name].copy_(wise_ft(start, trained[name], alpha))
 
     # -- saving and exporting ------------------------------------------------------------------------------------
 

@@ -69,6 +69,14 @@ class ClipAdapter(Adapter):
             weights.append(drawn.to(backbone.device, parameter_dtype(backbone)))
         return cls(config, *weights)
 
+    @classmethod
+    def require_zero_shot_weights(cls, config: Config) -> None:
+        raise UserError(
+            "a 'clip_adapter' stands behind the image tower and has no zero-shot weights w0, so there is no "
+            "w0 + alpha (w1 - w0) (WiSE-FT); its adapter.ratio blends adapted and frozen features already: train with "
+            "a smaller one"
+        )
+
     def image_features(self, features_BE: Tensor) -> Tensor:
         """The blended features (B, E), in the precision of the weights also under autocast."""
         with torch.autocast(features_BE.device.type, enabled=False):

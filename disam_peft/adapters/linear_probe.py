@@ -45,12 +45,15 @@ class LinearProbeAdapter(Adapter):
             # Drawn on the CPU: the same numbers on every device.
             weight_CE = _INIT_STD * torch.randn(shape, generator=generator)
             return cls(config, weight_CE.to(device, dtype), bias_C)
-        with torch.no_grad():
-            tokens_NL = backbone.tokenize(fill_templates(prompts))
-            features_CE = zero_shot_features(backbone, tokens_NL, len(prompts.templates))
-            if backbone.logit_bias is not None:
-                bias_C += backbone.logit_bias
-            return cls(config, (backbone.logit_scale * features_CE).to(device, dtype), bias_C)
+        return cls(config, *_zero_shot_head(backbone, prompts))
+
+    @classmethod
+    def require_zero_shot_weights(cls, config: Config) -> None:
+        """The zero-shot head, also for a probe that started from random weights."""
+
+    def zero_shot_tensors(self, backbone: ClipBackbone, prompts: ClassPrompts) -> dict[str, Tensor]:
+        weight_CE, bias_C = _zero_shot_head(backbone, prompts)
+        return {name: w0 for name, w0 in (("weight", weight_CE), ("bias", bias_C)) if name in self.trainable()}
 
     @classmethod
     def expected_numbers(cls, config: Config, backbone: ClipBackbone, classes: int) -> int:
@@ -61,3 +64,15 @@ class LinearProbeAdapter(Adapter):
         with torch.autocast(features_BE.device.type, enabled=False):
             normalised_BE = nn.functional.normalize(features_BE.to(self.weight.dtype), dim=-1)
             return nn.functional.linear(normalised_BE, self.weight, self.bias)
+
+
+@torch.no_grad()
+def _zero_shot_head(backbone: ClipBackbone, prompts: ClassPrompts) -> tuple[Tensor, Tensor]:
+    """The weight (C, E) and the bias (C,) of the head whose logits are those of zero-shot classification."""
+    dtype, device = parameter_dtype(backbone), backbone.device
+    tokens_NL = backbone.tokenize(fill_templates(prompts))
+    features_CE = zero_shot_features(backbone, tokens_NL, len(prompts.templates))
+    bias_C = torch.zeros(len(prompts.class_names), dtype=dtype, device=device)
+    if backbone.logit_bias is not None:
+        bias_C += backbone.logit_bias
+    return (backbone.logit_scale * features_CE).to(device, dtype), bias_C

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from disam_peft.adapters.base import Adapter, Autocast, cosine_logits
+from disam_peft.adapters.interpolation import MoveTo
 from disam_peft.adapters.prompts import ClassPrompts, FrozenText, fill_templates, text_trunk, zero_shot_features
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.pass_cache import PassCache
@@ -161,6 +162,19 @@ class ClipClassifier(nn.Module):
             return self.adapter.class_features(self.backbone, text)
         assert text.features_CE is not None  # without an adapter the whole text tower is frozen
         return text.features_CE
+
+    def interpolation(self) -> AbstractContextManager[MoveTo]:
+        """A context that yields a function of alpha, which puts this classifier at ``w0 + alpha (w1 - w0)``, w0 the
+        zero-shot and w1 the trained weights (WiSE-FT, arXiv 2109.01903). The frozen part and so ``encode_frozen`` are
+        the same at every alpha; ``class_features`` are not. On leaving it computes to the bit as before.
+
+        Raises:
+            UserError: zero-shot classification, or an adapter without zero-shot weights; when called, an alpha that is
+                negative or not finite.
+        """
+        if self.adapter is None:
+            raise UserError("zero-shot classification has no trained weights, so there is nothing to interpolate")
+        return self.adapter.interpolation(self.backbone, self.prompts)
 
     def captured(self, autocast: Autocast = nullcontext) -> AbstractContextManager[object]:
         """See ``Adapter.captured``. Open it around the steps of a training loop, when the model is on its device."""

@@ -91,6 +91,13 @@ class CoOpAdapter(Adapter):
         return cls(config, context, chunks)
 
     @classmethod
+    def require_zero_shot_weights(cls, config: Config) -> None:
+        raise UserError(
+            "a 'coop' adapter learns a prompt in place of the templates and has no zero-shot weights w0, so there is "
+            "no w0 + alpha (w1 - w0) (WiSE-FT); evaluate it as it was trained"
+        )
+
+    @classmethod
     def expected_numbers(cls, config: Config, backbone: ClipBackbone, classes: int) -> int:
         assert isinstance(config, CoOpConfig)
         # At least one context token. A context for all classes is bounded by the prompt's length.

@@ -29,6 +29,9 @@ class PeftMethod:
     code, train or rewrite base weights, or change the adapter's weights inside the forward pass.
 
     ``affine``: while nothing drops out, an adapted layer is an affine function of each row of its input.
+
+    ``linear_in``: one trained tensor of a layer, by its name in peft or by that of its variants, in which the change of
+    the layer's weights is linear; it is nothing where this tensor is ``nothing_at`` everywhere. Empty: there is none.
     """
 
     peft_type: str
@@ -37,27 +40,30 @@ class PeftMethod:
     projections: tuple[str, ...] = ("q", "v")
     fixed: Mapping[str, Any] = field(default_factory=dict)
     affine: bool = False
+    linear_in: tuple[str, ...] = ()
+    nothing_at: float = 0.0
 
 
 _LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "use_rslora")
 
 METHODS: dict[str, PeftMethod] = {
-    "lora": PeftMethod("LORA", _LORA_OPTIONS, affine=True),
+    "lora": PeftMethod("LORA", _LORA_OPTIONS, affine=True, linear_in=("lora_B",)),
     "dora": PeftMethod("LORA", _LORA_OPTIONS, fixed={"use_dora": True}, affine=True),
-    "ia3": PeftMethod("IA3", (), projections=("k", "v", "fc2")),
+    "ia3": PeftMethod("IA3", (), projections=("k", "v", "fc2"), linear_in=("ia3_l",), nothing_at=1.0),
     "oft": PeftMethod(
         "OFT",
         ("r", "oft_block_size", "module_dropout", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms"),
     ),
-    "loha": PeftMethod("LOHA", ("r", "alpha", "rank_dropout", "module_dropout")),
+    "loha": PeftMethod("LOHA", ("r", "alpha", "rank_dropout", "module_dropout"), linear_in=("hada_w1_a",)),
     "lokr": PeftMethod(
         "LOKR",
         ("r", "alpha", "rank_dropout", "module_dropout", "decompose_both", "decompose_factor", "rank_dropout_scale"),
+        linear_in=("lokr_w1", "lokr_w1_a"),
     ),
     "hra": PeftMethod("HRA", ("r", "apply_GS")),
-    "hira": PeftMethod("HIRA", ("r", "hira_dropout")),
-    "delora": PeftMethod("DELORA", ("r", "delora_lambda", "module_dropout")),
-    "vera": PeftMethod("VERA", ("r", "projection_prng_key", "vera_dropout", "d_initial")),
+    "hira": PeftMethod("HIRA", ("r", "hira_dropout"), linear_in=("hira_B",)),
+    "delora": PeftMethod("DELORA", ("r", "delora_lambda", "module_dropout"), linear_in=("delora_lambda",)),
+    "vera": PeftMethod("VERA", ("r", "projection_prng_key", "vera_dropout", "d_initial"), linear_in=("vera_lambda_b",)),
     "ln_tuning": PeftMethod("LN_TUNING", (), layers="norm", projections=("norm1", "norm2")),
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from disam_peft.adapters.base import Adapter, require_matching_state
+from disam_peft.adapters.interpolation import MoveTo, require_alpha, wise_ft
 from disam_peft.adapters.peft.methods import find_method, make_peft_config
+from disam_peft.adapters.peft.norms import frozen_norms, widen_norms
 from disam_peft.adapters.peft.peft_config import PEFT_CONFIG_NAME, peft_config_json, require_same_config
 from disam_peft.adapters.peft.targets import frozen_blocks, only_outside_blocks, select_targets
 from disam_peft.adapters.prompts import ClassPrompts
@@ -46,6 +48,8 @@ class PeftAdapter(Adapter):
         self.peft_model = peft_model
         self.peft_json = peft_json
         """The content of ``adapter_config.json`` for this adapter; JSON types only."""
+        self._alpha = 1.0
+        """Where the layers are blended at, see ``_blended_layers``."""
 
     @classmethod
     def planned_image_split(cls, config: Config, backbone: ClipBackbone) -> int | None:
@@ -72,7 +76,7 @@ class PeftAdapter(Adapter):
             adapter = cls(config, _attach(backbone, peft_config, config.seed), peft_json)
             layers = adapter._layers()
             _require_exact({target.name for target in targets}, {name for name, _ in layers}, backbone)
-            _widen_norms(layers)
+            widen_norms(layers)
             if find_method(_method(config)).affine and not peft_config.lora_dropout:
                 for _, layer in layers:
                     setattr(layer, AFFINE, True)
@@ -108,6 +112,58 @@ class PeftAdapter(Adapter):
         require_matching_state(self.kind, self._views(), state)
         set_peft_model_state_dict(self.peft_model, dict(state))
 
+    @classmethod
+    def require_zero_shot_weights(cls, config: Config) -> None:
+        """The weights of the backbone."""
+
+    def zero_shot_tensors(self, backbone: ClipBackbone, prompts: ClassPrompts) -> dict[str, Tensor]:
+        assert isinstance(self.config, LoraAdapterConfig | PeftAdapterConfig)
+        name = _method(self.config)
+        method = find_method(name)
+        if method.layers == "norm":
+            return frozen_norms(self._layers(), self.trainable())
+        if not method.linear_in:
+            raise UserError(
+                f"a '{name}' adapter cannot be written at another alpha: the weights of the model are not linear in "
+                "its tensors, so w0 + alpha (w1 - w0) is no adapter of this kind; export merged weights (--to merged)"
+            )
+        return {
+            name: torch.full_like(parameter, method.nothing_at)
+            for name, parameter in self.trainable().items()
+            if not set(method.linear_in).isdisjoint(name.split("."))
+        }
+
+    def interpolation(self, backbone: ClipBackbone, prompts: ClassPrompts) -> AbstractContextManager[MoveTo]:
+        assert isinstance(self.config, LoraAdapterConfig | PeftAdapterConfig)
+        method = find_method(_method(self.config))
+        if method.linear_in or method.layers == "norm":
+            return super().interpolation(backbone, prompts)
+        return self._blended_layers()
+
+    @contextmanager
+    def _blended_layers(self) -> Iterator[MoveTo]:
+        """As ``interpolation``, for weights that are not linear in the tensors. Every layer is linear in its weights,
+        so ``(1 - alpha)`` times the frozen layer's output and ``alpha`` times the adapted one's is the output of a
+        layer with the interpolated weights."""
+        self._require_unmerged()
+        hooks: list[Any] = []
+
+        def blend(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return wise_ft(layer.base_layer(*inputs), output, self._alpha)
+
+        def move_to(alpha: float) -> None:
+            require_alpha(alpha)
+            self._alpha = alpha
+            while hooks:
+                hooks.pop().remove()
+            if alpha != 1:
+                hooks.extend(layer.register_forward_hook(blend) for _, layer in self._layers())
+
+        try:
+            yield move_to
+        finally:
+            move_to(1.0)
+
     def detach(self, backbone: ClipBackbone) -> None:
         _restore(backbone.model, {name: layer.get_submodule("base_layer") for name, layer in self._layers()})
 
@@ -135,6 +191,11 @@ class PeftAdapter(Adapter):
         except ValueError as error:
             raise UserError(f"merging failed: {error}; the adapter's weights are not finite") from error
         as_loaded = {**backbone.base_parameters(), **dict(backbone.model.named_buffers())}
+        for layer, _ in self._layers() if self._alpha != 1 else ():
+            for part, parameter in plain.get_submodule(layer).named_parameters():
+                start = as_loaded[f"{layer}.{part}"].detach().to(parameter.dtype)
+                if not torch.equal(start, parameter):  # what did not change, as most biases, keeps its bits
+                    parameter.data = wise_ft(start, parameter.data, self._alpha)
         for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):
             # a copy of our own that nobody holds yet; only its dtype changes, which copy_ could not do
             tensor.data = tensor.data.to(as_loaded[name].dtype)
@@ -265,29 +326,3 @@ def _checkpoint_name(name: str) -> str:
     """``peft_model.base_model.model.visual.x.lora_A.default.weight`` -> ``visual.x.lora_A.weight``."""
     inner = name.removeprefix("peft_model.").removeprefix(_PREFIX)
     return ".".join(part for part in inner.split(".") if part != "default")
-
-
-class _WideLayerNorm(nn.LayerNorm):
-    """A float32 norm inside a half-precision tower: computes in its own precision, returns the tower's."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        weight, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
-        wide = nn.functional.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps)
-        return wide.to(input.dtype)
-
-
-def _widen_norms(layers: list[tuple[str, nn.Module]]) -> None:
-    """Trained norms are copies in the base's precision, and peft leaves them so. Training needs float32."""
-    from peft.tuners.ln_tuning.layer import LNTuningLayer
-
-    for name, layer in layers:
-        norm = layer.ln_tuning_layers["default"] if isinstance(layer, LNTuningLayer) else None
-        if norm is None or norm.weight.dtype not in (torch.float16, torch.bfloat16):
-            continue
-        if not isinstance(norm, nn.LayerNorm):
-            raise UserError(
-                f"{name} is a {type(norm).__name__}, which ln_tuning cannot train inside a half-precision backbone; "
-                "load the backbone in float32 (training may still use bf16 autocast)"
-            )
-        norm.float()
-        norm.__class__ = _WideLayerNorm
