@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticKnownError
 
+from disam_peft.config.anchors import AnchorConfig
 from disam_peft.config.base import Config
 
 
@@ -58,7 +59,8 @@ def _with_kind(penalty: Any) -> Any:
 
 
 class ObjectiveConfig(Config):
-    """The function that training descends: mean loss + sum of weight * penalty. The defaults are the plain mean."""
+    """The function that training descends: mean loss + sum of weight * penalty + sum of weight * anchor. The defaults
+    are the plain mean."""
 
     loss: LossConfig = LossConfig()
     mean_over: Literal["samples", "domains"] | None = None
@@ -67,29 +69,23 @@ class ObjectiveConfig(Config):
     published so (vrex), ``samples`` otherwise."""
     penalties: list[Annotated[PenaltyConfig, BeforeValidator(_with_kind)]] = Field(default=[])
     """Functions of the whole batch that are added to the mean loss; at most one of a kind."""
-    anchors: list[str] = Field(default=[])
-    """Terms that hold the model near its zero-shot state. There are none yet."""
+    anchors: list[AnchorConfig] = Field(default=[])
+    """Distances that hold the model near zero-shot CLIP, or near where it started; at most one of a kind."""
 
     @field_validator("loss", mode="before")
     @classmethod
     def _cross_entropy_where_left_out(cls, loss: Any) -> Any:
         return {"kind": "cross_entropy", **loss} if isinstance(loss, dict) else loss
 
-    @field_validator("penalties")
+    @field_validator("penalties", "anchors")
     @classmethod
-    def _one_of_a_kind(cls, penalties: list[PenaltyConfig]) -> list[PenaltyConfig]:
-        kinds = [penalty.kind for penalty in penalties]
+    def _one_of_a_kind(cls, terms: list[Any], field: ValidationInfo) -> list[Any]:
+        kinds = [term.kind for term in terms]
         twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
         if twice:
-            raise ValueError(f"the penalty {twice[0]!r} stands {kinds.count(twice[0])} times; keep one of them")
-        return penalties
-
-    @field_validator("anchors")
-    @classmethod
-    def _none_yet(cls, anchors: list[str]) -> list[str]:
-        if anchors:
-            raise ValueError("there are no anchors in this version; leave the list empty")
-        return anchors
+            what = {"penalties": "penalty", "anchors": "anchor"}[str(field.field_name)]
+            raise ValueError(f"the {what} {twice[0]!r} stands {kinds.count(twice[0])} times; keep one of them")
+        return terms
 
     @property
     def effective_mean_over(self) -> Literal["samples", "domains"]:
@@ -100,4 +96,5 @@ class ObjectiveConfig(Config):
     @property
     def is_plain_mean(self) -> bool:
         """Whether it is the mean over samples of the plain cross entropy."""
-        return self.loss == CrossEntropyConfig() and self.effective_mean_over == "samples" and not self.penalties
+        one_term = not self.penalties and not self.anchors
+        return self.loss == CrossEntropyConfig() and self.effective_mean_over == "samples" and one_term

@@ -75,15 +75,17 @@ class DomainsOfSamples:
 class DomainObjective:
     """The mean loss over all samples; the base of every other objective.
 
-    An objective is ``J = sum_d m_d S_d + P(S, T, n)``. S_d are the sums of the losses over the samples of domain d, and
-    n_d is their number. The weights m_d of the mean follow from the n_d alone. The penalty P is any differentiable
-    function of the S_d, the n_d and of further sums T_d, the statistics. All sums are those of the whole effective
-    batch, over all micro-batches and ranks, so the gradient of J is exact however the batch is divided: the step
-    collects the sums, takes ``G_d = dP/dS_d`` (and ``dP/dT_d``) as plain numbers, and runs the backward pass of the
-    surrogate ``sum_d <G_d, the part of S_d in this micro-batch>``.
+    An objective is ``J = sum_d m_d S_d + sum_d <a_d, T_d> + P(S, T, n)``. S_d are the sums of the losses over the
+    samples of domain d, and n_d is their number. T_d are further sums, the statistics. The weights m_d of the mean and
+    a_d of the statistics follow from the n_d alone. The penalty P is any differentiable function of the S_d, T_d and
+    n_d. All sums are those of the whole effective batch, over all micro-batches and ranks, so the gradient of J is
+    exact however the batch is divided: the step collects the sums, takes ``G_d = dJ/dS_d`` (and ``dJ/dT_d``) as plain
+    numbers, and runs the backward pass of the surrogate ``sum_d <G_d, the part of S_d in this micro-batch>``. Without a
+    penalty these numbers follow from the counts, and no sums have to be collected first.
 
     A subclass overrides what it needs: ``mean`` together with ``mean_weights`` for another mean; ``has_penalty`` and
-    ``penalty`` for a penalty; ``has_statistics`` and ``statistics`` where the penalty depends on more than the losses.
+    ``penalty`` for a penalty; ``has_statistics`` and ``statistics`` where more than the losses is summed up, with
+    ``linear_weights`` where J is linear in it.
     """
 
     has_statistics: bool = False
@@ -97,8 +99,19 @@ class DomainObjective:
         """``sum_d m_d S_d``, shape ()."""
         return sums.mean
 
+    def linear_weights(self, count_D: Tensor, *, in_ascent: bool) -> Sequence[Tensor | None]:
+        """a_d of each statistic, (D, ...) or () where all are equal; None for a statistic that the penalty alone uses.
+
+        Args:
+            in_ascent: asks for the objective that the perturbation climbs.
+
+        Returns:
+            as many as there are statistics; or none, which is None for each.
+        """
+        return ()
+
     def has_penalty(self, *, in_ascent: bool) -> bool:
-        """Whether the objective is more than the mean.
+        """Whether the objective is more than a linear function of the sums.
 
         Args:
             in_ascent: asks for the objective that the perturbation climbs, which may leave penalties out.
@@ -127,10 +140,14 @@ class DomainObjective:
 
     def value(self, sums: DomainSums) -> Tensor:
         """J, the value of the descended objective, shape ()."""
+        value = self.mean(sums)
+        weights = self.linear_weights(sums.count_D, in_ascent=False)
+        for weight, statistic in zip(weights, sums.statistics, strict=len(weights) > 0):
+            value = value if weight is None else value + (weight * statistic).sum()
         if not self.has_penalty(in_ascent=False):
-            return self.mean(sums)
+            return value
         with torch.no_grad():
-            return self.mean(sums) + self.penalty(sums, in_ascent=False)
+            return value + self.penalty(sums, in_ascent=False)
 
 
 @dataclass(frozen=True)
@@ -139,23 +156,31 @@ class Coefficients:
 
     Attributes:
         loss_D: dJ/dS_d, (D,) or () where all are equal.
-        statistics: dJ/dT_d, one tensor for each statistic; empty where there is no penalty.
+        statistics: dJ/dT_d, one tensor for each statistic, or None where it is 0; empty where it is 0 for all.
     """
 
     loss_D: Tensor
-    statistics: tuple[Tensor, ...] = ()
+    statistics: tuple[Tensor | None, ...] = ()
+
+    @classmethod
+    def of_counts(cls, objective: DomainObjective, count_D: Tensor, *, in_ascent: bool) -> Coefficients:
+        """Those of an objective without its penalty, which follow from the counts alone."""
+        linear = objective.linear_weights(count_D, in_ascent=in_ascent)
+        return cls(objective.mean_weights(count_D), tuple(linear))
 
 
 def coefficients(objective: DomainObjective, sums: DomainSums, *, in_ascent: bool) -> Coefficients:
     """``dJ/dS_d`` and ``dJ/dT_d`` at the sums of the whole batch, by a small autograd over those sums alone."""
-    mean_D = objective.mean_weights(sums.count_D)
+    known = Coefficients.of_counts(objective, sums.count_D, in_ascent=in_ascent)
     if not objective.has_penalty(in_ascent=in_ascent):
-        return Coefficients(mean_D)
+        return known
     leaves = [tensor.detach().requires_grad_() for tensor in (sums.sum_D, *sums.statistics)]
     with torch.enable_grad():
         penalty = objective.penalty(replace(sums, sum_D=leaves[0], statistics=tuple(leaves[1:])), in_ascent=in_ascent)
         if not penalty.requires_grad:  # a penalty that happens to be constant
-            return Coefficients(mean_D)
+            return known
         found = torch.autograd.grad(penalty, leaves, allow_unused=True)
     loss_D, *statistics = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True)]
-    return Coefficients(mean_D + loss_D, tuple(g.detach() for g in statistics))
+    linear = known.statistics or (None,) * len(statistics)
+    both = [g.detach() if a is None else g.detach() + a for g, a in zip(statistics, linear, strict=True)]
+    return Coefficients(known.loss_D + loss_D, tuple(both))

@@ -52,17 +52,19 @@ class MicroBatchLosses:
         of = self.micro_batch
         return domain_sums(self.loss_B, of.index_B, of.ids_D, of.mask_B, self.reported_B, self.statistics)
 
-    def weighted(self, weight_D: Tensor, statistics_weights: Sequence[Tensor], factor: float) -> Tensor:
+    def weighted(self, weight_D: Tensor, statistics_weights: Sequence[Tensor | None], factor: float) -> Tensor:
         """The surrogate ``factor (sum_i weight_d(i) l_i + sum over the statistics of <weights, statistic>)``.
 
         Args:
             weight_D: (D,), or () where all are equal. All weights are numbers, no graph runs through them.
-            statistics_weights: one for each statistic; empty where the objective of this pass does not depend on them.
+            statistics_weights: one for each statistic, or None where the objective of this pass does not depend on it;
+                empty where it depends on none.
         """
         weight_B = weight_D.expand(len(self.loss_B)) if weight_D.ndim == 0 else weight_D[self.micro_batch.index_B]
         surrogate = torch.dot((weight_B * factor).to(self.loss_B.dtype), self.loss_B)
         for weights, statistic in zip(statistics_weights, self.statistics, strict=len(statistics_weights) > 0):
-            surrogate = surrogate + (weights * factor * statistic).sum().to(surrogate.dtype)
+            if weights is not None:
+                surrogate = surrogate + (weights * factor * statistic).sum().to(surrogate.dtype)
         return surrogate
 
 

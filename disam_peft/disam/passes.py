@@ -96,7 +96,7 @@ class Passes:
         if depends_on_sums or mode == "per_domain" or self._objective.has_penalty(in_ascent=False):
             self._weighing = self._chosen(mode, num_mixed)
         if mode == "auto" and not depends_on_sums:
-            sums = self._one_phase(count_D)
+            sums = self._one_phase(count_D, in_ascent=target.in_ascent)
             self._objective.begin_step(sums)
             weight_D = ascent_weights(sums.mean_D, sums.count_D, 0.0, self._objective.mean_weights(sums.count_D))
             return FirstPass(sums, weight_D, "mean", [p.grad for p in self._params] if with_plain_gradients else None)
@@ -111,21 +111,21 @@ class Passes:
             count_D: the samples of all ranks.
         """
         if not self._objective.has_penalty(in_ascent=False):
-            return self._one_phase(count_D)
+            return self._one_phase(count_D, in_ascent=False)
         target = Target(0.0, in_ascent=False)
         if self._weighing == "per_domain":
             return self._per_domain(target, count_D.sum(), False, begins=False).sums
         return self._two_phase(target, False, begins=False).sums
 
-    def _one_phase(self, count_D: Tensor) -> DomainSums:
-        """The gradient of the mean, whose weights follow from the counts: one forward for each micro-batch."""
-        weight_D = self._objective.mean_weights(count_D)
+    def _one_phase(self, count_D: Tensor, *, in_ascent: bool) -> DomainSums:
+        """The gradient of an objective whose weights follow from the counts: one forward for each micro-batch."""
+        known = Coefficients.of_counts(self._objective, count_D, in_ascent=in_ascent)
         sums: DomainSums | None = None
         with self._ranks.no_sync():
             for micro_batch in self._batch.micro_batches:
                 losses = micro_batch.losses()
                 sums = _total(sums, losses.sums())
-                self._weighted_backward(losses, weight_D)
+                self._weighted_backward(losses, known.loss_D, known.statistics)
                 del losses  # with its graph, before the next one is built
         self._ranks.add_up_gradients_(self._params)
         assert sums is not None  # there is always a micro-batch
@@ -226,7 +226,7 @@ class Passes:
         return None
 
     def _weighted_backward(
-        self, losses: MicroBatchLosses, weight_D: Tensor, statistics_weights: Sequence[Tensor] = ()
+        self, losses: MicroBatchLosses, weight_D: Tensor, statistics_weights: Sequence[Tensor | None] = ()
     ) -> None:
         """Gradient of this rank's share of the surrogate."""
         self._backward(losses.weighted(weight_D, statistics_weights, self._ranks.loss_factor))

@@ -73,7 +73,7 @@ class StepReport:
         sums = first.sums
         value = objective.value(sums)
         is_finite = torch.isfinite(sums.mean) & torch.isfinite(perturbed.mean)
-        if objective.has_penalty(in_ascent=False):
+        if objective.has_penalty(in_ascent=False) or objective.has_statistics:
             is_finite = is_finite & torch.isfinite(value) & torch.isfinite(objective.value(perturbed))
         if direction_is_finite is not None:
             is_finite = is_finite & direction_is_finite.to(is_finite.device)

@@ -55,6 +55,21 @@ from disam_peft.disam.domain_sums import DomainSums
 
 
 @dataclass(frozen=True)
+class Reference:
+    """What zero-shot classification makes of the same images, without a graph.
+
+    Attributes:
+        logits_BC: its logits.
+        features_BE: normalised image features of the plain image tower.
+        class_features_CE: normalised class features of the plain text tower.
+    """
+
+    logits_BC: Tensor
+    features_BE: Tensor
+    class_features_CE: Tensor
+
+
+@dataclass(frozen=True)
 class Outputs:
     """The results of a forward pass of a micro-batch, with their graph.
 
@@ -75,6 +90,7 @@ class Outputs:
         other_labels_B, share_B: of mixed samples, the class of the other image, and the share in [0, 1] that the image
             of ``labels_B`` has in the mixture. None: nothing is mixed. A loss need not read them: the objective calls
             it once for each class and adds up both by their shares. Penalties that read labels take ``targets_BC``.
+        reference: of zero-shot classification; in a run where ``Objective.needs_zero_shot``.
     """
 
     logits_BC: Tensor
@@ -87,6 +103,7 @@ class Outputs:
     num_places: int | None = None
     other_labels_B: Tensor | None = None
     share_B: Tensor | None = None
+    reference: Reference | None = None
 
     @property
     def targets_BC(self) -> Tensor:
@@ -130,6 +147,11 @@ class Outputs:
         how = "place_B=..., num_places=..., counted over all micro-batches and processes"
         place_B = _given(self.place_B, "the place of each sample in the whole batch", how)
         return place_B, _given(self.num_places, "the number of places in the whole batch", how)
+
+    @property
+    def zero_shot(self) -> Reference:
+        """``reference``, or a ValueError."""
+        return _given(self.reference, "the outputs of zero-shot classification", "reference=Reference(...)")
 
 
 T = TypeVar("T")

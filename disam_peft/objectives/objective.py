@@ -1,4 +1,4 @@
-"""The objective of a recipe, put together from its loss, its mean and its penalties.
+"""The objective of a recipe, put together from its loss, its mean, its penalties and its anchors.
 
 Shapes in this file: B samples of a micro-batch, C classes, E embedding width, D domains.
 """
@@ -13,21 +13,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from disam_peft.config.anchors import (
+    ClassFeaturesAnchorConfig,
+    ImageFeaturesAnchorConfig,
+    LogitsAnchorConfig,
+    WeightsAnchorConfig,
+)
 from disam_peft.config.base import Config
 from disam_peft.config.objective import CrossEntropyConfig, ObjectiveConfig, VRexConfig
 from disam_peft.disam.domain_objective import DomainObjective, DomainsOfSamples, Forward
 from disam_peft.disam.domain_sums import DomainSums
 from disam_peft.errors import UserError
-from disam_peft.objectives.base import Loss, Outputs, Penalty, domain_mean_weights, mixed
+from disam_peft.objectives.anchors.base import Anchor, ModelAnchor, SampleAnchor
+from disam_peft.objectives.anchors.feature_anchors import ClassFeaturesAnchor, ImageFeaturesAnchor
+from disam_peft.objectives.anchors.logits_anchor import LogitsAnchor
+from disam_peft.objectives.anchors.weights_anchor import WeightsAnchor
+from disam_peft.objectives.base import Loss, Outputs, Penalty, Reference, domain_mean_weights, mixed
 from disam_peft.objectives.cross_entropy import CrossEntropy, cross_entropy
 from disam_peft.objectives.vrex import VRex
 
 LOSSES: dict[type[Config], Callable[[Any], Loss]] = {CrossEntropyConfig: CrossEntropy}
 PENALTIES: dict[type[Config], Callable[[Any], Penalty]] = {VRexConfig: VRex}
+ANCHORS: dict[type[Config], Callable[[Any], Anchor]] = {
+    LogitsAnchorConfig: LogitsAnchor,
+    ImageFeaturesAnchorConfig: ImageFeaturesAnchor,
+    ClassFeaturesAnchorConfig: ClassFeaturesAnchor,
+    WeightsAnchorConfig: WeightsAnchor,
+}
 
 
 class Objective(DomainObjective):
-    """``mean of the losses + sum of weight * penalty``, and the state of the penalties.
+    """``mean of the losses + sum of weight * penalty + sum of weight * anchor``, and their state.
+
+    The distances of a ``SampleAnchor`` are part of the losses. That of a ``ModelAnchor`` is a statistic: its sum over
+    the samples divided by their number is the distance itself, so it counts once, however the batch is divided.
 
     Args:
         config: of the recipe; unset: the plain mean of the cross entropy.
@@ -40,10 +59,19 @@ class Objective(DomainObjective):
         self._mean_over = config.effective_mean_over
         built = [PENALTIES[type(penalty)](penalty) for penalty in config.penalties]
         self.penalties = built if penalties is None else list(penalties)
+        anchors = [ANCHORS[type(anchor)](anchor) for anchor in config.anchors]
+        self._sample_anchors = [anchor for anchor in anchors if isinstance(anchor, SampleAnchor)]
+        self._model_anchors = [anchor for anchor in anchors if isinstance(anchor, ModelAnchor)]
         self._steps_begun, self._warned = 0, False
-        self.has_statistics = any(penalty.num_statistics > 0 for penalty in self.penalties)
-        self.needs_features = self.has_statistics or self._loss.needs_features
+        self._warned_of: set[str] = set()
+        of_penalties = any(penalty.num_statistics > 0 for penalty in self.penalties)
+        self.has_statistics = of_penalties or bool(self._model_anchors)
+        self.needs_features = (
+            of_penalties or self._loss.needs_features or any(anchor.needs_features for anchor in self._sample_anchors)
+        )
         """Whether something reads the image features, which a training loop normalises for nobody else."""
+        self.needs_zero_shot = any(anchor.needs_zero_shot for anchor in anchors)
+        """Whether something reads what zero-shot classification makes of the same images."""
 
     def forward(
         self,
@@ -58,14 +86,25 @@ class Objective(DomainObjective):
         num_places: int | None = None,
         other_labels_B: Tensor | None = None,
         share_B: Tensor | None = None,
+        reference: Reference | None = None,
     ) -> Forward:
         """The losses of a forward pass, and what the penalties need of it, for ``DISAM.backward``. See ``Outputs``."""
         logits_BC = logits_BC if logits_BC.dtype.itemsize >= 4 else logits_BC.float()
         outputs = Outputs(logits_BC, labels_B, features_BE, class_features_CE, scale, bias, place_B, num_places)
-        outputs = replace(outputs, other_labels_B=other_labels_B, share_B=share_B)
+        outputs = replace(outputs, other_labels_B=other_labels_B, share_B=share_B, reference=reference)
         # runs with different losses are compared by the plain cross entropy
-        reported_B = None if self._loss.is_cross_entropy else mixed(_plain_cross_entropy, outputs)
-        return Forward(mixed(self._loss, outputs), reported_B, outputs if self.has_statistics else None)
+        is_reported = self._loss.is_cross_entropy and not self._sample_anchors
+        reported_B = None if is_reported else mixed(_plain_cross_entropy, outputs)
+        loss_B = mixed(self._loss, outputs)
+        for anchor in self._sample_anchors:
+            loss_B = loss_B + anchor.config.weight * self._with_effect(anchor, anchor(outputs))
+        return Forward(loss_B, reported_B, outputs if self.has_statistics else None)
+
+    def remember_start(self, params: Sequence[Tensor]) -> None:
+        """The trained tensors as they are now are where the run starts. Call it before the first step, and before
+        ``load_state_dict`` where the run goes on."""
+        for anchor in self._model_anchors:
+            anchor.remember_start(params)
 
     # -- a function of sums over domains ---------------------------------------------------------------------
 
@@ -74,6 +113,14 @@ class Objective(DomainObjective):
 
     def mean(self, sums: DomainSums) -> Tensor:
         return sums.mean if self._mean_over == "samples" else sums.over_domains(sums.mean_of(sums.sum_D))
+
+    def linear_weights(self, count_D: Tensor, *, in_ascent: bool) -> Sequence[Tensor | None]:
+        of_penalties = [None] * sum(penalty.num_statistics for penalty in self.penalties)
+        of_anchors = [
+            anchor.config.weight / count_D.sum() if anchor.config.in_ascent or not in_ascent else None
+            for anchor in self._model_anchors
+        ]
+        return [*of_penalties, *of_anchors]
 
     def has_penalty(self, *, in_ascent: bool) -> bool:
         return any(penalty.config.in_ascent or not in_ascent for penalty in self.penalties)
@@ -99,7 +146,22 @@ class Objective(DomainObjective):
             if torch.is_grad_enabled() and statistics and not any(tensor.requires_grad for tensor in statistics):
                 self._warn_of_no_effect(penalty)
             found += statistics
+        for anchor in self._model_anchors:
+            distance = self._with_effect(anchor, anchor.value(outputs))
+            found.append(domains.sums(distance.expand(len(outputs.labels_B))))
         return found
+
+    def _with_effect(self, anchor: Anchor, distance: Tensor) -> Tensor:
+        """``distance``, after a warning if it depends on nothing that is trained."""
+        kind = anchor.config.kind
+        if torch.is_grad_enabled() and not distance.requires_grad and kind not in self._warned_of:
+            self._warned_of.add(kind)
+            warnings.warn(
+                f"the anchor {kind!r} depends on nothing that is trained here (with this adapter what it compares is "
+                "frozen), so it has no effect; remove it, or train what it is about",
+                stacklevel=2,
+            )
+        return distance
 
     def _warn_of_no_effect(self, penalty: Penalty) -> None:
         if not self._warned:
@@ -127,19 +189,26 @@ class Objective(DomainObjective):
     # -- state -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that changes from step to step: how many steps have begun, and the state of each penalty."""
+        """Everything that a resumed run could not know: how many steps have begun, and the state of each term."""
         states = {type(penalty).__name__: dict(penalty.state_dict()) for penalty in self.penalties}
-        return {"steps_begun": self._steps_begun, "penalties": states}
+        of_anchors = {anchor.config.kind: dict(anchor.state_dict()) for anchor in self._model_anchors}
+        return {"steps_begun": self._steps_begun, "penalties": states, "anchors": of_anchors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` gave.
 
         Raises:
-            UserError: it is the state of an objective with other penalties.
+            UserError: it is the state of an objective with other penalties or anchors.
         """
         here, saved = [type(penalty).__name__ for penalty in self.penalties], list(state["penalties"])
         if here != saved:
             raise UserError(f"its penalties differ (here {here}; saved {saved})")
+        of_anchors = state.get("anchors", {})  # 0.1 had none
+        here, saved = [anchor.config.kind for anchor in self._model_anchors], list(of_anchors)
+        if here != saved:
+            raise UserError(f"its anchors differ (here {here}; saved {saved})")
+        for anchor in self._model_anchors:
+            anchor.load_state_dict(of_anchors[anchor.config.kind])
         self._steps_begun = int(state["steps_begun"])
         for penalty in self.penalties:
             penalty.load_state_dict(state["penalties"][type(penalty).__name__])

@@ -119,6 +119,7 @@ def fit(
     trainer.steps_done = resumed_after = manager.resume()
     if resumed_after == 0:
         start_from_features(classifier, dataset, features, autocast=accelerator.autocast, workers=config.workers)
+        trainer.objective.remember_start(list(trainer.trained.values()))
     sampler = make_sampler(
         dataset,
         config,

@@ -27,6 +27,7 @@ from disam_peft.disam.domain_objective import Forward
 from disam_peft.disam.passes import MAX_STORED_GRADIENT_BYTES
 from disam_peft.disam.step_report import StepReport
 from disam_peft.errors import UserError
+from disam_peft.objectives.base import Reference
 from disam_peft.objectives.objective import Objective
 
 Indices = slice | Tensor
@@ -159,6 +160,8 @@ class StepGradient:
         self._micro_batches = micro_batches
         self._objective = Objective() if objective is None else objective
         self._batch_size = batch_size
+        if self._objective.needs_zero_shot:
+            classifier.zero_shot_class_features()  # before any step, so not by compiled blocks
         self._dtype = next(classifier.model.parameters()).dtype
 
     def __call__(self, batch: dict[str, Tensor]) -> StepReport:
@@ -170,14 +173,19 @@ class StepGradient:
         if mode == "whole":
             frozen = self._encoded(batch, slice(None)) if "frozen" in batch else self._encoded_in_micro_batches(batch)
             outputs = self._classifier.cached_outputs(frozen)
-            forward = self._forward(outputs, labels_B, places)
+            forward = self._forward(outputs, labels_B, places, self._reference(frozen))
             return self._disam.backward(forward, domains_B, objective=self._objective)
         indices = self._micro_batches.indices(domains_B)
         # Micro-batches are there to save memory: only the output of the frozen part is kept between the passes.
-        outputs_of = [partial(self._classifier.outputs, self._encoded(batch, rows)) for rows in indices]
+        frozen_of = [self._encoded(batch, rows) for rows in indices]
         forwards = [
-            self._forward(outputs, _rows(labels_B, rows), places.of(rows))
-            for outputs, rows in zip(outputs_of, indices, strict=True)
+            self._forward(
+                partial(self._classifier.outputs, frozen),
+                _rows(labels_B, rows),
+                places.of(rows),
+                self._reference(frozen),
+            )
+            for frozen, rows in zip(frozen_of, indices, strict=True)
         ]
         # "auto" is one pass here; of the others it would ask the device, every step, which one is possible
         return self._disam.backward_accumulated(
@@ -206,14 +214,21 @@ class StepGradient:
         place_B = torch.arange(rank, rank + size * processes, processes, device=self._accelerator.device)
         return _Places(place_B, size * processes if self._batch_size is None else self._batch_size)
 
-    def _forward(self, outputs: Callable[[], ForwardPass], labels_B: Tensor, places: _Places) -> Callable[[], Forward]:
+    def _reference(self, frozen: Tensor) -> Reference | None:
+        """What zero-shot classification makes of these images, once for all passes of a step."""
+        if not self._objective.needs_zero_shot:
+            return None
+        with self._accelerator.autocast():
+            found = self._classifier.zero_shot_outputs(frozen)
+        return Reference(found.logits_BC, _normalised(found.features_BE), found.class_features_CE)
+
+    def _forward(
+        self, outputs: Callable[[], ForwardPass], labels_B: Tensor, places: _Places, reference: Reference | None
+    ) -> Callable[[], Forward]:
         def forward() -> Forward:
             with self._accelerator.autocast():  # per pass: its cache of casts must not outlive the weights
                 found = outputs()
-            normalised_BE: Tensor | None = None
-            if self._objective.needs_features:
-                wide = torch.promote_types(found.features_BE.dtype, torch.float32)
-                normalised_BE = torch.nn.functional.normalize(found.features_BE.to(wide), dim=-1)
+            normalised_BE = _normalised(found.features_BE) if self._objective.needs_features else None
             return self._objective.forward(
                 found.logits_BC,
                 labels_B,
@@ -223,6 +238,7 @@ class StepGradient:
                 bias=found.bias,
                 place_B=places.place_B,
                 num_places=places.count,
+                reference=reference,
             )
 
         return forward
@@ -237,6 +253,11 @@ class _Places:
 
     def of(self, rows: Indices) -> _Places:
         return _Places(_rows(self.place_B, rows), self.count)
+
+
+def _normalised(features_BE: Tensor) -> Tensor:
+    wide = torch.promote_types(features_BE.dtype, torch.float32)
+    return torch.nn.functional.normalize(features_BE.to(wide), dim=-1)
 
 
 def _rows(tensor: Tensor, rows: Indices) -> Tensor:

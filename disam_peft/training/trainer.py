@@ -64,6 +64,7 @@ class Trainer:
         self.schedule = Schedule(optimizer, config)  # before Accelerate wraps the optimizer's step
         self.optimizer = GuardedOptimizer(optimizer, list(self.trained), accelerator)
         self.objective = build_objective(objective, dataset.present_domains, config.steps)
+        self.objective.remember_start(params)
         self.micro_batches = choose_micro_batches(
             classifier, dataset, config, method, accelerator.num_processes, self.objective
         )

@@ -94,7 +94,16 @@ def test_the_mean_follows_the_penalty_unless_it_is_set(settings, effective):
         ),
         ("objective.penalties={kind: vrex}", "objective.penalties: .*list"),
         ("objective.mean_over=classes", "objective.mean_over: .*'samples' or 'domains'"),
-        ("objective.anchors=[zero_shot]", "objective.anchors: there are no anchors in this version"),
+        (
+            "objective.anchors=[{kind: logits}, {kind: logits}]",
+            "objective.anchors: the anchor 'logits' stands 2 times; keep one",
+        ),
+        ("objective.anchors=[zero_shot]", "objective.anchors.0: .*zero_shot"),
+        ("objective.anchors=[{kind: logit}]", "objective.anchors.0.kind: .*did you mean 'logits'"),
+        ("objective.anchors=[{weight: 3}]", r"objective.anchors.0.kind: Field required \(one of .*weights\)"),
+        ("objective.anchors=[{kind: weights, weight: -1}]", "objective.anchors.0.weight: .*or equal to 0"),
+        ("objective.anchors=[{kind: logits, distance: l2}]", "objective.anchors.0.distance: .*'kl' or 'l1'"),
+        ("objective.anchors=[{kind: logits, in_ascent: false}]", "in_ascent: unknown key"),
     ],
 )
 def test_mistakes_are_told(recipe_of, override, message):

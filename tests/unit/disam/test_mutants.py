@@ -45,8 +45,8 @@ MUTANTS = {
     ),
     "mean over this rank": Mutant(
         "passes.py",
-        "                self._weighted_backward(losses, weight_D)\n",
-        "                self._weighted_backward(losses, 0 * weight_D + 1.0 / (2 * max(len(losses.loss_B), 1)))\n",
+        "                self._weighted_backward(losses, known.loss_D, known.statistics)\n",
+        "                self._weighted_backward(losses, 0 * known.loss_D + 1.0 / (2 * max(len(losses.loss_B), 1)))\n",
         "tests/helpers/disam_rank_mutants.py::test_reduce",
     ),
     "variance over this rank": Mutant(
