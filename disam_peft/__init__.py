@@ -46,6 +46,10 @@ _HOMES = {
     "MethodConfig": "disam_peft.config.method",
     "CrossEntropyConfig": "disam_peft.config.objective",
     "ObjectiveConfig": "disam_peft.config.objective",
+    "ClassFeaturesAnchorConfig": "disam_peft.config.anchors",
+    "ImageFeaturesAnchorConfig": "disam_peft.config.anchors",
+    "LogitsAnchorConfig": "disam_peft.config.anchors",
+    "WeightsAnchorConfig": "disam_peft.config.anchors",
     "VRexConfig": "disam_peft.config.objective",
     "PromptConfig": "disam_peft.config.prompts",
     "ProtocolConfig": "disam_peft.config.protocol",
@@ -113,6 +117,10 @@ if TYPE_CHECKING:  # the same names, for type checkers; a test compares them wit
     from disam_peft.config.adapters import LinearProbeConfig as LinearProbeConfig
     from disam_peft.config.adapters import LoraAdapterConfig as LoraAdapterConfig
     from disam_peft.config.adapters import PeftAdapterConfig as PeftAdapterConfig
+    from disam_peft.config.anchors import ClassFeaturesAnchorConfig as ClassFeaturesAnchorConfig
+    from disam_peft.config.anchors import ImageFeaturesAnchorConfig as ImageFeaturesAnchorConfig
+    from disam_peft.config.anchors import LogitsAnchorConfig as LogitsAnchorConfig
+    from disam_peft.config.anchors import WeightsAnchorConfig as WeightsAnchorConfig
     from disam_peft.config.average import EmaConfig as EmaConfig
     from disam_peft.config.average import NoAverageConfig as NoAverageConfig
     from disam_peft.config.backbone import BackboneConfig as BackboneConfig
