@@ -123,8 +123,8 @@ def test_masked_samples_count_nowhere(expected, name, method, mode):
     problem.x = torch.cat([problem.x, torch.full((2, 6), 1e3, dtype=torch.float64)])
     problem.y = torch.cat([problem.y, problem.y[:2]])
     of = problem.reference
-    padded = [torch.cat([tensor, tensor[:2] + 1]) for tensor in (of.logits_BC, of.features_BE)]
-    problem.reference = Reference(*padded, of.class_features_CE)
+    logits_BC, features_BE = (torch.cat([tensor, tensor[:2] + 1]) for tensor in (of.logits_BC, of.features_BE))
+    problem.reference = Reference(logits_BC, features_BE, of.class_features_CE)
     objective, domains = problem.started(CONFIGS[name]), torch.cat([DOMAINS, torch.tensor([1, 3])])
     rows = [torch.cat([MIXED[0], torch.tensor([11])]), *MIXED[1:], torch.tensor([12])]
     problem.disam(method, num_domains=5).backward_accumulated(
