@@ -5,43 +5,29 @@ Shapes in this file: B samples, D domains.
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import get_args
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from disam_peft.disam.ascent import VarianceOver
+from disam_peft.disam.ascent import VarianceForm, VarianceOver, VarianceScale
+from disam_peft.disam.descent import Descent, FirstGradient, poison_unless_
 from disam_peft.disam.domain_objective import DomainObjective
-from disam_peft.disam.domain_sums import DomainSums
+from disam_peft.disam.domain_sums import DomainSums, accumulation_dtype
 from disam_peft.disam.micro_batches import EffectiveBatch, PerSampleLoss
-from disam_peft.disam.parameters import all_sharded, trainable
-from disam_peft.disam.passes import Mode, Passes, Target
-from disam_peft.disam.perturbation import AscentDirection, by_device_and_dtype, restored
+from disam_peft.disam.parameters import all_sharded, trainable_with_rho
+from disam_peft.disam.passes import LossScale, Mode, Passes, Target
+from disam_peft.disam.perturbation import AscentDirection, restored
 from disam_peft.disam.ranks import NoSync, Ranks
-from disam_peft.disam.sharding import local, perturbation_arrived
+from disam_peft.disam.settings import StepSettings
+from disam_peft.disam.sharding import perturbation_arrived
 from disam_peft.disam.step_report import StepReport
 
 
-@dataclass
-class _LossScale:
-    """Sees by which factor ``backward`` multiplied a loss (a gradient scaler's, for one), without asking anybody."""
-
-    seen: Tensor | None = field(default=None)
-
-    def watch(self, loss: Tensor) -> Tensor:
-        def remember(gradient: Tensor) -> None:
-            self.seen = gradient.detach()
-
-        loss.register_hook(remember)
-        return loss
-
-
-class DISAM:
+class DISAM(StepSettings):
     """Replaces ``loss.backward()``: leaves the domain-inspired sharpness-aware gradient in ``p.grad``.
 
     Over the batch's N samples, pass 1 takes the gradient g of ``L - lambda * Var(L_d)`` at w, where L_d are the mean
@@ -58,11 +44,21 @@ class DISAM:
 
     Args:
         params: the parameters that are trained; those that require no gradient are left out. Others that take part in
-            the loss are not perturbed.
+            the loss are not perturbed. Or groups ``{"params": [...], "rho": 0.1}``, where ``rho`` may be left out: a
+            group is perturbed by its own rho, while the norm of g is over all of them. A later change of ``disam.rho``
+            changes the radius of every group by the same factor.
         rho: radius of the perturbation, in units of the weights' norm; 0 is the plain gradient, in one pass.
         variance_weight: lambda; 0 is SAM.
         variance_over: ``domains``, every domain of the batch counts alike (the paper); or ``samples``, each by its
             number of samples (the paper's published code). The same where domains are balanced; see ``ascent_weights``.
+        variance_scale: ``relative``: lambda is divided by the batch's mean loss; see ``ascent_weights``.
+        variance_form: ``entropic``: domain weights that are never negative; see ``entropic_weights``, whose tau is
+            ``variance_weight``.
+        descent: what becomes of both gradients. ``sam``: the second one is descended. ``gsam``: without the part of the
+            first one that is orthogonal to it, see ``gsam_gradient``. ``sagm``: their mean, and a perturbation that
+            goes back along the gradient, see ``sagm_gradient`` and ``perturbations``. The first one is g, so that with
+            lambda these are the paper's DISAM + GSAM and DISAM + SAGM.
+        alpha: of ``gsam`` and ``sagm``, which mean different things by it.
         adaptive: ASAM's perturbation, ``rho w^2 g / || |w| g ||``; rho is then usually 10 to 40 times larger.
         num_domains: the ids are 0..num_domains-1. Optional; with it a step needs no synchronisation with the device
             and, over several ranks, one collective less.
@@ -86,12 +82,12 @@ class DISAM:
     Raises:
         ValueError: rho or variance_weight negative or not finite; no parameter that requires a gradient; a parameter
             that is no leaf, appears twice, or is float16 or bfloat16 (too coarse for w + e: keep what is trained in
-            float32 and use autocast); sharded and unsharded parameters (DTensor) together.
+            float32 and use autocast); sharded and unsharded parameters (DTensor) together; a group with other keys.
     """
 
     def __init__(
         self,
-        params: Iterable[Tensor],
+        params: Iterable[Tensor] | Iterable[Mapping[str, Any]],
         rho: float = 0.05,
         variance_weight: float = 0.1,
         adaptive: bool = False,
@@ -103,13 +99,18 @@ class DISAM:
         process_group: dist.ProcessGroup | None = None,
         reshard: Callable[[], object] | None = None,
         variance_over: VarianceOver = "domains",
+        variance_scale: VarianceScale = "absolute",
+        variance_form: VarianceForm = "variance",
+        descent: Descent = "sam",
+        alpha: float = 0.0,
     ) -> None:
         if num_domains is not None and num_domains < 1:
             raise ValueError(f"num_domains must be at least 1, not {num_domains}; leave it out if unknown")
-        self.params = trainable(params)
         self.rho = rho
+        self.params, self.rho_factors = trainable_with_rho(params, self.rho)
         self.variance_weight = variance_weight
-        self.variance_over = variance_over
+        self.variance_over, self.variance_scale, self.variance_form = variance_over, variance_scale, variance_form
+        self.descent, self.alpha = descent, alpha
         self.adaptive = adaptive
         self.num_domains = num_domains
         self.reduce_gradients = reduce_gradients
@@ -117,39 +118,10 @@ class DISAM:
         self._call_backward = backward
         self._group = process_group
         self._reshard = reshard
-        self._scale = _LossScale()
+        self._scale = LossScale()
         self._sharded = all_sharded(self.params, reduce_gradients=reduce_gradients, ascent_cosine=ascent_cosine)
         self._replicas_checked = False
         self._arrived: bool | None = None
-
-    @property
-    def rho(self) -> float:
-        """Radius of the perturbation."""
-        return self._rho
-
-    @rho.setter
-    def rho(self, value: float) -> None:
-        self._rho = _checked("rho", value)
-
-    @property
-    def variance_weight(self) -> float:
-        """lambda."""
-        return self._variance_weight
-
-    @variance_weight.setter
-    def variance_weight(self, value: float) -> None:
-        self._variance_weight = _checked("variance_weight", value)
-
-    @property
-    def variance_over(self) -> VarianceOver:
-        """What the variance of the losses is taken over."""
-        return self._variance_over
-
-    @variance_over.setter
-    def variance_over(self, value: VarianceOver) -> None:
-        if value not in get_args(VarianceOver):
-            raise ValueError(f"variance_over must be one of {', '.join(get_args(VarianceOver))}, not {value!r}")
-        self._variance_over = value
 
     def backward(
         self,
@@ -275,17 +247,15 @@ class DISAM:
         weights = restored(self.params)
         self._clear_gradients()
         try:
-            first = passes.first(
-                Target(self.variance_weight if climbs else 0.0, climbs, self.variance_over),
-                mode,
-                with_plain_gradients=self.ascent_cosine and climbs,
-            )
+            first = passes.first(self._target(climbs), mode, with_plain_gradients=self.ascent_cosine and climbs)
             if self._counts_nothing(batch, first.sums):
                 self._clear_gradients()  # an optimizer leaves parameters alone that have no gradient
                 return StepReport.of(objective, first, perturbed=first.sums)
             if not climbs:
                 return StepReport.of(objective, first, perturbed=first.sums)
-            direction = self._direction([p.grad for p in self.params], ranks)
+            gradients = [p.grad for p in self.params]
+            direction = self._direction(gradients, ranks)
+            kept = None if self.descent == "sam" else FirstGradient(self.params, gradients)
             cosine = None
             if first.plain_gradients is not None:
                 cosine = direction.cosine(self._direction(first.plain_gradients, ranks))
@@ -296,13 +266,15 @@ class DISAM:
                 self._drop_copies_of_weights()
                 perturbed = passes.second(first.sums.count_D)
             self._drop_copies_of_weights()
-            self._poison_unless(direction.is_finite)
+            if kept is not None:
+                kept.combine_(self.descent, self.alpha)
+            poison_unless_(direction.is_finite, self.params)
             self._check_arrival(first.sums, perturbed, direction)
             return StepReport.of(
                 objective,
                 first,
                 perturbed,
-                ascent_norm=self._at_scale_1(direction.norm),
+                ascent_norm=self._scale.at_scale_1(direction.norm),
                 direction_is_finite=direction.is_finite,
                 ascent_cosine=cosine,
             )
@@ -311,8 +283,13 @@ class DISAM:
             self._clear_gradients()  # half a gradient must not reach an optimizer
             self._drop_copies_of_weights()
             if isinstance(error, torch.OutOfMemoryError):
-                error.add_note(_advice_on_memory(batch.largest))
+                error.add_note(batch.advice_on_memory)
             raise
+
+    def _target(self, climbs: bool) -> Target:
+        if not climbs:
+            return Target(0.0, in_ascent=False)
+        return Target(self.variance_weight, True, self.variance_over, self.variance_scale, self.variance_form)
 
     def _counts_nothing(self, batch: EffectiveBatch, sums: DomainSums) -> bool:
         """Whether no sample of any rank counts. Every rank comes to the same answer; only one that has no sample which
@@ -334,7 +311,13 @@ class DISAM:
             loss.backward(inputs=self.params)
 
     def _direction(self, gradients: list[Tensor | None], ranks: Ranks) -> AscentDirection:
-        direction = AscentDirection(self.params, gradients, adaptive=self.adaptive)
+        back = None
+        if self.descent == "sagm" and self.alpha > 0:
+            device = self.params[0].device
+            back = self._scale.at_scale_1(torch.full((), self.alpha, dtype=accumulation_dtype(device), device=device))
+        direction = AscentDirection(
+            self.params, gradients, adaptive=self.adaptive, back=back, rho_factors=self.rho_factors
+        )
         if ranks.size > 1 and not self._replicas_checked:
             ranks.check_replicas_agree(direction.norm)
             self._replicas_checked = True
@@ -347,41 +330,15 @@ class DISAM:
         if self._reshard is not None:
             self._reshard()
 
-    @torch.no_grad()
-    def _poison_unless(self, is_finite: Tensor) -> None:
-        """NaN into every gradient where pass 1 overflowed: a loss scaler must see it, pass 2 alone would hide it."""
-        factor = torch.where(is_finite, 1.0, math.nan)
-        for group in by_device_and_dtype([p.grad for p in self.params if p.grad is not None]):
-            torch._foreach_mul_([local(g) for g in group], factor.to(group[0].device, group[0].dtype))
-
     def _check_arrival(self, sums: DomainSums, perturbed: DomainSums, direction: AscentDirection) -> None:
         if not self._sharded or self._arrived:
             return
-        self._arrived = perturbation_arrived(sums, perturbed, self._at_scale_1(direction.norm), self.rho)
+        norm = self._scale.at_scale_1(direction.norm)
+        least_rho = self.rho * min([1.0, *self.rho_factors.values()])
+        back = self.alpha * norm if self.descent == "sagm" else 0.0
+        self._arrived = perturbation_arrived(sums, perturbed, (least_rho - back) * norm)
         if self._arrived is False:
             raise ValueError(
                 "pass 2 ran on the unperturbed weights: the model keeps unsharded copies of them after the backward; "
                 "use fully_shard's reshard_after_backward, or give DISAM reshard=..., which reshards every FSDPModule"
             )
-
-    def _at_scale_1(self, norm: Tensor) -> Tensor:
-        return norm if self._scale.seen is None else norm / self._scale.seen.to(norm)
-
-
-def _checked(name: str, value: float) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be a finite number >= 0, not {value!r}") from error
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"{name} must be a finite number >= 0, not {value}")
-    return number
-
-
-def _advice_on_memory(largest: int) -> str:
-    if largest < 2:
-        return "out of memory on a single sample; the weights are restored. A smaller model or image size is needed"
-    return (
-        f"out of memory with up to {largest} samples at once; the weights are restored. Hand the batch over in "
-        f"micro-batches of at most {largest // 2} samples (DISAM.backward_accumulated): the gradient stays the same"
-    )

@@ -266,6 +266,17 @@ class EffectiveBatch:
         """Samples in the largest micro-batch."""
         return max(len(m.index_B) for m in self.micro_batches)
 
+    @property
+    def advice_on_memory(self) -> str:
+        """What helps where a step ran out of memory."""
+        if self.largest < 2:
+            return "out of memory on a single sample; the weights are restored. A smaller model or image size is needed"
+        return (
+            f"out of memory with up to {self.largest} samples at once; the weights are restored. Hand the batch over "
+            f"in micro-batches of at most {self.largest // 2} samples (DISAM.backward_accumulated): the gradient stays "
+            "the same"
+        )
+
 
 def _checked_domains(domains: Tensor, num_domains: int | None) -> Tensor:
     domains_B = torch.as_tensor(domains)

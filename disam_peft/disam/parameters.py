@@ -2,13 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from disam_peft.disam.sharding import is_sharded, local
+
+
+def trainable_with_rho(
+    params: Iterable[Tensor] | Iterable[Mapping[str, Any]], rho: float
+) -> tuple[list[Tensor], dict[Tensor, float]]:
+    """The trained ones of ``params``, and parameter -> factor on ``rho`` where a group of them has a rho of its own.
+
+    Raises:
+        ValueError: see ``trainable``; tensors and groups together, a group with other keys than ``params`` and ``rho``,
+            a rho that is negative or not finite, or one beside ``rho`` 0, of which no factor makes it.
+    """
+    found: list[Any] = list(params)
+    if not any(isinstance(group, Mapping) for group in found):
+        return trainable(found), {}
+    members: list[Tensor] = []
+    factors: dict[Tensor, float] = {}
+    for number, group in enumerate(found):
+        if not isinstance(group, Mapping) or "params" not in group or group.keys() - {"params", "rho"}:
+            found_here = ", ".join(map(repr, group)) if isinstance(group, Mapping) else f"a {type(group).__name__}"
+            raise ValueError(
+                f"params[{number}] must be a group with the keys 'params' and, if need be, 'rho', not {found_here}"
+            )
+        of_group = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        members += of_group
+        if "rho" in group:
+            factors.update(dict.fromkeys(of_group, _factor(group["rho"], rho, number)))
+    chosen = trainable(members)
+    return chosen, {p: factors[p] for p in chosen if p in factors and factors[p] != 1}
+
+
+def _factor(rho_of_group: Any, rho: float, number: int) -> float:
+    try:
+        value = float(rho_of_group)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"params[{number}]: rho must be a finite number >= 0, not {rho_of_group!r}")
+    if rho == 0:
+        raise ValueError(
+            f"params[{number}] has a rho of {value:g}, and rho is 0, which is the plain gradient for all parameters; "
+            "give the rho of the other groups"
+        )
+    return value / rho
 
 
 def trainable(params: Iterable[Tensor]) -> list[Tensor]:
@@ -21,7 +66,7 @@ def trainable(params: Iterable[Tensor]) -> list[Tensor]:
     for p in found:
         if not isinstance(p, Tensor):
             raise ValueError(
-                f"params must be tensors, not {type(p).__name__}; pass model.parameters(), not names or groups"
+                f"params must be tensors, not {type(p).__name__}; pass model.parameters(), or groups of them, not names"
             )
     chosen = [p for p in found if p.requires_grad]
     if not chosen:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from disam_peft.disam.ascent import VarianceOver, ascent_weights
+from disam_peft.disam.ascent import VarianceForm, VarianceOver, VarianceScale, ascent_weights, entropic_weights
 from disam_peft.disam.domain_objective import Coefficients, DomainObjective, coefficients
 from disam_peft.disam.domain_sums import DomainSums
 from disam_peft.disam.micro_batches import SEVERAL, EffectiveBatch, MicroBatchLosses
@@ -24,6 +24,29 @@ AscentMode = Literal["mean", "two_phase", "per_domain"]
 
 # Above this, ``auto`` does not keep one gradient per domain. LoRA of rank 16 on ViT-L/14 in four domains: 66 MiB.
 MAX_STORED_GRADIENT_BYTES = 256 * 2**20
+
+
+class LossScale:
+    """Sees by which factor ``backward`` multiplied a loss (a gradient scaler's, for one), without asking anybody.
+
+    Attributes:
+        seen: the factor of the last loss, shape (); None before the first, or where no graph led on from a loss.
+    """
+
+    seen: Tensor | None = None
+
+    def watch(self, loss: Tensor) -> Tensor:
+        """``loss`` itself."""
+
+        def remember(gradient: Tensor) -> None:
+            self.seen = gradient.detach()
+
+        loss.register_hook(remember)
+        return loss
+
+    def at_scale_1(self, value: Tensor) -> Tensor:
+        """``value``, which is as large as the scaled loss made it, without that factor."""
+        return value if self.seen is None else value / self.seen.to(value)
 
 
 @dataclass(frozen=True)
@@ -50,12 +73,15 @@ class Target:
 
     Attributes:
         in_ascent: it is the function that the perturbation climbs.
-        variance_over: see ``ascent_weights``.
+        variance_over, variance_scale: see ``ascent_weights``.
+        variance_form: ``entropic``: ``variance_weight`` is the tau of ``entropic_weights``.
     """
 
     variance_weight: float
     in_ascent: bool
     variance_over: VarianceOver = "domains"
+    variance_scale: VarianceScale = "absolute"
+    variance_form: VarianceForm = "variance"
 
 
 class Passes:
@@ -193,9 +219,12 @@ class Passes:
         if begins:
             self._objective.begin_step(sums)
         wanted = coefficients(self._objective, sums, in_ascent=target.in_ascent)
-        weight_D = ascent_weights(
-            sums.mean_D, sums.count_D, target.variance_weight, wanted.loss_D, target.variance_over
-        )
+        means = sums.mean_D, sums.count_D, target.variance_weight
+        if target.variance_form == "variance" or target.variance_weight == 0:
+            weight_D = ascent_weights(*means, wanted.loss_D, target.variance_over, target.variance_scale)
+        else:
+            mean_D = self._objective.mean_weights(sums.count_D)
+            weight_D = entropic_weights(*means, mean_D) + (wanted.loss_D - mean_D) * sums.present_D
         return weight_D, wanted
 
     def _chosen(self, mode: Mode, num_mixed: Tensor) -> AscentMode:

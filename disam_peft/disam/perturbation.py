@@ -7,7 +7,7 @@ more than the arithmetic. Of a sharded parameter the buffer holds this rank's sh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 
@@ -71,8 +71,9 @@ class restored(AbstractContextManager[None]):
 class AscentDirection:
     """The gradient of the ascent objective, as the direction of a perturbation of norm rho.
 
-    ``e = rho g / ||g||`` (SAM), or ``e = rho w^2 g / || |w| g ||`` (ASAM, arXiv 2102.11600, without its eta). Where the
-    norm is zero or not finite, e is zero: the weights never hold a NaN.
+    ``e = rho g / ||g||`` (SAM), or ``e = rho w^2 g / || |w| g ||`` (ASAM, arXiv 2102.11600, without its eta). SAGM goes
+    back along the gradient itself: ``e = (rho / ||g|| - alpha) g``, adaptive ``(rho / || |w| g || - alpha) w^2 g``.
+    Where the norm is zero or not finite, e is zero: the weights never hold a NaN.
 
     A norm squares its entries, and in float32 squares of entries below 1e-19 are rounded or vanish, as those above 1e19
     overflow. Where the norm leaves that range, the gradient is divided by its largest entry first.
@@ -81,6 +82,9 @@ class AscentDirection:
         params: the parameters to perturb.
         gradients: one for each, at any common loss scale (e does not depend on it); None counts as zero.
         adaptive: ASAM.
+        back: SAGM's alpha at the loss scale of the gradients, that is divided by it, shape (). Unset: 0.
+        rho_factors: parameter -> by which rho is multiplied there, while the norm stays that over all. Those that are
+            left out have 1.
 
     Attributes:
         norm: ``||g||``, or ``|| |w| g ||`` if adaptive, at the loss scale of the gradients, over all shards; shape ().
@@ -88,18 +92,27 @@ class AscentDirection:
     """
 
     @torch.no_grad()
-    def __init__(self, params: Sequence[Tensor], gradients: Sequence[Tensor | None], *, adaptive: bool) -> None:
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        *,
+        adaptive: bool,
+        back: Tensor | None = None,
+        rho_factors: Mapping[Tensor, float] | None = None,
+    ) -> None:
         gradient_of = dict(zip(params, gradients, strict=True))
         self._groups = by_device_and_dtype(params)
+        self._back, self._rho_factors = back, rho_factors or {}
         found = [flatten(filled(group, [gradient_of[p] for p in group])) for group in self._groups]
         self._directions, self.norm = self._measured(found, adaptive)
-        self._scaled_norm = self.norm
+        self._scaled_norm, self._divisor = self.norm, torch.ones_like(self.norm)
         in_range = self._is_in_range(self.norm)
         if self.norm.device.type != "cpu" or not in_range:  # asking a GPU would wait for it
             largest = torch.where(in_range, torch.ones_like(self.norm), self._largest(found))
             found = [gradient / largest.to(gradient) for gradient in found]
             self._directions, self._scaled_norm = self._measured(found, adaptive)
-            self.norm = self._scaled_norm * largest
+            self.norm, self._divisor = self._scaled_norm * largest, largest
         self.is_finite = torch.isfinite(self._scaled_norm)
 
     def _measured(self, gradients: Sequence[Tensor], adaptive: bool) -> tuple[list[Tensor], Tensor]:
@@ -136,13 +149,25 @@ class AscentDirection:
     @torch.no_grad()
     def add_(self, rho: float) -> None:
         """w <- w + e, in place; without waiting for the device."""
-        # tested as norm > 0, not as norm + 1e-12: that would be 0 / 0 in half precision
-        usable = self.is_finite & (self._scaled_norm > 0)
-        for group, direction in zip(self._groups, self._directions, strict=True):
-            size = (rho / self._scaled_norm).to(direction.device)
-            step = torch.where(usable.to(direction.device), direction * size, torch.zeros_like(direction))
+        for group, step in zip(self._groups, self._steps(rho), strict=True):
             shards = [local(p) for p in group]
             torch._foreach_add_(shards, unflatten(step, shards))
+
+    def _steps(self, rho: float) -> list[Tensor]:
+        """e, flat, one for each group."""
+        # tested as norm > 0, not as norm + 1e-12: that would be 0 / 0 in half precision
+        usable = self.is_finite & (self._scaled_norm > 0)
+        steps: list[Tensor] = []
+        for group, direction in zip(self._groups, self._directions, strict=True):
+            size = (rho / self._scaled_norm).to(direction.device)
+            step = direction * size
+            if any(p in self._rho_factors for p in group):
+                factors = [self._rho_factors.get(p, 1.0) for p in group]
+                torch._foreach_mul_(unflatten(step, [local(p) for p in group]), factors)
+            if self._back is not None:
+                step.sub_(direction * (self._back * self._divisor).to(direction))
+            steps.append(torch.where(usable.to(direction.device), step, torch.zeros_like(direction)))
+        return steps
 
     @torch.no_grad()
     def cosine(self, other: AscentDirection) -> Tensor:
@@ -151,6 +176,27 @@ class AscentDirection:
         dot = torch.stack([(a @ b).to(self.norm) for a, b in pairs]).sum()
         lengths = [_joined_norm([torch.linalg.vector_norm(v) for v in side]) for side in zip(*pairs, strict=True)]
         return dot / (lengths[0] * lengths[1])
+
+
+@torch.no_grad()
+def perturbations(
+    weights: Sequence[Tensor], gradients: Sequence[Tensor], rho: float, alpha: float = 0.0, *, adaptive: bool = False
+) -> list[Tensor]:
+    """e of SAM, and of SAGM where alpha is not 0: ``(rho / ||g|| - alpha) g``, one tensor for each of ``weights``.
+
+    Args:
+        weights: w, tensors of any shapes; the norm is over all of them together.
+        gradients: g, of the ascent objective, one for each.
+        rho: radius.
+        alpha: of SAGM (Wang et al., CVPR 2023, arXiv 2303.11851); 0 is SAM.
+        adaptive: ``(rho / || |w| g || - alpha) w^2 g``.
+    """
+    back = weights[0].new_tensor(alpha) if alpha else None
+    direction = AscentDirection(weights, gradients, adaptive=adaptive, back=back)
+    step_of: dict[Tensor, Tensor] = {}
+    for group, step in zip(direction._groups, direction._steps(rho), strict=True):
+        step_of.update(zip(group, unflatten(step, group), strict=True))
+    return [step_of[w] for w in weights]
 
 
 def _joined_norm(norms: Sequence[Tensor]) -> Tensor:

@@ -41,12 +41,19 @@ def joined_over_shards(norm: Tensor, like: Tensor) -> Tensor:
     """The norm of the whole vector from that of this rank's shard of it; ``like`` says how it is sharded."""
     if not is_sharded(like):
         return norm
+    return summed_over_shards(norm.double().square(), like).sqrt().to(norm.dtype)
+
+
+def summed_over_shards(value: Tensor, like: Tensor) -> Tensor:
+    """The sum of a number that every rank has of its own shard; ``like`` says how it is sharded."""
+    if not is_sharded(like):
+        return value
     mesh, placements = layout(like)
-    square = norm.double().square()
+    value = value.clone()
     for mesh_dim, placement in enumerate(placements):
         if not placement.is_replicate():
-            dist.all_reduce(square, group=mesh.get_group(mesh_dim))
-    return square.sqrt().to(norm.dtype)
+            dist.all_reduce(value, group=mesh.get_group(mesh_dim))
+    return value
 
 
 def largest_over_shards(value: Tensor, like: Tensor) -> Tensor:
@@ -61,17 +68,17 @@ def largest_over_shards(value: Tensor, like: Tensor) -> Tensor:
     return value
 
 
-def perturbation_arrived(sums: DomainSums, perturbed: DomainSums, norm: Tensor, rho: float) -> bool | None:
+def perturbation_arrived(sums: DomainSums, perturbed: DomainSums, rise: Tensor) -> bool | None:
     """Whether pass 2 ran on other weights than pass 1; None where this batch cannot tell.
 
-    To first order e raises the ascent objective by ``rho ||g||``. Where that is a good part of the loss, a model whose
-    losses kept their very bits saw the old weights: FSDP modules that do not reshard after the backward go on with
-    their unsharded copies, and SAM would silently be SGD. Waits for the device.
+    Where the rise is a good part of the loss, a model whose losses kept their very bits saw the old weights: FSDP
+    modules that do not reshard after the backward go on with their unsharded copies, and SAM would silently be SGD.
+    Waits for the device.
 
     Args:
-        norm: ``||g||`` at loss scale 1.
+        rise: by how much e changes the ascent objective, to first order, at least: ``rho ||g||`` for SAM.
     """
-    rise = rho * norm.to(sums.mean)
+    rise = rise.to(sums.mean)
     if not bool(rise > 1e-2 * sums.mean.abs()) or not bool(torch.isfinite(perturbed.mean)):
         return None
     return not torch.equal(sums.sum_D, perturbed.sum_D)

@@ -52,7 +52,17 @@ def vector(params):
     return nn.utils.parameters_to_vector(params).detach().clone()
 
 
-def train(rank, world_size, *, how="plain", steps=STEPS, dtype=torch.float64, num_domains=None, method=(RHO, LAMBDA)):
+def train(
+    rank,
+    world_size,
+    *,
+    how="plain",
+    steps=STEPS,
+    dtype=torch.float64,
+    num_domains=None,
+    method=(RHO, LAMBDA),
+    **options,
+):
     """The weights after ``STEPS`` and after ``steps`` steps of SGD with momentum.
 
     ``how``: plain (nobody reduces), reduce, ddp, ddp_mask (an empty rank runs one masked sample), pieces (micro-batches
@@ -61,7 +71,7 @@ def train(rank, world_size, *, how="plain", steps=STEPS, dtype=torch.float64, nu
     model = make_model(dtype)
     wrapped = DistributedDataParallel(model) if how.startswith("ddp") and world_size > 1 else model
     params = list(model.parameters())
-    disam = DISAM(params, *method, num_domains=num_domains, reduce_gradients=how in ("reduce", "pieces"))
+    disam = DISAM(params, *method, num_domains=num_domains, reduce_gradients=how in ("reduce", "pieces"), **options)
     optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9)
     at_steps = torch.zeros(0)
     for step, (x, y, domains) in enumerate(global_batches(steps, dtype)):
@@ -167,7 +177,7 @@ class Tower(nn.Module):
         return [p for p in self.parameters() if p.requires_grad]
 
 
-def train_tower(rank, world_size, *, how="whole", adaptive=False, reshard="default", steps=STEPS):
+def train_tower(rank, world_size, *, how="whole", adaptive=False, reshard="default", steps=STEPS, **options):
     """The trained weights, gathered. ``how``: whole, pieces, beside (the trained part is not sharded)."""
     model = Tower()
     ignored = set(model.trained()) if how == "beside" else None
@@ -191,6 +201,7 @@ def train_tower(rank, world_size, *, how="whole", adaptive=False, reshard="defau
         adaptive,
         reduce_gradients=how == "beside",
         reshard=reshard_all if reshard == "hook" else None,
+        **options,
     )
     optimizer = torch.optim.SGD(params, lr=0.05, momentum=0.9)
     for step, (x, y, domains) in enumerate(global_batches(steps)):
@@ -250,6 +261,8 @@ def refused_options(rank, world_size):
     }
 
 
+GSAM, SAGM = {"descent": "gsam", "alpha": 0.4}, {"descent": "sagm", "alpha": 0.1}
+ENTROPIC, RELATIVE = {"variance_form": "entropic"}, {"variance_scale": "relative"}
 TRAINED = {
     "reduce": {"how": "reduce", "num_domains": 3, "steps": 100},
     "reduce_unknown_domains": {"how": "reduce"},
@@ -259,15 +272,26 @@ TRAINED = {
     "pieces_of_sam": {"how": "pieces", "method": (RHO, 0.0)},
     "ddp_pieces_per_domain": {"how": "ddp_pieces_per_domain", "num_domains": 3},
     "float32": {"how": "reduce", "dtype": torch.float32, "steps": 100},
+    "gsam": {"how": "reduce", "num_domains": 3, **GSAM},
+    "gsam_ddp": {"how": "ddp_mask", **GSAM},
+    "gsam_pieces": {"how": "pieces", "num_domains": 3, **GSAM, **RELATIVE},
+    "sagm": {"how": "reduce", "num_domains": 3, **SAGM, **ENTROPIC},
+    "sagm_ddp": {"how": "ddp_pieces_per_domain", "num_domains": 3, **SAGM},
+    "sagm_pieces": {"how": "pieces", "num_domains": 3, **SAGM, **ENTROPIC},
 }
 # Four processes on few cores are slow; what depends on the number of ranks is in these.
-TRAINED_ON = {2: list(TRAINED), 4: ["reduce", "ddp_mask", "pieces", "ddp_pieces_per_domain", "float32"]}
+TRAINED_ON = {
+    2: list(TRAINED),
+    4: ["reduce", "ddp_mask", "pieces", "ddp_pieces_per_domain", "float32", "gsam_pieces", "sagm"],
+}
 TOWERS = {
     "fsdp": {},
     "fsdp_adaptive": {"adaptive": True},
     "fsdp_pieces": {"how": "pieces"},
     "fsdp_beside": {"how": "beside"},
     "fsdp_hook": {"reshard": "hook"},
+    "fsdp_gsam": GSAM,
+    "fsdp_sagm": {"adaptive": True, **SAGM},
 }
 SPECIAL = {
     2: [

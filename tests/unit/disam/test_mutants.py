@@ -189,7 +189,7 @@ MUTANTS = {
     ),
     "an overflow of pass 1 forgotten": Mutant(
         "disam.py",
-        "            self._poison_unless(direction.is_finite)\n",
+        "            poison_unless_(direction.is_finite, self.params)\n",
         "",
         f"{PRECISION}::test_row_29_an_overflow_changes_nothing_but_the_scale",
     ),
@@ -201,7 +201,7 @@ MUTANTS = {
     ),
     "norm of one shard": Mutant(
         "sharding.py",
-        "            dist.all_reduce(square, group=mesh.get_group(mesh_dim))\n",
+        "            dist.all_reduce(value, group=mesh.get_group(mesh_dim))\n",
         "            pass\n",
         "tests/helpers/disam_rank_mutants.py::test_fsdp",
     ),
