@@ -41,6 +41,7 @@ _HOMES = {
     "DataConfig": "disam_peft.config.data",
     "DomainsConfig": "disam_peft.config.data",
     "FeatureConfig": "disam_peft.config.data",
+    "MixupConfig": "disam_peft.config.data",
     "EvaluationConfig": "disam_peft.config.evaluation",
     "SharpnessConfig": "disam_peft.config.evaluation",
     "MethodConfig": "disam_peft.config.method",
@@ -61,7 +62,9 @@ _HOMES = {
     # data
     "DomainDataset": "disam_peft.data.dataset",
     "load_data": "disam_peft.data.load:load",
+    "training_batches": "disam_peft.data.loading.batches",
     "make_train_loader": "disam_peft.data.loading.loader",
+    "MixedBatches": "disam_peft.data.loading.mixup",
     "DomainBatches": "disam_peft.data.loading.sampler",
     "check_no_leak": "disam_peft.data.splits",
     "leave_out": "disam_peft.data.splits",
@@ -128,6 +131,7 @@ if TYPE_CHECKING:  # the same names, for type checkers; a test compares them wit
     from disam_peft.config.data import DataConfig as DataConfig
     from disam_peft.config.data import DomainsConfig as DomainsConfig
     from disam_peft.config.data import FeatureConfig as FeatureConfig
+    from disam_peft.config.data import MixupConfig as MixupConfig
     from disam_peft.config.evaluation import EvaluationConfig as EvaluationConfig
     from disam_peft.config.evaluation import SharpnessConfig as SharpnessConfig
     from disam_peft.config.method import MethodConfig as MethodConfig
@@ -142,7 +146,9 @@ if TYPE_CHECKING:  # the same names, for type checkers; a test compares them wit
     from disam_peft.config.shapes import ShapesConfig as ShapesConfig
     from disam_peft.config.training import TrainConfig as TrainConfig
     from disam_peft.data.dataset import DomainDataset as DomainDataset
+    from disam_peft.data.loading.batches import training_batches as training_batches
     from disam_peft.data.loading.loader import make_train_loader as make_train_loader
+    from disam_peft.data.loading.mixup import MixedBatches as MixedBatches
     from disam_peft.data.loading.sampler import DomainBatches as DomainBatches
     from disam_peft.data.splits import check_no_leak as check_no_leak
     from disam_peft.data.splits import leave_out as leave_out

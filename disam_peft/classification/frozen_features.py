@@ -40,7 +40,7 @@ def training_store(
     transform = TrainTransform(classifier.backbone.preprocessing, augment, seed)
     views = stored_views(augment, config)
     name: dict[str, object] = {
-        "augment": augment.model_dump(mode="json"),
+        "augment": augment.model_dump(mode="json", exclude={"mixup"}),  # stored views are those of single images
         "seed": None if transform.deterministic else seed,
     }
     return _store(classifier, dataset, _Views(transform, name, views), config, autocast, workers)

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from disam_peft.config.base import Config
 from disam_peft.config.shapes import ShapesConfig
+from disam_peft.errors import UserError
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
 
@@ -122,12 +123,25 @@ class DataConfig(Config):
         return next(name for name in SOURCE_SETTINGS if getattr(self, name) is not None)
 
 
+class MixupConfig(Config):
+    """Mixup between domains, as in DomainBed (Gulrajani and Lopez-Paz 2021, arXiv 2007.01434): every image is mixed
+    with one of another domain, and its loss is that of both classes, by their shares. The domain of a mixture is that
+    of its larger share."""
+
+    alpha: float = Field(default=0.2, gt=0)
+    """The shares are drawn from Beta(alpha, alpha): the smaller it is, the more has one of the two images. 0.2 is
+    DomainBed's; it searches 0.1 to 10."""
+    of: Literal["images", "features"] = "images"
+    """``images``: pixels are mixed. ``features``: outputs of the frozen part of the image tower (manifold mixup, Verma
+    et al. 2019, arXiv 1806.05236), which needs ``features.store``, where there are no pixels to mix."""
+
+
 class AugmentConfig(Config):
     """How training images are varied. The defaults are the DomainBed recipe (Gulrajani and Lopez-Paz, 2021)."""
 
     kind: Literal["standard", "none"] = "standard"
     """``standard``: random resized crop, flip, colour jitter, grey. ``none``: resize and centre crop, no randomness;
-    the fields below then have no meaning and may not be set."""
+    the fields about them then have no meaning and may not be set."""
     scale: tuple[float, float] = (0.7, 1.0)
     """Smallest and largest share of the image's area that the random crop covers."""
     flip: float = Field(default=0.5, ge=0, le=1)
@@ -137,13 +151,16 @@ class AugmentConfig(Config):
     the circle. 0 turns it off."""
     grayscale: float = Field(default=0.1, ge=0, le=1)
     """Probability of a grey image; 0 turns it off."""
+    mixup: MixupConfig | None = None
+    """Mix images of different domains; ``{}`` for DomainBed's settings. It has its meaning with either kind. Unset: no
+    mixing."""
 
     @model_validator(mode="after")
     def _consistent(self) -> AugmentConfig:
         low, high = self.scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"scale={list(self.scale)} must be two shares of the area, 0 < low <= high <= 1")
-        unused = sorted(self.model_fields_set - {"kind"})
+        unused = sorted(self.model_fields_set - {"kind", "mixup"})
         if self.kind == "none" and unused:
             raise ValueError(f"{', '.join(unused)} has no effect with kind 'none'; remove it or use 'standard'")
         return self
@@ -159,6 +176,26 @@ class FeatureConfig(Config):
     are augmented; without augmentation there is one."""
     folder: Path | None = None
     """Of all stores; unset: the package's cache."""
+
+
+def require_mixable(augment: AugmentConfig, features: FeatureConfig) -> None:
+    """Pass if what is to be mixed is what training reads.
+
+    Raises:
+        UserError: images, where training reads features, or the other way round.
+    """
+    if augment.mixup is None:
+        return
+    if features.store and augment.mixup.of == "images":
+        raise UserError(
+            "augment.mixup mixes images, but with features.store training reads none; set augment.mixup.of=features to "
+            "mix what the frozen part made of them, which is another method, or features.store=false"
+        )
+    if not features.store and augment.mixup.of == "features":
+        raise UserError(
+            "augment.mixup.of=features mixes stored outputs of the frozen part, and features.store is off; set "
+            "features.store=true, or augment.mixup.of=images"
+        )
 
 
 class DomainsConfig(Config):

@@ -13,7 +13,7 @@ from disam_peft.config.adapters import AdapterConfig
 from disam_peft.config.average import Averages, NoAverageConfig
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.base import Config
-from disam_peft.config.data import AugmentConfig, DataConfig, DomainsConfig, FeatureConfig
+from disam_peft.config.data import AugmentConfig, DataConfig, DomainsConfig, FeatureConfig, require_mixable
 from disam_peft.config.evaluation import EvaluationConfig
 from disam_peft.config.identity import flat
 from disam_peft.config.method import MethodConfig
@@ -60,6 +60,11 @@ class Recipe(Config):
     protocol: Protocol
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _mixes_what_it_reads(self) -> Recipe:
+        require_mixable(self.augment, self.features)
+        return self
 
     @model_validator(mode="after")
     def _name_without_fields(self) -> Recipe:

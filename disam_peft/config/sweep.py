@@ -14,7 +14,7 @@ def check_sweep(
     """Pass if the recipe's adapter can be trained with all of these values side by side.
 
     Raises:
-        UserError: another adapter than a linear probe; another objective than the mean; a rho or lambda that
+        UserError: another adapter than a linear probe; another objective than the mean; mixup; a rho or lambda that
             changes over the steps; values out of range.
     """
     if recipe.adapter.kind != "linear_probe":
@@ -26,6 +26,10 @@ def check_sweep(
         raise UserError(
             "a sweep trains with the mean cross entropy over samples, and this recipe has another objective; remove "
             "objective, or use disam-peft compare"
+        )
+    if recipe.augment.mixup is not None:
+        raise UserError(
+            "a sweep trains on single images, and this recipe has augment.mixup; remove it, or use disam-peft compare"
         )
     if recipe.method.changes and not (rhos and variance_weights):
         raise UserError(

@@ -15,7 +15,7 @@ from disam_peft.classification.fit_start import start_from_features
 from disam_peft.classification.frozen_features import training_store
 from disam_peft.common.progress import track
 from disam_peft.config.average import KeptAverageConfig
-from disam_peft.config.data import AugmentConfig, FeatureConfig
+from disam_peft.config.data import AugmentConfig, FeatureConfig, require_mixable
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.training import TrainConfig
@@ -94,12 +94,14 @@ def fit(
 
     Raises:
         UserError: nothing to train; a batch too small for the domains; losses that stay not finite (names the files);
-            more micro-batches than images; a checkpoint that cannot be written, is damaged, or is of another run.
+            more micro-batches than images; mixup of images where features are read; a checkpoint that cannot be
+            written, is damaged, or is of another run.
         Stopped: by a signal; with ``checkpoints`` alone.
     """
-    method, config = method or MethodConfig(), config or TrainConfig()
+    method, config, augment = method or MethodConfig(), config or TrainConfig(), augment or AugmentConfig()
     accelerator = accelerator or start_accelerator(config.mixed_precision)
     emit = on_event if on_event is not None and accelerator.is_main_process else _ignore
+    require_mixable(augment, features or FeatureConfig())
     if not classifier.trainable():
         raise UserError("the classifier has no adapter with trainable parameters; build one and hand it over")
     set_seed(seed, device_specific=True)  # other dropout masks on other ranks
@@ -124,11 +126,12 @@ def fit(
         dataset,
         config,
         seed,
+        mixup=augment.mixup,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         first_step=resumed_after,
     )
-    inputs = _inputs(classifier, dataset, augment or AugmentConfig(), features, seed, config, accelerator)
+    inputs = _inputs(classifier, dataset, augment, features, seed, config, accelerator)
     # Micro-batches are there to save memory: the images of each are sent to the device when it is its turn.
     images_on: Literal["device", "host"] = "host" if config.gradient_accumulation_steps > 1 else "device"
     batches = training_batches(

@@ -168,23 +168,17 @@ class StepGradient:
         """The gradient of ``batch``, which is this process's part of a batch as a loader gives it."""
         mode = self._micro_batches.mode
         # domains stay on the host: otherwise the step would ask the device which micro-batches hold a single domain
-        labels_B, domains_B = to_device(batch["labels"], self._accelerator.device), batch["domains"]
-        places = self._places(len(labels_B))
+        domains_B, targets = batch["domains"], self._targets(batch)
         if mode == "whole":
             frozen = self._encoded(batch, slice(None)) if "frozen" in batch else self._encoded_in_micro_batches(batch)
             outputs = self._classifier.cached_outputs(frozen)
-            forward = self._forward(outputs, labels_B, places, self._reference(frozen))
+            forward = self._forward(outputs, targets, self._reference(frozen))
             return self._disam.backward(forward, domains_B, objective=self._objective)
         indices = self._micro_batches.indices(domains_B)
         # Micro-batches are there to save memory: only the output of the frozen part is kept between the passes.
         frozen_of = [self._encoded(batch, rows) for rows in indices]
         forwards = [
-            self._forward(
-                partial(self._classifier.outputs, frozen),
-                _rows(labels_B, rows),
-                places.of(rows),
-                self._reference(frozen),
-            )
+            self._forward(partial(self._classifier.outputs, frozen), targets.of(rows), self._reference(frozen))
             for frozen, rows in zip(frozen_of, indices, strict=True)
         ]
         # "auto" is one pass here; of the others it would ask the device, every step, which one is possible
@@ -208,11 +202,17 @@ class StepGradient:
             pixels_BCHW = to_device(_rows(batch["pixels"], rows), device).to(self._dtype)
             return self._classifier.encode_frozen(pixels_BCHW)
 
-    def _places(self, size: int) -> _Places:
+    def _targets(self, batch: dict[str, Tensor]) -> _Targets:
         """Process r of W has the places r, r + W, ... of a batch, see ``DomainBatches``."""
         rank, processes = self._accelerator.process_index, self._accelerator.num_processes
-        place_B = torch.arange(rank, rank + size * processes, processes, device=self._accelerator.device)
-        return _Places(place_B, size * processes if self._batch_size is None else self._batch_size)
+        size, device = len(batch["labels"]), self._accelerator.device
+        return _Targets(
+            labels_B=to_device(batch["labels"], device),
+            place_B=torch.arange(rank, rank + size * processes, processes, device=device),
+            num_places=size * processes if self._batch_size is None else self._batch_size,
+            other_labels_B=to_device(batch["other_labels"], device) if "other_labels" in batch else None,
+            share_B=to_device(batch["shares"], device) if "shares" in batch else None,
+        )
 
     def _reference(self, frozen: Tensor) -> Reference | None:
         """What zero-shot classification makes of these images, once for all passes of a step."""
@@ -223,7 +223,7 @@ class StepGradient:
         return Reference(found.logits_BC, _normalised(found.features_BE), found.class_features_CE)
 
     def _forward(
-        self, outputs: Callable[[], ForwardPass], labels_B: Tensor, places: _Places, reference: Reference | None
+        self, outputs: Callable[[], ForwardPass], targets: _Targets, reference: Reference | None
     ) -> Callable[[], Forward]:
         def forward() -> Forward:
             with self._accelerator.autocast():  # per pass: its cache of casts must not outlive the weights
@@ -231,13 +231,15 @@ class StepGradient:
             normalised_BE = _normalised(found.features_BE) if self._objective.needs_features else None
             return self._objective.forward(
                 found.logits_BC,
-                labels_B,
+                targets.labels_B,
                 normalised_BE,
                 class_features_CE=found.class_features_CE,
                 scale=found.scale,
                 bias=found.bias,
-                place_B=places.place_B,
-                num_places=places.count,
+                place_B=targets.place_B,
+                num_places=targets.num_places,
+                other_labels_B=targets.other_labels_B,
+                share_B=targets.share_B,
                 reference=reference,
             )
 
@@ -245,14 +247,19 @@ class StepGradient:
 
 
 @dataclass(frozen=True)
-class _Places:
-    """Where samples stand in the whole batch of a step, which has ``count`` places."""
+class _Targets:
+    """What the objective is told of each sample beside the model's outputs, see ``objectives.base.Outputs``."""
 
+    labels_B: Tensor
     place_B: Tensor
-    count: int
+    num_places: int
+    other_labels_B: Tensor | None
+    share_B: Tensor | None
 
-    def of(self, rows: Indices) -> _Places:
-        return _Places(_rows(self.place_B, rows), self.count)
+    def of(self, rows: Indices) -> _Targets:
+        other_B = None if self.other_labels_B is None else _rows(self.other_labels_B, rows)
+        share_B = None if self.share_B is None else _rows(self.share_B, rows)
+        return _Targets(_rows(self.labels_B, rows), _rows(self.place_B, rows), self.num_places, other_B, share_B)
 
 
 def _normalised(features_BE: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from disam_peft.config.training import TrainConfig
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.loading.batches import make_sampler
 from disam_peft.data.loading.loader import make_eval_loader, make_train_loader
+from disam_peft.data.loading.mixup import MixedBatches, mixed
 from disam_peft.data.transforms.augment import TrainTransform
 from disam_peft.training.trainer import Trainer
 
@@ -89,6 +90,7 @@ def rehearse(
         training,
         config,
         seed,
+        mixup=augment.mixup,
         steps=BATCHES,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
@@ -96,7 +98,9 @@ def rehearse(
     transform = TrainTransform(classifier.backbone.preprocessing, augment, seed)
     classifier.train()
     load, encode, step = [], [], []
-    for seconds, batch in _timed(iter(make_train_loader(training, sampler, transform, workers=0)), accelerator.device):
+    loader = make_train_loader(training, sampler, transform, workers=0)
+    batches = mixed(loader, sampler) if isinstance(sampler, MixedBatches) else loader
+    for seconds, batch in _timed(iter(batches), accelerator.device):
         images = len(batch["labels"])
         load.append(seconds / images)
         begin = _now(accelerator)

@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.config.adapters import LoraAdapterConfig
-from disam_peft.config.data import AugmentConfig, DataConfig, FeatureConfig
+from disam_peft.config.data import AugmentConfig, DataConfig, FeatureConfig, MixupConfig
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.objective import CrossEntropyConfig, ObjectiveConfig, VRexConfig
 from disam_peft.config.training import TrainConfig
@@ -46,6 +46,7 @@ def run(
     steps=3,
     source="images",
     scale=None,
+    mixup=None,
     **settings,
 ):
     """(trained weights, events) after a few steps of SGD with momentum in float64, ``pieces`` pieces a step."""
@@ -76,7 +77,7 @@ def run(
                 log_every=1,
                 **settings,
             ),
-            augment=AugmentConfig(kind="none"),
+            augment=AugmentConfig(kind="none", mixup=mixup),
             features=FeatureConfig(store=source == "feature store"),
             accelerator=accelerator,
             on_event=lambda name, **values: events.append((name, values)),
@@ -92,6 +93,8 @@ ON_TWO = {
     "one piece": {"pieces": 1, "batch": 13},
     "penalty": {"pieces": 2, "batch": 13, "objective": "vrex"},
     "penalty, one piece": {"pieces": 1, "batch": 13, "objective": "vrex"},
+    "mixup": {"pieces": 2, "batch": 13, "objective": "vrex", "mixup": MixupConfig()},
+    "mixup, balanced classes": {"pieces": 1, "batch": 7, "mixup": MixupConfig(), "class_sampling": "balanced"},
 }
 
 

@@ -107,10 +107,11 @@ def test_row_60_killed_before_any_write_at_the_end_of_a_run_it_is_completed(fini
     [
         {"data": {"pixel_store": 36}, "train": {"workers": 2}},
         {"features": {"store": True, "views": 2}},
+        {"augment": {"mixup": {}}, "train": {"class_sampling": "balanced", "workers": 2}},
         {"train": {"gradient_accumulation_steps": 2}},
         {"objective": {"penalties": [{"kind": "vrex", "weight": 5.0, "anneal": 5}]}},
     ],
-    ids=["pixel store", "feature store", "accumulation", "penalty"],
+    ids=["pixel store", "feature store", "mixup", "accumulation", "penalty"],
 )
 def test_row_33_with_stores_and_accumulation(finished, make_recipe, start, changes):
     expected = finished(**changes)

@@ -17,7 +17,7 @@ from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.frozen_features import evaluation_store, training_store
 from disam_peft.config.adapters import ClipAdapterConfig, CoOpConfig, LastBlocks, LinearProbeConfig, LoraAdapterConfig
 from disam_peft.config.backbone import BackboneConfig
-from disam_peft.config.data import AugmentConfig, DataConfig, FeatureConfig
+from disam_peft.config.data import AugmentConfig, DataConfig, FeatureConfig, MixupConfig
 from disam_peft.config.shapes import ShapesConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
@@ -192,6 +192,7 @@ def test_another_augmentation_or_seed_of_it_is_another_store(make_classifier, da
     assert build(AugmentConfig(scale=(0.1, 0.2)), 3)[1] == 3
     assert build(NO_AUGMENT, 3)[1] == 4
     assert build(NO_AUGMENT, 4)[1] == 4, "without augmentation there is nothing to seed"
+    assert build(AugmentConfig(mixup=MixupConfig(of="features")), 3)[1] == 4, "rows are mixed when they are read"
 
 
 def test_data_are_told_apart_by_their_contents_alone(dataset):

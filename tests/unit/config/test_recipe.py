@@ -5,7 +5,7 @@ import pytest
 from disam_peft.config.adapters import CoOpConfig, LoraAdapterConfig
 from disam_peft.config.average import kept_averages
 from disam_peft.config.backbone import BackboneConfig
-from disam_peft.config.data import DataConfig
+from disam_peft.config.data import DataConfig, MixupConfig
 from disam_peft.config.protocol import ProtocolConfig
 from disam_peft.config.recipe import Recipe, as_dict, differences, load_recipe, save_recipe
 from disam_peft.errors import UserError
@@ -173,3 +173,17 @@ def test_one_average_or_several_are_written_as_they_are_read(tmp_path):
     assert [average.decay for average in recipe.average] == [0.999, 0.5]
     with pytest.raises(UserError, match=r"average"):
         load_recipe(write(tmp_path), ["average={kind: ema, decay: 1}"])
+
+
+@pytest.mark.parametrize("kind", ["standard", "none"])
+def test_mixup_stands_beside_either_augmentation_and_is_written_as_it_is_read(tmp_path, kind):
+    recipe = load_recipe(write(tmp_path), [f"augment.kind={kind}", "augment.mixup={}"])
+    assert recipe.augment.mixup == MixupConfig(alpha=0.2, of="images")
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert load_recipe(tmp_path / "saved.yaml") == recipe
+    plain, mixed = (load_recipe(write(tmp_path), ["name={hash}", *more]) for more in ([], ["augment.mixup={}"]))
+    assert plain.name != mixed.name
+    with pytest.raises(UserError, match=r"augment.mixup mixes images, but with features.store training reads none"):
+        load_recipe(write(tmp_path), ["augment.mixup={}", "features.store=true"])
+    with pytest.raises(UserError, match=r"augment.mixup.alpha: .*greater than 0"):
+        load_recipe(write(tmp_path), ["augment.mixup.alpha=0"])

@@ -101,6 +101,8 @@ def test_it_says_what_cannot_be_swept(recipe_path):
         sweep(load_recipe(recipe_path, ["adapter.kind=lora"]))
     with pytest.raises(UserError, match=r"features\.views"):
         sweep(load_recipe(recipe_path, ["augment.kind=standard"]))
+    with pytest.raises(UserError, match=r"trains on single images, and this recipe has augment\.mixup"):
+        sweep(load_recipe(recipe_path, ["augment.mixup={}"]))
     result = CliRunner().invoke(cli.app, ["sweep", str(recipe_path), "--rho", "0.1;0.2"])
     assert isinstance(result.exception, UserError) and "not a list of numbers" in str(result.exception)
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from disam_peft.config.data import DataConfig
+from disam_peft.config.data import DataConfig, MixupConfig
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
@@ -102,6 +102,25 @@ def test_every_adapter_in_pieces(run, cell):
 def test_every_source_in_pieces(run, source, cell):
     whole, in_pieces = (run(pieces, cell=cell, source=source, steps=2)[0] for pieces in (1, 4))
     assert (in_pieces - whole).abs().max() <= 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "cell", "of"),
+    [
+        ("images", "lora-image", "images"),
+        ("pixel store", "coop-shared", "images"),
+        ("feature store", "lora-image", "features"),
+    ],
+)
+def test_mixup_in_pieces(run, source, cell, of):
+    """Each piece has the other classes and the shares of its own samples. Objectives of every kind read them."""
+    options = {"source": source, "cell": cell, "batch": 13, "steps": 2, "mixup": MixupConfig(of=of)}
+    whole, in_pieces = (run(pieces, **options)[0] for pieces in (1, 4))
+    assert (in_pieces - whole).abs().max() <= 1e-12
+    assert (run(1, **{**options, "mixup": None})[0] - whole).abs().max() > 1e-4, "it is mixed"
+    unlike = {**options, "mixup": MixupConfig(of=of, alpha=3.0)}
+    assert (run(1, **unlike)[0] - whole).abs().max() > 1e-4, "by alpha"
 
 
 @pytest.mark.parametrize("sampling", ["balanced", "proportional"])
@@ -321,7 +340,7 @@ def test_two_processes_in_pieces(run, twins, domains_folder, tmp_path):
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    assert len(accumulated_runs.ON_TWO) == 7
+    assert len(accumulated_runs.ON_TWO) == 9
     for name, options in accumulated_runs.ON_TWO.items():
         one = run(**{**options, "pieces": 1})[0]
         assert torch.equal(ranks[0][name], ranks[1][name]), name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from disam_peft.config.data import AugmentConfig, DataConfig
+from disam_peft.config.data import AugmentConfig, DataConfig, MixupConfig
 from disam_peft.config.evaluation import EvaluationConfig
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.objective import ObjectiveConfig
@@ -33,7 +33,7 @@ def classifier(domains_folder, openclip_name):
     return load_pretrained(recipe, ("red", "green", "blue", "grey")).with_new_adapter()
 
 
-def measured(classifier, domains_folder, *, stored=False, batch_size=6):
+def measured(classifier, domains_folder, *, stored=False, batch_size=6, mixup=None):
     dataset = load(DataConfig(root=domains_folder))
     return rehearse(
         classifier,
@@ -43,7 +43,7 @@ def measured(classifier, domains_folder, *, stored=False, batch_size=6):
         objective=ObjectiveConfig(),
         config=TrainConfig(steps=1, batch_size=batch_size, workers=0),
         evaluation=EvaluationConfig(batch_size=8, workers=0),
-        augment=AugmentConfig(),
+        augment=AugmentConfig(mixup=mixup),
         stored=stored,
         seed=0,
         accelerator=start_accelerator(),
@@ -74,7 +74,7 @@ def test_processes_decide_together_when_they_have_enough(classifier, domains_fol
         step(self, batch)
 
     monkeypatch.setattr(rehearsal.Trainer, "rehearse_step", counted)
-    measured(classifier, domains_folder)
+    measured(classifier, domains_folder, mixup=MixupConfig())
     assert batches == [6] * rehearsal.BATCHES
     batches.clear()
     monkeypatch.setattr(rehearsal, "largest", lambda number, device: 1)  # another process has had enough
