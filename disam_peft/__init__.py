@@ -34,8 +34,11 @@ _HOMES = {
     "LinearProbeConfig": "disam_peft.config.adapters",
     "LoraAdapterConfig": "disam_peft.config.adapters",
     "PeftAdapterConfig": "disam_peft.config.adapters",
+    "BmaConfig": "disam_peft.config.average",
     "EmaConfig": "disam_peft.config.average",
     "NoAverageConfig": "disam_peft.config.average",
+    "SwaConfig": "disam_peft.config.average",
+    "SwadConfig": "disam_peft.config.average",
     "BackboneConfig": "disam_peft.config.backbone",
     "AugmentConfig": "disam_peft.config.data",
     "DataConfig": "disam_peft.config.data",
@@ -124,8 +127,11 @@ if TYPE_CHECKING:  # the same names, for type checkers; a test compares them wit
     from disam_peft.config.anchors import ImageFeaturesAnchorConfig as ImageFeaturesAnchorConfig
     from disam_peft.config.anchors import LogitsAnchorConfig as LogitsAnchorConfig
     from disam_peft.config.anchors import WeightsAnchorConfig as WeightsAnchorConfig
+    from disam_peft.config.average import BmaConfig as BmaConfig
     from disam_peft.config.average import EmaConfig as EmaConfig
     from disam_peft.config.average import NoAverageConfig as NoAverageConfig
+    from disam_peft.config.average import SwaConfig as SwaConfig
+    from disam_peft.config.average import SwadConfig as SwadConfig
     from disam_peft.config.backbone import BackboneConfig as BackboneConfig
     from disam_peft.config.data import AugmentConfig as AugmentConfig
     from disam_peft.config.data import DataConfig as DataConfig

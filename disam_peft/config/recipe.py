@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from disam_peft.config.adapters import AdapterConfig
-from disam_peft.config.average import Averages, NoAverageConfig
+from disam_peft.config.average import Averages, NoAverageConfig, kept_averages, require_validations
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.base import Config
 from disam_peft.config.data import AugmentConfig, DataConfig, DomainsConfig, FeatureConfig, require_mixable
@@ -69,6 +70,12 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _name_without_fields(self) -> Recipe:
         object.__setattr__(self, "name", run_name(self.name, self))  # a recipe is frozen
+        return self
+
+    @model_validator(mode="after")
+    def _validations_for_averages(self) -> Recipe:
+        interval = self.train.validation_interval
+        require_validations(kept_averages(self.average), math.ceil(self.train.steps / interval), interval)
         return self
 
     def folder(self, held_out: str | None) -> Path:

@@ -12,7 +12,7 @@ import torch
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.frozen_features import stored_views
 from disam_peft.common.progress import duration
-from disam_peft.config.average import kept_averages
+from disam_peft.config.average import kept_averages, times_judged
 from disam_peft.config.recipe import Recipe
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.loading.loader import resolve_workers
@@ -139,8 +139,9 @@ def estimated(recipe: Recipe, data: SplitData, measured: Rehearsal, state_bytes:
     splits = data.by_split()
     judged = sum(map(len, splits.values())) / processes
     validated = len(data.validation) / processes
-    states = 1 + len(kept_averages(recipe.average))
-    validations = math.ceil(config.steps / config.validation_interval) * states
+    interval, averages = config.validation_interval, kept_averages(recipe.average)
+    validations = math.ceil(config.steps / interval)
+    validations += sum(times_judged(average, config.steps, interval) for average in averages)
     views = stored_views(recipe.augment, recipe.features) if measured.stored else 1
     store = 0.0
     if measured.stored:
@@ -157,7 +158,7 @@ def estimated(recipe: Recipe, data: SplitData, measured: Rehearsal, state_bytes:
         steps_seconds=config.steps * step,
         store_seconds=store,
         validation_seconds=validations * (measured.judge_start_seconds + validated * judge),
-        judging_seconds=(1 + states) * (len(splits) * measured.judge_start_seconds + judged * judge),
+        judging_seconds=(2 + len(averages)) * (len(splits) * measured.judge_start_seconds + judged * judge),
         memory_bytes=None if measured.memory_bytes is None else measured.memory_bytes + state_bytes,
         workers=max(workers, judging_workers),
     )

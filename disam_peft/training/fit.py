@@ -84,8 +84,8 @@ def fit(
         accelerator: from ``start_accelerator``; the default is one with the config's precision.
         validate: scores the present state on held-back source data: a number or a tuple of numbers, of which greater is
             better, or a ``selection.Validation``. Called at intervals and after the last step, for the weights and for
-            each average in their place; the state with the highest score (the first of equals) is the one that is
-            kept. Unset: the last state of the weights is kept.
+            each average in their place that is judged there; the state with the highest score (the first of equals) is
+            the one that is kept. Unset: the last state of the weights is kept.
         on_best: called in that state, whenever it is a new best, to save it; after a resume once more at the end. It is
             told whose state it is: ``raw`` or the name of an average.
         on_event: called on the main process as ``on_event(name, **values)`` with the records of ``metrics.jsonl``.
@@ -107,6 +107,8 @@ def fit(
     set_seed(seed, device_specific=True)  # other dropout masks on other ranks
     classifier.to(accelerator.device)
     trainer = Trainer(classifier, dataset, method, objective or ObjectiveConfig(), config, averages, accelerator, emit)
+    if validate is None and (names := trainer.averages.needing_validation_loss):
+        raise UserError(f"the average {names[0]} needs the validation loss, and nobody validates; hand over validate")
     best = BestStates(classifier, trainer.averages, validate, on_best)
     components: dict[str, Stateful] = {
         "adapter": trainer,
@@ -165,6 +167,8 @@ def fit(
     states = best.finish(config.steps, announce=resumed_after > 0)  # a power cut may have taken what was saved of it
     chosen = states[best.chosen]
     about = {"weights": best.chosen} if averages else {}
+    for name, told in trainer.averages.about().items():
+        emit("average", weights=name, **told)
     emit("trained", best_step=chosen.step, **about, **trainer.metrics.totals())
     return FitResult(
         best_step=chosen.step,

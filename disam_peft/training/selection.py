@@ -28,10 +28,13 @@ class Validation:
     Attributes:
         score: decides; a larger tuple is better, compared from its first number on.
         numbers: what is recorded of it.
+        loss: the mean over the source domains of their mean cross entropy, for the averages that need it; None: it is
+            not known.
     """
 
     score: tuple[float, ...]
     numbers: Mapping[str, float]
+    loss: float | None = None
 
     @property
     def words(self) -> str:
@@ -91,7 +94,7 @@ def validation(config: SelectionConfig, metrics: MetricsByDomain) -> Validation:
         "worst_top1": worst_top1,
         "worst_negative_nll": worst_negative_nll,
     }
-    return Validation(score, numbers)
+    return Validation(score, numbers, loss=-negative_nll)
 
 
 def _over_domains(metrics: MetricsByDomain, pool: Callable[[list[float]], float]) -> tuple[float, float]:
@@ -138,15 +141,22 @@ class BestStates:
         """The weights whose state is the best of all so far; of equals the one that was found first."""
 
     def offer(self, step: int) -> dict[str, Validation]:
-        """Validate the state after ``step``, with the weights themselves and with each average in their place."""
+        """Validate the state after ``step``, with the weights themselves and with each average in their place that is
+        judged there. The averages learn the loss of the weights themselves before they are judged.
+
+        Raises:
+            UserError: an average needs that loss, and the validation does not tell it.
+        """
         found: dict[str, Validation] = {}
         if self._validate is None:
             return found
-        for weights in (RAW, *self._averages.names):
+        for weights in (RAW, *self._averages.judged(step)):
             with self._averages.in_place_of_weights(weights):
                 found[weights] = Validation.of(self._validate())
                 self._classifier.train()
                 self._keep_if_better(weights, step, found[weights].score)
+            if weights == RAW:
+                self._averages.validated(step, found[RAW].loss)
         return found
 
     def is_best(self, weights: str, step: int) -> bool:

@@ -72,7 +72,7 @@ class Trainer:
         self.gradient = StepGradient(
             classifier, self.disam, self.micro_batches, accelerator, self.objective, config.batch_size
         )
-        self.averages = WeightAverages(averages, params)
+        self.averages = WeightAverages(averages, params, config.steps)
         self.metrics = StepMetrics(dataset, method, config, on_event, accelerator)
         self.compiled = CompiledBlocks.of(classifier) if config.compile else nullcontext()
         self.steps_done = 0

@@ -289,7 +289,9 @@ def test_row_36_orphans_of_a_killed_process_are_waited_for(tmp_path):
 @pytest.mark.slow
 def test_row_33_and_39_one_of_two_ranks_is_killed(finished, make_recipe, start_two, capfd):
     """The other ends with an error, soon; resumed, both come to the bits of an uninterrupted pair."""
-    expected, recipe = finished(start_two), make_recipe()
+    swad = {"kind": "swad", "n_converge": 1, "n_tolerance": 2, "tolerance_ratio": 2.0}
+    changes = {"average": ["bma", {"kind": "swa", "start": 0.25}, swad]}
+    expected, recipe = finished(start_two, **changes), make_recipe(**changes)
     pids = start_two(recipe, lambda rank: rank == 1 and ends_itself(AscentDirection, "add_", 6)())
     assert ended(pids[1]) == -signal.SIGKILL
     assert ended(pids[0], within=60) == 1

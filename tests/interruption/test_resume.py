@@ -69,6 +69,14 @@ def test_row_33_killed_again_and_again_a_run_ends_in_the_same_bits(finished, mak
     assert kills["perturbed"] >= 3 and kills["saving"] >= 3 and sum(kills.values()) >= 10, kills
 
 
+AVERAGES = [
+    {"kind": "swa", "start": 0.25, "every": 2, "judged": "always"},
+    {"kind": "bma"},
+    {"kind": "swad", "n_converge": 1, "n_tolerance": 2, "tolerance_ratio": 2.0},
+    {"kind": "swad", "n_converge": 1, "n_tolerance": 2, "tolerance_ratio": 2.0, "variant": "published"},
+]
+"""Of each kind with a state, in the middle of a window."""
+
 SMALL = {"samples": 2, "ascent_steps": 1, "hessian_iterations": 3, "slice_points": 3}
 """As little of sharpness as there can be."""
 
@@ -110,8 +118,9 @@ def test_row_60_killed_before_any_write_at_the_end_of_a_run_it_is_completed(fini
         {"augment": {"mixup": {}}, "train": {"class_sampling": "balanced", "workers": 2}},
         {"train": {"gradient_accumulation_steps": 2}},
         {"objective": {"penalties": [{"kind": "vrex", "weight": 5.0, "anneal": 5}]}},
+        {"average": AVERAGES},
     ],
-    ids=["pixel store", "feature store", "mixup", "accumulation", "penalty"],
+    ids=["pixel store", "feature store", "mixup", "accumulation", "penalty", "averages"],
 )
 def test_row_33_with_stores_and_accumulation(finished, make_recipe, start, changes):
     expected = finished(**changes)

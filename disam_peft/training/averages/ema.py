@@ -1,4 +1,4 @@
-"""Exponential moving average of the trained weights."""
+"""Exponential moving average of the trained weights. T iterates, P parameters."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from disam_peft.config.average import EmaConfig
-from disam_peft.disam.perturbation import by_device_and_dtype, flatten, unflatten
-from disam_peft.training.averages.base import Average
+from disam_peft.training.averages.base import Average, averages_of_rows
+from disam_peft.training.averages.flat_weights import FlatWeights, count_on, number_on
 
 
 class Ema(Average):
@@ -21,39 +21,31 @@ class Ema(Average):
 
     kind: ClassVar[str] = "ema"
 
-    def __init__(self, config: EmaConfig, params: Sequence[Tensor]) -> None:
-        self._decay = config.decay
-        self._like = [p.detach() for p in params]
-        self._groups = [[_index_of(params, p) for p in group] for group in by_device_and_dtype(params)]
-        # One flat buffer per device and dtype: an adapter is many small tensors, and a GPU step counts its kernels.
-        self._flat = [flatten([self._like[i] for i in group]) for group in self._groups]
-        self._updates = torch.zeros((), dtype=torch.int64, device=params[0].device)
+    def __init__(self, config: EmaConfig, params: Sequence[Tensor], steps: int) -> None:
+        self._average = FlatWeights(params)
+        self._share, self._whole = number_on(params, 1.0 - config.decay), number_on(params, 1.0)
+        self._updates = count_on(params)
 
-    @torch.no_grad()
     def update(self, params: Sequence[Tensor], applied: Tensor) -> None:
-        for group, flat in zip(self._groups, self._flat, strict=True):
-            # In the type of the average: a share in float32 would cost a float64 average half of its digits.
-            share = flat.new_full((), 1.0 - self._decay)
-            share = torch.where(self._updates.to(flat.device) == 0, torch.ones_like(share), share)
-            averaged = torch.lerp(flat, flatten([params[i].detach() for i in group]), share)  # at 1 it copies every bit
-            flat.copy_(torch.where(applied.to(flat.device), averaged, flat))
-        self._updates += applied.to(self._updates.dtype)
+        self._average.move(params, torch.where(self._updates == 0, self._whole, self._share), applied)
+        self._updates += applied
 
     def tensors(self) -> list[Tensor]:
-        found: dict[int, Tensor] = {}
-        for group, flat in zip(self._groups, self._flat, strict=True):
-            found.update(zip(group, unflatten(flat, [self._like[i] for i in group]), strict=True))
-        return [found[i] for i in range(len(self._like))]
+        return self._average.tensors()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"average": [flat.clone() for flat in self._flat], "updates": self._updates.clone()}
+        return {"average": self._average.state_dict(), "updates": self._updates.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for flat, saved in zip(self._flat, state["average"], strict=True):
-            flat.copy_(saved)
+        self._average.load_state_dict(state["average"])
         self._updates.copy_(state["updates"])
 
 
-def _index_of(params: Sequence[Tensor], wanted: Tensor) -> int:
-    """The position of a tensor in a list; tensors are compared by identity."""
-    return next(number for number, p in enumerate(params) if p is wanted)
+def ema(params_TP: Tensor, decay: float) -> Tensor:
+    """The exponential moving average after each row of a history of weights.
+
+    Returns:
+        (T, P): row s is the average of the rows up to s; row 0 is that of ``params_TP``.
+    """
+    average = Ema(EmaConfig(decay=decay), [params_TP[0]], len(params_TP))
+    return averages_of_rows(average, params_TP)

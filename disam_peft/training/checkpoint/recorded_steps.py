@@ -14,7 +14,7 @@ from disam_peft.common.strict_json import parse_json
 
 LOST = "records_lost"
 """The event that says of which steps the records are missing: ``first_step`` and ``last_step``."""
-_AFTER_TRAINING = ("trained", "inferred_domains")
+_AFTER_TRAINING = ("average", "trained", "inferred_domains")
 
 
 def cut_back(records: Path | None, length: int | None, step: int) -> None:

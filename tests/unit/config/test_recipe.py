@@ -164,6 +164,14 @@ def test_an_average_may_be_a_word_and_an_empty_list_is_none(tmp_path, value, dec
     assert load_recipe(tmp_path / "saved.yaml") == recipe
 
 
+def test_swad_with_too_few_validations_is_a_mistake_that_names_the_setting(tmp_path):
+    swad, steps = "average=swad", ["train.steps=100", "train.validate_every=50"]
+    with pytest.raises(UserError, match=r"n_converge=3 validations, and this run has 2 .*lower train.validate_every"):
+        load_recipe(write(tmp_path), [swad, *steps])
+    load_recipe(write(tmp_path), ["average={kind: swad, n_converge: 2}", *steps])
+    load_recipe(write(tmp_path), [swad, "train.steps=101", "train.validate_every=50"])
+
+
 def test_one_average_or_several_are_written_as_they_are_read(tmp_path):
     one, several = ["average={kind: ema, decay: 0.9}"], ["average=[{kind: ema}, {kind: ema, decay: 0.5}]"]
     for number, overrides in enumerate((one, several)):

@@ -10,7 +10,16 @@ from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.families import load_backbone
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.config.adapters import LoraAdapterConfig
-from disam_peft.config.average import AverageConfig, EmaConfig, NoAverageConfig, kept_averages
+from disam_peft.config.average import (
+    AverageConfig,
+    BmaConfig,
+    EmaConfig,
+    NoAverageConfig,
+    SwaConfig,
+    SwadConfig,
+    kept_averages,
+    times_judged,
+)
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.data import DataConfig
 from disam_peft.config.training import TrainConfig
@@ -20,6 +29,7 @@ from disam_peft.training.averages.weight_averages import AVERAGES, WeightAverage
 from disam_peft.training.checkpoint.manager import CheckpointConfig
 from disam_peft.training.fit import fit
 from disam_peft.training.guarded_optimizer import StepOutcome
+from disam_peft.training.selection import Validation
 
 
 def test_the_union_of_configs_is_the_table():
@@ -38,7 +48,7 @@ def test_names_tell_averages_of_one_kind_apart():
 
 def test_an_average_stands_in_for_the_weights_and_they_come_back_to_the_bit():
     w = torch.nn.Parameter(torch.tensor([1.0, 0.1]))
-    averages = WeightAverages([EmaConfig(decay=0.5)], [w])
+    averages = WeightAverages([EmaConfig(decay=0.5)], [w], 2)
     for _ in range(2):
         with torch.no_grad():
             w += 0.3
@@ -117,6 +127,56 @@ def test_with_nobody_validating_the_last_weights_are_kept_and_the_average_is_the
     assert (result.weights, result.best_score, saved) == ("raw", None, [])
     assert torch.equal(vector(classifier.trainable()), vector(result.states["raw"].tensors))
     assert not torch.equal(vector(result.states["raw"].tensors), vector(result.states["ema"].tensors))
+
+
+def test_swad_learns_the_losses_of_the_weights_and_is_judged_in_the_end(trained):
+    """Six validations of the weights with falling, then rising losses; the seventh is that of the average."""
+    losses, norms = [0.8, 0.5, 0.6, 0.7, 0.8, 0.6], []
+
+    def validate(classifier):
+        norms.append(small(classifier))
+        return Validation((0.5,), {"score": 0.5}, loss=losses[len(norms) - 1] if len(norms) <= 6 else 9.0)
+
+    config = SwadConfig(n_converge=2, n_tolerance=2, tolerance_ratio=0.2)
+    _, result, events, _ = trained([config], validate=validate, validate_every=1)
+    judged = [(values["step"], values.get("weights", "raw")) for name, values in events if name == "validation"]
+    assert judged == [*((step, "raw") for step in range(1, 7)), (6, "swad")]
+    [told] = [values for name, values in events if name == "average"]
+    assert told == {
+        "weights": "swad",
+        "converge_step": 2,
+        "dead_at_step": 5,
+        "start_step": 2,
+        "end_step": 3,
+        "averaged": 2,
+    }
+    assert norms[6] not in norms[:6] and set(result.states) == {"raw", "swad"}
+
+
+@pytest.mark.parametrize(
+    ("validate", "told"),
+    [(None, ", and nobody validates"), (lambda classifier: 0.5, ".* selection.Validation with loss=")],
+)
+def test_swad_without_a_validation_loss_is_an_error(trained, validate, told):
+    with pytest.raises(UserError, match=f"average swad needs the validation loss{told}"):
+        trained([EmaConfig(), SwadConfig()], validate=validate)
+
+
+def test_averages_of_all_kinds_side_by_side_are_judged_when_they_say(trained):
+    def validate(classifier):
+        return Validation((small(classifier),), {"score": small(classifier)}, loss=0.5)
+
+    averages = [EmaConfig(), SwaConfig(start=0.5, judged="always"), BmaConfig(), SwadConfig(n_converge=2)]
+    _, result, events, _ = trained(averages, validate=validate)
+    judged = [(values["step"], values.get("weights", "raw")) for name, values in events if name == "validation"]
+    assert judged == [
+        *[(2, "raw"), (2, "ema")],
+        *[(4, "raw"), (4, "ema"), (4, "swa")],
+        *[(6, "raw"), (6, "ema"), (6, "swa"), (6, "bma"), (6, "swad")],
+    ]
+    foretold = {name: times_judged(config, 6, 2) for name, config in named(averages).items()}
+    assert foretold == {name: [weights for _, weights in judged].count(name) for name in foretold}
+    assert len({round(float(vector(state.tensors).norm()), 6) for state in result.states.values()}) == 5
 
 
 @pytest.mark.slow
