@@ -30,6 +30,7 @@ _HOMES = {
     # settings
     "ClipAdapterConfig": "disam_peft.config.adapters",
     "CoOpConfig": "disam_peft.config.adapters",
+    "FullConfig": "disam_peft.config.adapters",
     "LastBlocks": "disam_peft.config.adapters",
     "LinearProbeConfig": "disam_peft.config.adapters",
     "LoraAdapterConfig": "disam_peft.config.adapters",
@@ -119,6 +120,7 @@ if TYPE_CHECKING:  # the same names, for type checkers; a test compares them wit
     from disam_peft.classification.saved_classifier import save_adapter as save_adapter
     from disam_peft.config.adapters import ClipAdapterConfig as ClipAdapterConfig
     from disam_peft.config.adapters import CoOpConfig as CoOpConfig
+    from disam_peft.config.adapters import FullConfig as FullConfig
     from disam_peft.config.adapters import LastBlocks as LastBlocks
     from disam_peft.config.adapters import LinearProbeConfig as LinearProbeConfig
     from disam_peft.config.adapters import LoraAdapterConfig as LoraAdapterConfig

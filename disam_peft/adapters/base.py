@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from disam_peft.adapters.interpolation import MoveTo, require_alpha, tensors_on_a_line, wise_ft
 from disam_peft.adapters.prompts import ClassPrompts, FrozenText, ensemble
-from disam_peft.backbones.base import ClipBackbone
+from disam_peft.backbones.base import BEFORE_STEM, ClipBackbone
 from disam_peft.config.base import Config
 from disam_peft.errors import UserError
 
@@ -48,7 +48,8 @@ class Adapter(nn.Module, ABC):
     # -- the frozen part of the towers ---------------------------------------------------------------------------
 
     image_split: int | None = None
-    """Leading blocks of the image tower that this adapter leaves frozen; None: the whole tower is frozen."""
+    """Leading blocks of the image tower that this adapter leaves frozen; None: the whole tower is frozen; BEFORE_STEM
+    (-1): nothing of it is."""
 
     text_split: int | None = None
     """The same for the text tower; None: it is frozen for the class prompts, whose features are computed once.
@@ -104,6 +105,8 @@ class Adapter(nn.Module, ABC):
         if text.features_CE is not None:
             return text.features_CE
         assert text.hidden is not None and self.text_split is not None  # FrozenText holds one or the other
+        if self.text_split == BEFORE_STEM:
+            return ensemble(backbone.encode_text(text.tokens_NL), text.templates)
         return ensemble(backbone.text_head(text.hidden, text.tokens_NL, self.text_split), text.templates)
 
     def image_features(self, features_BE: Tensor) -> Tensor:

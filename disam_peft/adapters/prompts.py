@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from disam_peft.backbones.base import ClipBackbone
+from disam_peft.backbones.base import BEFORE_STEM, ClipBackbone
 from disam_peft.backbones.families import imagenet_templates
 from disam_peft.config.prompts import IMAGENET, PromptConfig
 from disam_peft.errors import UserError
@@ -35,7 +35,8 @@ class FrozenText:
     Attributes:
         tokens_NL: token ids of every class in every template, the templates of a class side by side.
         templates: T.
-        hidden: output of the text tower's frozen trunk for these tokens; None where the whole tower is frozen.
+        hidden: output of the text tower's frozen trunk for these tokens, which are the tokens themselves where its stem
+            is trained; None where the whole tower is frozen.
         features_CE: normalised class features, as in zero-shot classification; None where ``hidden`` is set, or where
             the adapter has prompts of its own.
     """
@@ -86,7 +87,9 @@ def ensemble(features_NE: Tensor, templates: int) -> Tensor:
 
 
 def text_trunk(backbone: ClipBackbone, tokens_NL: Tensor, blocks: int) -> Tensor:
-    """``ClipBackbone.text_trunk`` in chunks of prompts, padded to the longest."""
+    """``ClipBackbone.text_trunk`` in chunks of prompts, padded to the longest; the tokens where no stem is frozen."""
+    if blocks == BEFORE_STEM:
+        return tokens_NL
     chunks = [backbone.text_trunk(chunk, blocks) for chunk in tokens_NL.split(_PROMPTS_AT_ONCE)]
     longest = max(chunk.shape[1] for chunk in chunks)
     return torch.cat([nn.functional.pad(chunk, (0, 0, 0, longest - chunk.shape[1])) for chunk in chunks])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from disam_peft.adapters.base import Adapter
 from disam_peft.adapters.clip_adapter import ClipAdapter
 from disam_peft.adapters.coop.coop_adapter import CoOpAdapter
+from disam_peft.adapters.full import FullAdapter
 from disam_peft.adapters.linear_probe import LinearProbeAdapter
 from disam_peft.adapters.peft.peft_adapter import LoraAdapter, PeftAdapter
 from disam_peft.adapters.prompts import ClassPrompts, fill_templates
@@ -13,6 +14,7 @@ from disam_peft.config.adapters import (
     AdapterConfig,
     ClipAdapterConfig,
     CoOpConfig,
+    FullConfig,
     LinearProbeConfig,
     LoraAdapterConfig,
     PeftAdapterConfig,
@@ -26,6 +28,7 @@ ADAPTERS: dict[type[Config], type[Adapter]] = {
     CoOpConfig: CoOpAdapter,
     LinearProbeConfig: LinearProbeAdapter,
     ClipAdapterConfig: ClipAdapter,
+    FullConfig: FullAdapter,
 }
 
 

@@ -48,6 +48,25 @@ class Target:
     kind: Literal["linear", "norm"]
 
 
+@dataclass(frozen=True)
+class TowerParameter:
+    """One weight of a tower, and where it stands in the forward pass."""
+
+    name: str
+    """As in ``ClipBackbone.base_parameters``."""
+    part: Literal["stem", "block", "end", "projection", "whole"]
+    """``stem``: all before the blocks; ``end``: what follows them (the final norm, a pooling), up to the ``projection``
+    into the shared space; ``whole``: somewhere in a tower that cannot be split."""
+    block: int | None
+    """Index of the transformer block; None outside the blocks."""
+    is_norm: bool
+    """It is a weight or a bias of a normalisation layer."""
+
+
+BEFORE_STEM = -1
+"""In the place of a number of frozen blocks: not even the stem of the tower is frozen."""
+
+
 class ClipBackbone(ABC):
     """A frozen CLIP in eval mode. Adapters attach to ``model``; everything else goes through the methods.
 
@@ -313,6 +332,10 @@ class ClipBackbone(ABC):
             "embed_dim": self.embed_dim,
             "fingerprint": self.fingerprint,
         }
+
+    @abstractmethod
+    def tower_parameters(self, tower: TowerName) -> list[TowerParameter]:
+        """Every weight of a tower as it was loaded, in the order of the model."""
 
     @abstractmethod
     def save(self, directory: Path, model: nn.Module) -> None:

@@ -133,8 +133,14 @@ AFFINE = "is_affine"
 affine function of the same row of its input, and that this function is the same for all rows of a call."""
 
 
+STANDS_FOR = "stands_for"
+"""Name of an attribute of a class that computes what another one does with weights that it keeps in a wider type. Its
+value is the other class."""
+
+
 def _is_plain(projection: nn.Module) -> bool:
-    return type(projection) is nn.Linear and "forward" not in vars(projection) and not _is_watched(projection)
+    kind = getattr(type(projection), STANDS_FOR, type(projection))
+    return kind is nn.Linear and "forward" not in vars(projection) and not _is_watched(projection)
 
 
 def _is_watched(projection: nn.Module) -> bool:

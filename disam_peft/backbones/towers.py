@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from disam_peft.backbones.base import Target, TowerName
+from disam_peft.backbones.base import Target, TowerName, TowerParameter
 from disam_peft.backbones.pass_cache import PassCache, with_cache
 from disam_peft.errors import UserError
 
@@ -104,6 +104,44 @@ def tower_targets(
     for block in range(blocks):
         found += block_targets(model, tower, block, f"{stack}.{block}", roles)
     return found + [target for target in loose if target.projection != stem_norm]
+
+
+def tower_parameters(
+    model: nn.Module, roots: Sequence[str], stack: str, blocks: int, stem: Sequence[str], projection: Sequence[str]
+) -> list[TowerParameter]:
+    """Every parameter of one tower, in the order of the model.
+
+    Args:
+        roots: modules that make up the tower.
+        stack: full name of the list of blocks.
+        blocks: their number; 0 where the tower cannot be split.
+        stem, projection: full names of the modules and parameters that come before the blocks, and of the projection
+            into the shared space.
+    """
+
+    def within(name: str, places: Sequence[str]) -> bool:
+        return any(name == place or name.startswith(f"{place}.") for place in places)
+
+    found = []
+    for name, _ in model.named_parameters():
+        if not within(name, roots):
+            continue
+        is_norm = _is_norm(model.get_submodule(name.rpartition(".")[0]))
+        if blocks == 0:
+            found.append(TowerParameter(name, "whole", None, is_norm))
+        elif within(name, [stack]):
+            number = int(name.removeprefix(f"{stack}.").partition(".")[0])
+            found.append(TowerParameter(name, "block", number, is_norm))
+        elif within(name, stem):
+            found.append(TowerParameter(name, "stem", None, is_norm))
+        else:
+            found.append(TowerParameter(name, "projection" if within(name, projection) else "end", None, is_norm))
+    return found
+
+
+def _is_norm(module: nn.Module) -> bool:
+    known = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+    return isinstance(module, known) or type(module).__name__.endswith("Norm")
 
 
 def end_of_text(name: str, configured: int | Sequence[int] | None, prompt: Sequence[int], own: int | None) -> int:

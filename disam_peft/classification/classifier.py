@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from disam_peft.adapters.base import Adapter, Autocast, cosine_logits
 from disam_peft.adapters.interpolation import MoveTo
 from disam_peft.adapters.prompts import ClassPrompts, FrozenText, fill_templates, text_trunk, zero_shot_features
-from disam_peft.backbones.base import ClipBackbone
+from disam_peft.backbones.base import BEFORE_STEM, ClipBackbone
 from disam_peft.backbones.pass_cache import PassCache
 from disam_peft.errors import UserError
 
@@ -86,7 +86,7 @@ class ClipClassifier(nn.Module):
 
     @property
     def image_split(self) -> int | None:
-        """Blocks of the image tower that ``encode_frozen`` runs; None: all of the tower."""
+        """Blocks of the image tower that ``encode_frozen`` runs; None: all of the tower; -1: nothing of it."""
         return self._zero_shot_split if self.adapter is None else self.adapter.image_split
 
     def train(self, mode: bool = True) -> ClipClassifier:
@@ -140,7 +140,10 @@ class ClipClassifier(nn.Module):
             )
 
     def encode_frozen(self, pixels_BCHW: Tensor) -> Tensor:
-        """The image tower up to ``image_split``: block activations, or features (B, E) where all is frozen."""
+        """The image tower up to ``image_split``: block activations, features (B, E) where all is frozen, or the
+        pixels themselves where not even the stem is."""
+        if self.image_split == BEFORE_STEM:
+            return pixels_BCHW
         with torch.no_grad():
             if self.image_split is None:
                 return self.backbone.encode_image(pixels_BCHW)
@@ -148,6 +151,8 @@ class ClipClassifier(nn.Module):
 
     def tower_features(self, frozen: Tensor, cache: PassCache | None = None) -> Tensor:
         """The image tower's features (B, E), not normalised, from the output of ``encode_frozen``."""
+        if self.image_split == BEFORE_STEM:
+            return self.backbone.encode_image(frozen)
         return frozen if self.image_split is None else self.backbone.image_head(frozen, self.image_split, cache)
 
     def features(self, frozen: Tensor, cache: PassCache | None = None) -> Tensor:

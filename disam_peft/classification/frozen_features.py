@@ -13,6 +13,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from disam_peft.adapters.base import Autocast
+from disam_peft.backbones.base import BEFORE_STEM
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.common.device import to_device
 from disam_peft.config.data import AugmentConfig, FeatureConfig
@@ -104,6 +105,12 @@ def _store(
     autocast: Autocast,
     workers: int | Literal["auto"],
 ) -> FeatureStore:
+    if classifier.image_split == BEFORE_STEM:
+        raise UserError(
+            "features.store keeps the output of the frozen part of the image tower, and of this one nothing is frozen, "
+            "because its first layers are trained; set features.store=false, or adapter.stem=false and fewer "
+            "adapter.blocks"
+        )
     like = next(classifier.model.parameters())
 
     def encode(pixels_BCHW: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from disam_peft.backbones.base import BEFORE_STEM
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.domain_inference import InferredDomains
 from disam_peft.common import progress
@@ -158,6 +159,8 @@ def frozen_part(classifier: ClipClassifier) -> str:
     backbone, adapter, split = classifier.backbone, classifier.adapter, classifier.image_split
     if split is None:
         image = "the whole image tower, which runs once per image of a batch"
+    elif split == BEFORE_STEM:
+        image = "nothing of the image tower, whose first layers are trained"
     elif split == 0 and backbone.image_blocks == 0:
         image = "nothing of the image tower, which cannot be split"
     else:
@@ -166,6 +169,8 @@ def frozen_part(classifier: ClipClassifier) -> str:
         return f"{image}; the whole text tower, which runs once"
     if adapter.replaces_class_prompts:
         return f"{image}; the weights of the text tower, which runs in every pass because its prompts are trained"
+    if adapter.text_split == BEFORE_STEM:
+        return f"{image}; nothing of the text tower, whose first layers are trained"
     return f"{image}; the first {adapter.text_split} of {backbone.text_blocks} blocks of the text tower, which run once"
 
 

@@ -90,6 +90,7 @@ ON_TWO = {
     "per_domain": {"pieces": 3, "batch": 18},
     "mean": {"pieces": 3, "batch": 7, "method": "sam"},
     "whole": {"pieces": 4, "batch": 9, "cell": "coop-shared"},
+    "whole tower": {"pieces": 2, "batch": 13, "cell": "full"},
     "one piece": {"pieces": 1, "batch": 13},
     "penalty": {"pieces": 2, "batch": 13, "objective": "vrex"},
     "penalty, one piece": {"pieces": 1, "batch": 13, "objective": "vrex"},

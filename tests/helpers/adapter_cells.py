@@ -18,6 +18,7 @@ from disam_peft.config.adapters import (
     ADAPTER_CONFIGS,
     AdapterConfig,
     CoOpConfig,
+    FullConfig,
     LastBlocks,
     LinearProbeConfig,
     LoraAdapterConfig,
@@ -47,6 +48,11 @@ CELLS: dict[str, AdapterConfig] = {
     "coop-class": CoOpConfig(context_tokens=4, class_specific=True, seed=1),
     "probe-zero_shot": LinearProbeConfig(),
     "probe-random": LinearProbeConfig(init="random", seed=1),
+    "full": FullConfig(),
+    "full-both": FullConfig(towers=["image", "text"]),
+    "full-last": FullConfig(towers=["image", "text"], blocks=LAST_TWO, projection=True),
+    "full-norms": FullConfig(blocks="none", norms="all"),
+    "full-biases": FullConfig(towers=["image", "text"], blocks="none", biases=LAST_TWO),
 }
 # Every other kind as its defaults make it, so that a new adapter is in the matrix once its config is in the union.
 for config_class in ADAPTER_CONFIGS:
@@ -54,7 +60,9 @@ for config_class in ADAPTER_CONFIGS:
         new: Any = config_class(**({"seed": 1} if "seed" in config_class.model_fields else {}))
         CELLS[new.kind] = new
 PEFT_CELLS = [name for name, config in CELLS.items() if config.kind in ("lora", "peft")]
-OTHER_CELLS = [name for name in CELLS if name not in PEFT_CELLS]
+FULL_CELLS = [name for name, config in CELLS.items() if config.kind == "full"]
+MERGED_CELLS = [*PEFT_CELLS, *FULL_CELLS]
+UNMERGED_CELLS = [name for name in CELLS if name not in MERGED_CELLS]
 
 PROMPTS = ClassPrompts(("cat", "polar bear", "fire truck"), ("a photo of a {}.", "a drawing of the {}!"))
 

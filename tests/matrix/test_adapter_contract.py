@@ -14,9 +14,9 @@ from tests.helpers.adapter_cells import (
     CELLS,
     FAMILIES,
     LABELS,
-    OTHER_CELLS,
-    PEFT_CELLS,
+    MERGED_CELLS,
     PROMPTS,
+    UNMERGED_CELLS,
     pixels,
     tiny_backbone,
     tiny_classifier,
@@ -122,7 +122,17 @@ def test_the_split_changes_no_bit(twins: tuple[str, str], family: str, cell: str
 @matrix
 @pytest.mark.parametrize(
     ("cell", "splits"),
-    [("lora-image", (1, None)), ("lora-text", (None, 1)), ("lora-both", (0, 0)), ("coop-shared", (None, None))],
+    [
+        ("lora-image", (1, None)),
+        ("lora-text", (None, 1)),
+        ("lora-both", (0, 0)),
+        ("coop-shared", (None, None)),
+        ("full", (-1, None)),
+        ("full-both", (-1, -1)),
+        ("full-last", (1, 1)),
+        ("full-norms", (-1, None)),
+        ("full-biases", (1, 1)),
+    ],
 )
 def test_the_frozen_part_ends_at_the_first_adapted_block(
     twins: tuple[str, str], family: str, cell: str, splits: tuple[int | None, int | None]
@@ -145,7 +155,7 @@ def test_state_round_trip(twins: tuple[str, str], family: str, cell: str) -> Non
 
 
 @matrix
-@pytest.mark.parametrize("cell", PEFT_CELLS)
+@pytest.mark.parametrize("cell", MERGED_CELLS)
 def test_merged_gives_the_same_logits_and_leaves_the_live_model(twins: tuple[str, str], family: str, cell: str) -> None:
     backbone = tiny_backbone(twins, family)
     classifier = tiny_classifier(backbone, cell)
@@ -165,7 +175,7 @@ def test_merged_gives_the_same_logits_and_leaves_the_live_model(twins: tuple[str
 
 
 @matrix
-@pytest.mark.parametrize("cell", OTHER_CELLS)
+@pytest.mark.parametrize("cell", UNMERGED_CELLS)
 def test_what_cannot_be_merged_says_what_to_do(twins: tuple[str, str], family: str, cell: str) -> None:
     backbone = tiny_backbone(twins, family)
     adapter = tiny_classifier(backbone, cell).adapter

@@ -43,7 +43,7 @@ def select_targets(
     chosen: list[Target] = []
     for tower in dict.fromkeys(towers):
         here = [target for target in backbone.targets() if target.tower == tower]
-        indices = _block_indices(backbone, tower, blocks)
+        indices = block_indices(backbone, tower, blocks)
         for projection in dict.fromkeys(projections):
             named = [target for target in here if target.projection == projection]
             fitting = [target for target in here if target.kind == kind]
@@ -89,7 +89,12 @@ def frozen_blocks(backbone: ClipBackbone, chosen: Sequence[Target], tower: Tower
     return tower_blocks(backbone, tower) if behind_blocks else 0
 
 
-def _block_indices(backbone: ClipBackbone, tower: TowerName, blocks: Blocks) -> list[int]:
+def block_indices(backbone: ClipBackbone, tower: TowerName, blocks: Blocks) -> list[int]:
+    """The blocks of a tower that are meant.
+
+    Raises:
+        UserError: the tower has no separate blocks, or fewer.
+    """
     count = tower_blocks(backbone, tower)
     if blocks == "all":
         return list(range(count))

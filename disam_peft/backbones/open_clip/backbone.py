@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from disam_peft.backbones import towers
-from disam_peft.backbones.base import ClipBackbone, Target, TowerName
+from disam_peft.backbones.base import ClipBackbone, Target, TowerName, TowerParameter
 from disam_peft.backbones.blocks import BlockParts, at_one_position, replace_quick_gelu, shallow_clone
 from disam_peft.backbones.open_clip.attention import SplitAttention, fused_state, split_attention
 from disam_peft.backbones.open_clip.weights import create, is_custom_text, load_tokenizer, preprocessing, resolve
@@ -253,6 +253,16 @@ class OpenClipBackbone(ClipBackbone):
         )
         text = towers.tower_targets(self.model, "text", ["text"], f"text.{stack}", self.text_blocks, BLOCK_ROLES, "")
         return (*image, *text)
+
+    def tower_parameters(self, tower: TowerName) -> list[TowerParameter]:
+        stack = "transformer.resblocks"
+        if tower == "image":
+            stem = [f"visual.{name}" for name in ("conv1", "class_embedding", "positional_embedding", "ln_pre")]
+            blocks, projection = self.image_blocks, ["visual.proj"]
+            return towers.tower_parameters(self.model, ["visual"], f"visual.{stack}", blocks, stem, projection)
+        stem = [f"text.{name}" for name in ("token_embedding", "positional_embedding", "cls_emb")]
+        blocks, projection = self.text_blocks, ["text.text_projection"]
+        return towers.tower_parameters(self.model, ["text"], f"text.{stack}", blocks, stem, projection)
 
     def save(self, directory: Path, model: nn.Module) -> None:
         towers.refuse_adapter_keys(model.state_dict(), self._state_names)

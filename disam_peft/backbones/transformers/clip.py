@@ -17,7 +17,7 @@ from transformers.activations import QuickGELUActivation
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 
 from disam_peft.backbones import towers
-from disam_peft.backbones.base import ClipBackbone, Target, TowerName
+from disam_peft.backbones.base import ClipBackbone, Target, TowerName, TowerParameter
 from disam_peft.backbones.blocks import BlockParts, at_one_position, replace_quick_gelu, shallow_clone
 from disam_peft.backbones.hub import loading_tokenizer
 from disam_peft.backbones.pass_cache import PassCache
@@ -214,6 +214,15 @@ class HfBackbone(ClipBackbone):
             ),
             *towers.tower_targets(self.model, "text", text, f"{text[0]}.{layers}", self.text_blocks, BLOCK_ROLES, ""),
         )
+
+    def tower_parameters(self, tower: TowerName) -> list[TowerParameter]:
+        root, projection = (
+            ("vision_model", "visual_projection") if tower == "image" else ("text_model", "text_projection")
+        )
+        stem = [f"{root}.embeddings", f"{root}.pre_layrnorm"]
+        blocks = self.image_blocks if tower == "image" else self.text_blocks
+        roots = [root, projection]
+        return towers.tower_parameters(self.model, roots, f"{root}.encoder.layers", blocks, stem, [projection])
 
     def save(self, directory: Path, model: nn.Module) -> None:
         towers.refuse_adapter_keys(model.state_dict(), self._state_names)

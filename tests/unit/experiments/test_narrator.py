@@ -100,6 +100,11 @@ def test_where_the_frozen_part_ends_is_said_for_other_adapters(make_recipe):
         "  frozen: the whole image tower, which runs once per image of a batch; the whole text tower, which runs once"
         in probe
     )
+    full = told(make_recipe(adapter={"kind": "full", "towers": ["image", "text"]}, name="full"))
+    assert (
+        "  frozen: nothing of the image tower, whose first layers are trained; nothing of the text tower, whose first "
+        "layers are trained"
+    ) in full
     coop = told(make_recipe(adapter={"kind": "coop", "context_tokens": 2}, name="coop"))
     assert any(
         "the weights of the text tower, which runs in every pass because its prompts are trained" in x for x in coop
