@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -69,7 +68,11 @@ class FullAdapter(Adapter):
         _require_file_size(names, base, dtype)
         adapter = cls(config, {name: nn.Parameter(base[name].detach().to(dtype, copy=True)) for name in names})
         adapter.image_split, adapter.text_split = (_split(backbone, chosen, tower) for tower in ("image", "text"))
-        adapter._attach(backbone)
+        frozen = nn.Module()
+        for name in names:
+            _register(frozen, name, base[name])
+        backbone.model.add_module(_FROZEN, frozen)  # in the model, so that they move with it
+        adapter._put_in(backbone)
         try:
             adapter._require_effect(backbone, chosen)
         except BaseException:
@@ -78,26 +81,24 @@ class FullAdapter(Adapter):
         return adapter
 
     def detach(self, backbone: ClipBackbone) -> None:
-        for place in reversed(_places(backbone, self.trainable())):  # each undoes the class that it gave its module
-            place.set(place.frozen)
+        self._put_back(backbone)
         del backbone.model._modules[_FROZEN]
 
-    def _attach(self, backbone: ClipBackbone) -> None:
-        frozen = nn.Module()
+    def _put_back(self, backbone: ClipBackbone) -> None:
+        for place in reversed(_places(backbone, self.trainable())):  # each undoes the class that it gave its module
+            place.set(place.frozen)
+
+    def _put_in(self, backbone: ClipBackbone) -> None:
         for place in _places(backbone, self.trainable()):
-            _register(frozen, place.name, place.frozen)
             place.set(place.trained)
-        # In the model, so that they move with it.
-        backbone.model.add_module(_FROZEN, frozen)
 
     @contextmanager
     def bypassed(self, backbone: ClipBackbone) -> Iterator[None]:
-        """Inside, the towers are those from before ``build``."""
-        self.detach(backbone)
+        self._put_back(backbone)
         try:
             yield
         finally:
-            self._attach(backbone)
+            self._put_in(backbone)
 
     @classmethod
     def require_zero_shot_weights(cls, config: Config) -> None:
@@ -111,6 +112,7 @@ class FullAdapter(Adapter):
     def merged(self, backbone: ClipBackbone) -> nn.Module:
         with self.bypassed(backbone):
             plain = copy.deepcopy(backbone.model)
+        del plain._modules[_FROZEN]
         places = dict(plain.named_parameters())
         for name, trained in self.trainable().items():
             places[name].copy_(trained)  # rounded where the backbone is in half precision
@@ -275,17 +277,21 @@ class _Place:
         owner._parameters.update({**held, key: parameter})  # in the order in which they were
 
 
-@cache
 def _rounding(kind: type[nn.Module], leaf: str, dtype: torch.dtype) -> type[nn.Module]:
     """The class ``kind`` with a parameter that is kept in a wider type and rounded whenever it is used."""
+    if (kind, leaf, dtype) not in _ROUNDING:
 
-    def rounded(self: nn.Module) -> Tensor:
-        wide = self._parameters[leaf + _WIDE]
-        assert wide is not None
-        return wide.to(dtype)
+        def rounded(self: nn.Module) -> Tensor:
+            wide = self._parameters[leaf + _WIDE]
+            assert wide is not None
+            return wide.to(dtype)
 
-    stands_for = getattr(kind, STANDS_FOR, kind)
-    return type(kind.__name__, (kind,), {leaf: property(rounded), STANDS_FOR: stands_for})
+        stands_for = getattr(kind, STANDS_FOR, kind)
+        _ROUNDING[kind, leaf, dtype] = type(kind.__name__, (kind,), {leaf: property(rounded), STANDS_FOR: stands_for})
+    return _ROUNDING[kind, leaf, dtype]
+
+
+_ROUNDING: dict[tuple[type[nn.Module], str, torch.dtype], type[nn.Module]] = {}
 
 
 def _places(backbone: ClipBackbone, trained: dict[str, nn.Parameter]) -> list[_Place]:

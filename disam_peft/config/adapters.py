@@ -165,8 +165,8 @@ class FullConfig(Config):
     """What comes before the blocks: patch embedding, class token, positions, norm. Unset: trained with ``blocks: all``.
     Nothing of the tower is frozen then, so that ``features.store`` has nothing to keep."""
     token_embedding: bool = False
-    """Also the embedding of the text tower's tokens. Only the few tokens of the prompts learn anything, and weight decay
-    pulls all others towards zero."""
+    """Also the embedding of the text tower's tokens. Only the few tokens of the prompts learn anything, and weight
+    decay pulls all others towards zero."""
 
     @model_validator(mode="after")
     def _trains_something(self) -> FullConfig:
