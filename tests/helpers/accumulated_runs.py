@@ -9,6 +9,12 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.config.adapters import LoraAdapterConfig
+from disam_peft.config.anchors import (
+    ClassFeaturesAnchorConfig,
+    ImageFeaturesAnchorConfig,
+    LogitsAnchorConfig,
+    WeightsAnchorConfig,
+)
 from disam_peft.config.data import AugmentConfig, DataConfig, FeatureConfig, MixupConfig
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.objective import CrossEntropyConfig, ObjectiveConfig, VRexConfig
@@ -29,8 +35,26 @@ OBJECTIVES = {
     "vrex": ObjectiveConfig(penalties=[VRexConfig(weight=3.0, anneal=1)], loss=CrossEntropyConfig(label_smoothing=0.1)),
     "vrex not climbed": ObjectiveConfig(penalties=[VRexConfig(weight=3.0, anneal=1, in_ascent=False)]),
     "domains": ObjectiveConfig(mean_over="domains"),
+    "anchors of lora": ObjectiveConfig(
+        anchors=[
+            LogitsAnchorConfig(weight=5.0),
+            ImageFeaturesAnchorConfig(distance="squared"),
+            WeightsAnchorConfig(weight=2.0, in_ascent=False),
+        ]
+    ),
+    "anchors of coop": ObjectiveConfig(
+        anchors=[LogitsAnchorConfig(weight=5.0), ClassFeaturesAnchorConfig(), WeightsAnchorConfig(weight=2.0)]
+    ),
 }
 ADAPTERS = {**CELLS, "lora-dropout": LoraAdapterConfig(blocks=LAST_TWO, rank=2, dropout=0.4, seed=1)}
+
+
+def fresh_accelerator(precision="no"):
+    """Accelerate keeps one state for a process, of whatever precision was first."""
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    GradientState._reset_state()
+    return start_accelerator(precision)
 
 
 def run(
@@ -96,6 +120,8 @@ ON_TWO = {
     "penalty, one piece": {"pieces": 1, "batch": 13, "objective": "vrex"},
     "mixup": {"pieces": 2, "batch": 13, "objective": "vrex", "mixup": MixupConfig()},
     "mixup, balanced classes": {"pieces": 1, "batch": 7, "mixup": MixupConfig(), "class_sampling": "balanced"},
+    "anchors": {"pieces": 2, "batch": 13, "objective": "anchors of lora"},
+    "anchors, whole": {"pieces": 2, "batch": 9, "cell": "coop-shared", "objective": "anchors of coop"},
 }
 
 

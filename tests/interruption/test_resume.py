@@ -119,8 +119,9 @@ def test_row_60_killed_before_any_write_at_the_end_of_a_run_it_is_completed(fini
         {"train": {"gradient_accumulation_steps": 2}},
         {"objective": {"penalties": [{"kind": "vrex", "weight": 5.0, "anneal": 5}]}},
         {"average": AVERAGES},
+        {"objective": {"anchors": [{"kind": "logits"}, {"kind": "weights", "weight": 3.0}]}},
     ],
-    ids=["pixel store", "feature store", "mixup", "accumulation", "penalty", "averages"],
+    ids=["pixel store", "feature store", "mixup", "accumulation", "penalty", "averages", "anchors"],
 )
 def test_row_33_with_stores_and_accumulation(finished, make_recipe, start, changes):
     expected = finished(**changes)

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.config.anchors import LogitsAnchorConfig
+from disam_peft.config.objective import ObjectiveConfig
+from disam_peft.disam.disam import DISAM
 from disam_peft.errors import UserError
+from disam_peft.objectives.objective import Objective
+from disam_peft.training.accelerator import start_accelerator
+from disam_peft.training.micro_batching import MicroBatches, StepGradient
 from tests.helpers.adapter_cells import (
     CELLS,
     FAMILIES,
@@ -207,6 +213,28 @@ def test_the_zero_shot_reference_is_zero_shot_to_the_bit(twins: tuple[str, str],
     assert torch.equal(classifier(pixels()), adapted)
     assert dict(classifier.model.named_modules()) == modules
     assert all(p.requires_grad and torch.equal(p, trained[name]) for name, p in classifier.trainable().items())
+
+
+@matrix
+@every_cell
+def test_an_anchor_of_logits_is_its_definition_in_a_step(twins: tuple[str, str], family: str, cell: str) -> None:
+    """Against the logits of a zero-shot classifier of its own; at once and in micro-batches."""
+    zero_shot = ClipClassifier(tiny_backbone(twins, family), None, PROMPTS)
+    classifier = tiny_classifier(tiny_backbone(twins, family), cell)
+    params, domains = list(classifier.trainable().values()), torch.tensor([0, 1, 0, 1, 1, 0])
+    logits, reference = classifier(pixels()), zero_shot(pixels())
+    divergence_B = nn.functional.kl_div(logits.log_softmax(1), reference.softmax(1), reduction="none").sum(1)
+    loss = nn.functional.cross_entropy(logits, LABELS) + 50.0 * divergence_B.mean()
+    wanted = torch.autograd.grad(loss, params)
+    for micro_batches in (MicroBatches(1, 6, "whole"), MicroBatches(2, 3, "mean"), MicroBatches(2, 2, "per_domain")):
+        objective = Objective(ObjectiveConfig(anchors=[LogitsAnchorConfig(weight=50.0)]))
+        disam = DISAM(params, rho=0.0, num_domains=2)
+        gradient = StepGradient(classifier, disam, micro_batches, start_accelerator("no"), objective)
+        report = gradient({"pixels": pixels(), "labels": LABELS, "domains": domains})
+        assert report.objective.item() == pytest.approx(loss.item(), abs=1e-12)
+        for p, expected in zip(params, wanted, strict=True):
+            assert p.grad is not None and (p.grad - expected).abs().max() <= 1e-12
+    assert divergence_B.max() > 1e-6
 
 
 @matrix

@@ -83,6 +83,25 @@ def test_a_step_is_the_same_and_blocks_are_eager_outside(twins: tuple[str, str],
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_zero_shot_reference_runs_through_compiled_blocks(twins: tuple[str, str], family: str) -> None:
+    """Plain layers stand in the places of the adapted ones for one pass of each step, and nothing is compiled twice."""
+    classifier = tiny_classifier(tiny_backbone(twins, family), "lora-both").double().train()
+    wanted = classifier.zero_shot_outputs(classifier.encode_frozen(pixels())).logits_BC
+    expected, counting = gradients(classifier, nullcontext()), Counting()
+    blocks = classifier.backbone.blocks("image") + classifier.backbone.blocks("text")
+    compiled, built = CompiledBlocks(blocks, counting.backend), []
+    for _ in range(3):
+        ran = counting.ran
+        with compiled:
+            found = classifier.zero_shot_outputs(classifier.encode_frozen(pixels())).logits_BC
+        assert counting.ran > ran and (found - wanted).abs().max() < 1e-12
+        assert all((g - expected[name]).abs().max() < 1e-12 for name, g in gradients(classifier, compiled).items())
+        built.append(counting.compiled)
+    assert built[0] == built[2] <= 14
+
+
+@pytest.mark.slow
 def test_blocks_of_the_text_tower_only_where_it_is_trained(twins: tuple[str, str]) -> None:
     for cell, count in (("lora-image", 3), ("lora-both", 6), ("lora-text", 6), ("coop-shared", 3)):
         classifier = tiny_classifier(tiny_backbone(twins, "open_clip"), cell)
