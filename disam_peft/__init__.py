@@ -55,7 +55,12 @@ _HOMES = {
     "ImageFeaturesAnchorConfig": "disam_peft.config.anchors",
     "LogitsAnchorConfig": "disam_peft.config.anchors",
     "WeightsAnchorConfig": "disam_peft.config.anchors",
-    "VRexConfig": "disam_peft.config.objective",
+    "CoralConfig": "disam_peft.config.penalties",
+    "FishrConfig": "disam_peft.config.penalties",
+    "GroupDROConfig": "disam_peft.config.penalties",
+    "IRMConfig": "disam_peft.config.penalties",
+    "MMDConfig": "disam_peft.config.penalties",
+    "VRexConfig": "disam_peft.config.penalties",
     "PromptConfig": "disam_peft.config.prompts",
     "ProtocolConfig": "disam_peft.config.protocol",
     "Recipe": "disam_peft.config.recipe",
@@ -145,7 +150,12 @@ if TYPE_CHECKING:  # the same names, for type checkers; a test compares them wit
     from disam_peft.config.method import MethodConfig as MethodConfig
     from disam_peft.config.objective import CrossEntropyConfig as CrossEntropyConfig
     from disam_peft.config.objective import ObjectiveConfig as ObjectiveConfig
-    from disam_peft.config.objective import VRexConfig as VRexConfig
+    from disam_peft.config.penalties import CoralConfig as CoralConfig
+    from disam_peft.config.penalties import FishrConfig as FishrConfig
+    from disam_peft.config.penalties import GroupDROConfig as GroupDROConfig
+    from disam_peft.config.penalties import IRMConfig as IRMConfig
+    from disam_peft.config.penalties import MMDConfig as MMDConfig
+    from disam_peft.config.penalties import VRexConfig as VRexConfig
     from disam_peft.config.prompts import PromptConfig as PromptConfig
     from disam_peft.config.protocol import ProtocolConfig as ProtocolConfig
     from disam_peft.config.recipe import Recipe as Recipe

@@ -117,6 +117,11 @@ class Adapter(nn.Module, ABC):
         """Features from ``image_features`` (not normalised) against class features: logits (B, C)."""
         return cosine_logits(features_BE, class_features_CE, scale, bias)
 
+    @property
+    def head_bias(self) -> Tensor | None:
+        """The trained bias (C,) of a head of its own, in the place of class features; None where it has none."""
+        return None
+
     def captured(self, backbone: ClipBackbone, autocast: Autocast) -> AbstractContextManager[object]:
         """A context in which a GPU replays a recording of this adapter's text side, where that is faster.
 

@@ -65,6 +65,10 @@ class LinearProbeAdapter(Adapter):
             normalised_BE = nn.functional.normalize(features_BE.to(self.weight.dtype), dim=-1)
             return nn.functional.linear(normalised_BE, self.weight, self.bias)
 
+    @property
+    def head_bias(self) -> Tensor | None:
+        return self.bias if isinstance(self.bias, nn.Parameter) else None
+
 
 @torch.no_grad()
 def _zero_shot_head(backbone: ClipBackbone, prompts: ClassPrompts) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,7 @@ class ForwardPass:
         features_BE: image features as the adapter changes them, (B, E), not normalised.
         class_features_CE: normalised class features (C, E).
         scale, bias: the factor of the cosines in the logits, and what is added to them (None: nothing), shape ().
+        head_bias_C: (C,), the trained bias of the adapter's own head (a linear probe); None: it has none.
     """
 
     logits_BC: Tensor
@@ -40,6 +41,7 @@ class ForwardPass:
     class_features_CE: Tensor
     scale: Tensor
     bias: Tensor | None
+    head_bias_C: Tensor | None = None
 
 
 class ClipClassifier(nn.Module):
@@ -227,7 +229,8 @@ class ClipClassifier(nn.Module):
         scale, bias = self.backbone.logit_scale, self.backbone.logit_bias
         logits = cosine_logits if self.adapter is None else self.adapter.logits
         logits_BC = logits(features_BE, class_features_CE, scale, bias)
-        return ForwardPass(logits_BC, features_BE, class_features_CE, scale, bias)
+        head_bias_C = None if self.adapter is None else self.adapter.head_bias
+        return ForwardPass(logits_BC, features_BE, class_features_CE, scale, bias, head_bias_C)
 
     # -- zero-shot beside an adapter -------------------------------------------------------------------------
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
-from pydantic_core import PydanticKnownError
+from pydantic import Field, ValidationInfo, field_validator
 
 from disam_peft.config.anchors import AnchorConfig
 from disam_peft.config.base import Config
+from disam_peft.config.penalties import PenaltyConfig
+from disam_peft.config.penalties import VRexConfig as VRexConfig
 
 
 class CrossEntropyConfig(Config):
@@ -23,41 +24,6 @@ LossConfig = CrossEntropyConfig
 """All losses; with a second one ``Annotated[A | B, Field(discriminator="kind")]``."""
 
 
-class BasePenaltyConfig(Config):
-    """The settings that every penalty has."""
-
-    averages_domains: ClassVar[bool] = False
-    """Whether the mean loss beside this penalty is one over domains, unless ``mean_over`` says otherwise."""
-
-    weight: float = Field(default=1.0, ge=0)
-    """The factor of the penalty in the objective."""
-    in_ascent: bool = True
-    """Whether the perturbation of sam and disam climbs the penalty too. It is always part of what is descended."""
-
-
-class VRexConfig(BasePenaltyConfig):
-    """Variance of the mean losses of the domains (V-REx, Krueger et al. 2021, arXiv 2003.00688)."""
-
-    averages_domains: ClassVar[bool] = True
-
-    kind: Literal["vrex"] = "vrex"
-    weight: float = Field(default=10.0, ge=0)
-    """The published default of DomainBed; it searches 0.1 to 100000."""
-    anneal: int = Field(default=500, ge=0)
-    """As in DomainBed the weight is 1 during so many steps, and ``weight`` afterwards. 0: ``weight`` from the start."""
-
-
-PenaltyConfig = VRexConfig
-"""All penalties; with a second one ``Annotated[A | B, Field(discriminator="kind")]``."""
-
-
-def _with_kind(penalty: Any) -> Any:
-    """A penalty says its kind, also while there is only one: a recipe of today stays valid when there are more."""
-    if isinstance(penalty, dict) and "kind" not in penalty:
-        raise PydanticKnownError("union_tag_not_found", {"discriminator": "'kind'"})
-    return penalty
-
-
 class ObjectiveConfig(Config):
     """The function that training descends: mean loss + sum of weight * penalty + sum of weight * anchor. The defaults
     are the plain mean."""
@@ -66,8 +32,8 @@ class ObjectiveConfig(Config):
     mean_over: Literal["samples", "domains"] | None = None
     """``samples``: the mean of all losses of a batch. ``domains``: the mean over the domains of their mean losses. Both
     are the same where a batch holds as many samples of every domain. Unset: ``domains`` with a penalty that was
-    published so (vrex), ``samples`` otherwise."""
-    penalties: list[Annotated[PenaltyConfig, BeforeValidator(_with_kind)]] = Field(default=[])
+    published so (coral, irm, mmd, vrex), ``samples`` otherwise."""
+    penalties: list[PenaltyConfig] = Field(default=[])
     """Functions of the whole batch that are added to the mean loss; at most one of a kind."""
     anchors: list[AnchorConfig] = Field(default=[])
     """Distances that hold the model near zero-shot CLIP, or near where it started; at most one of a kind."""

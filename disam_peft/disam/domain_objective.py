@@ -1,6 +1,7 @@
 """What a step descends: the mean loss, or more, as a function of sums over the samples of each domain.
 
-Shapes in this file: B samples of a micro-batch, D domains, F features; ``...`` are a statistic's own dimensions.
+Shapes in this file: B samples of a micro-batch, D domains, F and G features, P places in the whole batch; ``...`` are a
+statistic's own dimensions.
 """
 
 from __future__ import annotations
@@ -53,12 +54,34 @@ class DomainsOfSamples:
         value_B = self._counted(value_B)
         return value_B.new_zeros(self.num_domains, *value_B.shape[1:]).index_add(0, self.index_B, value_B)
 
-    def outer_sums(self, value_BF: Tensor) -> Tensor:
-        """``sum of value_i value_i^T over the samples i of domain d``: (B, F) to (D, F, F)."""
+    def outer_sums(self, value_BF: Tensor, other_BG: Tensor | None = None) -> Tensor:
+        """``sum of value_i other_i^T over the samples i of domain d``: (B, F) and (B, G) to (D, F, G).
+
+        Without ``other_BG`` each is multiplied by itself.
+        """
         value_BF = self._counted(value_BF)
+        other_BG = value_BF if other_BG is None else self._counted(other_BG)
         ids_D1 = torch.arange(self.num_domains, device=self.index_B.device)[:, None]
         of_domain_DB1 = (ids_D1 == self.index_B).to(value_BF.dtype)[..., None]
-        return (of_domain_DB1 * value_BF).mT @ value_BF
+        return (of_domain_DB1 * value_BF).mT @ other_BG
+
+    def in_places(self, value_B: Tensor, place_B: Tensor, num_places: int) -> tuple[Tensor, Tensor]:
+        """The values one by one, each in a row of its own: what is no function of sums over domains.
+
+        Args:
+            value_B: (B, ...).
+            place_B: below ``num_places``; no two samples of the whole batch, over all micro-batches and ranks, have the
+                same.
+
+        Returns:
+            The values (P, ...), 0 where this micro-batch has no sample, and (D, P): 1 where the sample in place p is of
+            domain d. Both add up over micro-batches and ranks.
+        """
+        place_B = place_B.to(self.index_B.device)
+        placed = replace(self, index_B=place_B, num_domains=num_places).sums(value_B)
+        cells = replace(self, index_B=self.index_B * num_places + place_B, num_domains=self.num_domains * num_places)
+        taken = cells.sums(torch.ones(len(place_B), device=place_B.device))
+        return placed, taken.view(self.num_domains, num_places)
 
     def _counted(self, value_B: Tensor) -> Tensor:
         if value_B.shape[:1] != self.index_B.shape:
@@ -123,7 +146,7 @@ class DomainObjective:
         raise NotImplementedError(f"{type(self).__name__} says that it has a penalty, and must override penalty()")
 
     def statistics(self, outputs: Any, domains: DomainsOfSamples) -> Sequence[Tensor]:
-        """T of one micro-batch: tensors (D, ...), always as many and of the same shapes, with a graph.
+        """T of one micro-batch: tensors that add up, always as many and of the same shapes, with a graph.
 
         Args:
             outputs: of the forward pass, see ``Forward``.

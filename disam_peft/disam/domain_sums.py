@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ class DomainSums:
         sum_D: sum of the per-sample losses of each domain.
         count_D: number of samples of each domain.
         reported_D: sum of the per-sample losses that a report shows; unset: those of ``sum_D``.
-        statistics: further sums over the samples of each domain, (D, ...) each, that an objective asked for.
+        statistics: further sums over the samples, most of them (D, ...), that an objective asked for.
     """
 
     ids_D: Tensor
@@ -137,7 +137,14 @@ def domain_index(domains_B: Tensor, num_domains: int | None) -> tuple[Tensor, Te
     """
     if num_domains is None:
         return torch.unique(domains_B, sorted=True, return_inverse=True)
-    return torch.arange(num_domains, device=domains_B.device), domains_B
+    return _all_ids(num_domains, domains_B.device), domains_B
+
+
+@cache
+def _all_ids(num_domains: int, device: torch.device) -> Tensor:
+    """Always the same tensor: state per domain sees without asking the device that the ids are those of before."""
+    with torch.inference_mode(False):
+        return torch.arange(num_domains, device=device)
 
 
 def union_of_ids(ids_D: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -6,7 +6,7 @@ How to add a penalty
 --------------------
 A penalty is one file, one config class, one line in a table, and its test.
 
-1. *The config class*, in ``config/objective.py``: a ``BasePenaltyConfig`` with ``kind: Literal["name"] = "name"`` and
+1. *The config class*, in ``config/penalties.py``: a ``BasePenaltyConfig`` with ``kind: Literal["name"] = "name"`` and
    the settings. Add it to ``PenaltyConfig``, the union of all penalties. Set ``averages_domains`` if the penalty was
    published beside a mean over domains.
 2. *The file*, ``objectives/name.py``: a ``Penalty`` of this config. Write it as a function of *sums over the samples of
@@ -28,6 +28,7 @@ A penalty is one file, one config class, one line in a table, and its test.
                 return sums.over_domains(mean_DE.square().sum(dim=1))
 
    Use ``domains.outer_sums`` for second moments. Never build one tensor for each sample out of the features' square.
+   What compares single samples, or depends on their order, collects them with ``domains.in_places``; see ``mmd.py``.
    Absent domains must not bring in a NaN: ``sums.mean_of``, ``sums.over_domains`` and ``sums.present_D`` see to it.
 3. *The line*, in ``PENALTIES`` of ``objectives/objective.py``: ``NameConfig: Name``.
 4. *The test*, ``tests/unit/objectives/test_name.py``: values and gradients against published code.
@@ -36,7 +37,8 @@ A penalty is one file, one config class, one line in a table, and its test.
    in ``definition`` there, adds masks, missing domains, ranks and saved state.
 
 A penalty with state (an average over steps, weights of groups) moves it in ``begin_step`` and gives it to
-``state_dict``. It is then saved, resumed and equal on all processes like the rest.
+``state_dict``. It is then saved, resumed and equal on all processes like the rest. A ``DomainState`` holds a value for
+each domain, also for those that a batch lacks; see ``group_dro.py``.
 
 A loss is added in the same way: a config class in ``LossConfig``, a ``Loss`` in its own file, a line in ``LOSSES``.
 """
@@ -87,6 +89,7 @@ class Outputs:
             ``num_places``, and no two samples have the same. The batch is the same for any number of processes, and so
             are the places; but a process may have fewer samples than another.
         num_places: how many places there are.
+        head_bias_C: (C,), the trained bias of an adapter's own head (a linear probe); None: there is none.
         other_labels_B, share_B: of mixed samples, the class of the other image, and the share in [0, 1] that the image
             of ``labels_B`` has in the mixture. None: nothing is mixed. A loss need not read them: the objective calls
             it once for each class and adds up both by their shares. Penalties that read labels take ``targets_BC``.
@@ -104,6 +107,7 @@ class Outputs:
     other_labels_B: Tensor | None = None
     share_B: Tensor | None = None
     reference: Reference | None = None
+    head_bias_C: Tensor | None = None
 
     @property
     def targets_BC(self) -> Tensor:
@@ -206,12 +210,17 @@ class Penalty:
 
     num_statistics: int = 0
     """How many tensors ``statistics`` gives."""
+    replaces_mean: bool = False
+    """Whether ``value`` stands in the place of the mean loss: then ``weight * (value - mean)`` is added."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
 
     def statistics(self, outputs: Outputs, domains: DomainsOfSamples) -> Sequence[Tensor]:
-        """Sums over the samples of each domain of one micro-batch, (D, ...) each, differentiable in the outputs."""
+        """Sums over the samples of each domain of one micro-batch, (D, ...) each, differentiable in the outputs.
+
+        Whatever adds up over micro-batches is possible, such as the samples one by one, see ``domains.in_places``.
+        """
         return ()
 
     def value(self, sums: DomainSums) -> Tensor:
@@ -223,8 +232,14 @@ class Penalty:
         raise NotImplementedError(f"{type(self).__name__} must say what the penalty is")
 
     def weight(self, step: int) -> float:
-        """The factor of the penalty in the objective in step ``step``, which counts from 0."""
-        return float(self.config.weight)
+        """The factor of the penalty in the objective in step ``step``, which counts from 0.
+
+        It changes after ``anneal`` steps. DomainBed throws away the state of Adam then, which is not done here.
+        """
+        return float(self.config.weight_before_anneal if step < self.config.anneal else self.config.weight)
+
+    def prepare(self, train_count_A: Tensor) -> None:
+        """Told once before training how many samples of the domains 0, 1, ... there are to train with; of float64."""
 
     def begin_step(self, sums: DomainSums) -> None:
         """State moves here: called once in a step, with the sums of pass 1, before ``value``.

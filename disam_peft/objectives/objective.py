@@ -20,7 +20,8 @@ from disam_peft.config.anchors import (
     WeightsAnchorConfig,
 )
 from disam_peft.config.base import Config
-from disam_peft.config.objective import CrossEntropyConfig, ObjectiveConfig, VRexConfig
+from disam_peft.config.objective import CrossEntropyConfig, ObjectiveConfig
+from disam_peft.config.penalties import CoralConfig, FishrConfig, GroupDROConfig, IRMConfig, MMDConfig, VRexConfig
 from disam_peft.disam.domain_objective import DomainObjective, DomainsOfSamples, Forward
 from disam_peft.disam.domain_sums import DomainSums
 from disam_peft.errors import UserError
@@ -29,11 +30,23 @@ from disam_peft.objectives.anchors.feature_anchors import ClassFeaturesAnchor, I
 from disam_peft.objectives.anchors.logits_anchor import LogitsAnchor
 from disam_peft.objectives.anchors.weights_anchor import WeightsAnchor
 from disam_peft.objectives.base import Loss, Outputs, Penalty, Reference, domain_mean_weights, mixed
+from disam_peft.objectives.coral import Coral
 from disam_peft.objectives.cross_entropy import CrossEntropy, cross_entropy
+from disam_peft.objectives.fishr import Fishr
+from disam_peft.objectives.group_dro import GroupDRO
+from disam_peft.objectives.irm import IRM
+from disam_peft.objectives.mmd import MMD
 from disam_peft.objectives.vrex import VRex
 
 LOSSES: dict[type[Config], Callable[[Any], Loss]] = {CrossEntropyConfig: CrossEntropy}
-PENALTIES: dict[type[Config], Callable[[Any], Penalty]] = {VRexConfig: VRex}
+PENALTIES: dict[type[Config], Callable[[Any], Penalty]] = {
+    CoralConfig: Coral,
+    FishrConfig: Fishr,
+    GroupDROConfig: GroupDRO,
+    IRMConfig: IRM,
+    MMDConfig: MMD,
+    VRexConfig: VRex,
+}
 ANCHORS: dict[type[Config], Callable[[Any], Anchor]] = {
     LogitsAnchorConfig: LogitsAnchor,
     ImageFeaturesAnchorConfig: ImageFeaturesAnchor,
@@ -62,7 +75,7 @@ class Objective(DomainObjective):
         anchors = [ANCHORS[type(anchor)](anchor) for anchor in config.anchors]
         self._sample_anchors = [anchor for anchor in anchors if isinstance(anchor, SampleAnchor)]
         self._model_anchors = [anchor for anchor in anchors if isinstance(anchor, ModelAnchor)]
-        self._steps_begun, self._warned = 0, False
+        self._steps_begun = 0
         self._warned_of: set[str] = set()
         of_penalties = any(penalty.num_statistics > 0 for penalty in self.penalties)
         self.has_statistics = of_penalties or bool(self._model_anchors)
@@ -87,11 +100,13 @@ class Objective(DomainObjective):
         other_labels_B: Tensor | None = None,
         share_B: Tensor | None = None,
         reference: Reference | None = None,
+        head_bias_C: Tensor | None = None,
     ) -> Forward:
         """The losses of a forward pass, and what the penalties need of it, for ``DISAM.backward``. See ``Outputs``."""
         logits_BC = logits_BC if logits_BC.dtype.itemsize >= 4 else logits_BC.float()
         outputs = Outputs(logits_BC, labels_B, features_BE, class_features_CE, scale, bias, place_B, num_places)
         outputs = replace(outputs, other_labels_B=other_labels_B, share_B=share_B, reference=reference)
+        outputs = replace(outputs, head_bias_C=head_bias_C)
         # runs with different losses are compared by the plain cross entropy
         is_reported = self._loss.is_cross_entropy and not self._sample_anchors
         reported_B = None if is_reported else mixed(_plain_cross_entropy, outputs)
@@ -127,12 +142,14 @@ class Objective(DomainObjective):
 
     def penalty(self, sums: DomainSums, *, in_ascent: bool) -> Tensor:
         step = max(0, self._steps_begun - 1)
-        terms = [
-            penalty.weight(step) * penalty.value(of_penalty)
-            for penalty, of_penalty in self._with_sums(sums)
-            if penalty.config.in_ascent or not in_ascent
-        ]
-        return torch.stack(terms).sum()
+        total = torch.zeros_like(sums.total)
+        for penalty, of_penalty in self._with_sums(sums):
+            weight = penalty.weight(step)
+            if weight == 0 or (in_ascent and not penalty.config.in_ascent):
+                continue
+            value = penalty.value(of_penalty)
+            total = total + weight * (value - self.mean(sums) if penalty.replaces_mean else value)
+        return total
 
     def statistics(self, outputs: Outputs, domains: DomainsOfSamples) -> Sequence[Tensor]:
         found: list[Tensor] = []
@@ -164,8 +181,8 @@ class Objective(DomainObjective):
         return distance
 
     def _warn_of_no_effect(self, penalty: Penalty) -> None:
-        if not self._warned:
-            self._warned = True
+        if type(penalty).__name__ not in self._warned_of:
+            self._warned_of.add(type(penalty).__name__)
             warnings.warn(
                 f"the penalty {type(penalty).__name__} depends on nothing that is trained here (with this adapter the "
                 "image features are frozen), so it has no effect; remove it, or train an adapter of the image tower",
@@ -187,6 +204,11 @@ class Objective(DomainObjective):
             start = stop
 
     # -- state -----------------------------------------------------------------------------------------------
+
+    def prepare(self, train_count_A: Tensor) -> None:
+        """Tell the penalties once, before training, how many samples the domains 0, 1, ... have in the training set."""
+        for penalty in self.penalties:
+            penalty.prepare(train_count_A.to(torch.float64))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run could not know: how many steps have begun, and the state of each term."""
@@ -227,7 +249,7 @@ def build_objective(config: ObjectiveConfig, source_domains: Sequence[str], step
     """
     objective = Objective(config)
     for penalty, built in zip(config.penalties, objective.penalties, strict=True):
-        if len(source_domains) == 1:
+        if len(source_domains) == 1 and penalty.is_zero_for_one_domain:
             warnings.warn(
                 f"objective.penalties has {penalty.kind!r}, but there is one source domain ({source_domains[0]!r}): a "
                 "penalty that compares domains is 0 then; add a domain, or remove the penalty",

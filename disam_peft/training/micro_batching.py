@@ -236,6 +236,7 @@ class StepGradient:
                 class_features_CE=found.class_features_CE,
                 scale=found.scale,
                 bias=found.bias,
+                head_bias_C=found.head_bias_C,
                 place_B=targets.place_B,
                 num_places=targets.num_places,
                 other_labels_B=targets.other_labels_B,

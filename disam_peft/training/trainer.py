@@ -65,6 +65,7 @@ class Trainer:
         self.optimizer = GuardedOptimizer(optimizer, list(self.trained), accelerator)
         self.objective = build_objective(objective, dataset.present_domains, config.steps)
         self.objective.remember_start(params)
+        self.objective.prepare(torch.from_numpy(dataset.domain_ids).bincount(minlength=len(dataset.domains)))
         self.micro_batches = choose_micro_batches(
             classifier, dataset, config, method, accelerator.num_processes, self.objective
         )

@@ -17,7 +17,8 @@ from disam_peft.config.anchors import (
 )
 from disam_peft.config.data import AugmentConfig, DataConfig, FeatureConfig, MixupConfig
 from disam_peft.config.method import MethodConfig
-from disam_peft.config.objective import CrossEntropyConfig, ObjectiveConfig, VRexConfig
+from disam_peft.config.objective import CrossEntropyConfig, ObjectiveConfig
+from disam_peft.config.penalties import VRexConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
 from disam_peft.training.accelerator import start_accelerator

@@ -1,78 +1,42 @@
-"""A small problem with three domains of unequal size, objectives on it, and penalties of a test's own.
+"""A small problem with three domains of unequal size, and objectives on it.
 
-Imports no pytest: processes import this file. Run as a program it gives the gradients of every case on two ranks.
+Imports no pytest: processes import this file. Run as a program it gives the gradients of every case on several ranks.
 """
 
 import sys
-from itertools import combinations
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from disam_peft.config.objective import BasePenaltyConfig, CrossEntropyConfig, ObjectiveConfig, VRexConfig
+from disam_peft.config.objective import CrossEntropyConfig, ObjectiveConfig
+from disam_peft.config.penalties import CoralConfig, FishrConfig, GroupDROConfig, IRMConfig, MMDConfig, VRexConfig
 from disam_peft.disam.disam import DISAM
-from disam_peft.objectives.base import Penalty
 from disam_peft.objectives.objective import Objective
 from tests.helpers.ranks import fork_ranks, gloo_group
 
 DOMAINS = torch.tensor([0, 1, 2, 0, 0, 2, 1, 0, 1, 0, 0])  # 6, 3 and 2 samples
 METHODS = {"erm": (0.0, 0.0), "sam": (0.3, 0.0), "disam": (0.3, 0.8)}
+TRAIN_COUNTS = torch.tensor([148, 29, 87])  # of each domain, in a training set
 
 
-class Coral(Penalty):
-    """Distance of the domains' means and unbiased covariances, as DomainBed has it. A pair with a domain of one sample
-    compares the means alone."""
+def penalised(*penalties, **settings):
+    """A builder of an objective with these penalties."""
 
-    num_statistics = 2
+    def build():
+        objective = Objective(ObjectiveConfig(penalties=list(penalties), **settings))
+        objective.prepare(TRAIN_COUNTS)
+        return objective
 
-    def statistics(self, outputs, domains):
-        return domains.sums(outputs.features), domains.outer_sums(outputs.features)
-
-    def value(self, sums):
-        sum_DE, outer_DEE = sums.statistics
-        mean_DE, count_D11 = sums.mean_of(sum_DE), sums.count_D[:, None, None]
-        scatter_DEE = outer_DEE - count_D11 * mean_DE[:, :, None] * mean_DE[:, None, :]
-        covariance_DEE = scatter_DEE / (count_D11 - 1).clamp(min=1)
-        present, has_two = sums.present_D.tolist(), (sums.count_D > 1).tolist()
-        pairs = list(combinations([d for d, there in enumerate(present) if there], 2))
-        total = sum_DE.new_zeros(())
-        for a, b in pairs:
-            total = total + (mean_DE[a] - mean_DE[b]).square().mean()
-            if has_two[a] and has_two[b]:
-                total = total + (covariance_DEE[a] - covariance_DEE[b]).square().mean()
-        return total / max(1, len(pairs))
-
-
-class WorstDomain(Penalty):
-    """A weighted loss as in GroupDRO: q_d grows with the losses, and is the same in both passes of a step. (Without its
-    care for domains that are absent for some steps only.)"""
-
-    def __init__(self, config, eta=0.5):
-        super().__init__(config)
-        self.eta, self.q_D = eta, None
-
-    def begin_step(self, sums):
-        mean_D = sums.mean_of(sums.sum_D)
-        q_D = torch.ones_like(mean_D) if self.q_D is None else self.q_D.to(mean_D.device)
-        moved_D = sums.present_D * q_D * (self.eta * mean_D).exp()
-        moved_D = moved_D / moved_D.sum()
-        self.q_D = torch.where(torch.isfinite(moved_D).all(), moved_D, q_D)
-
-    def value(self, sums):
-        return (self.q_D * sums.mean_of(sums.sum_D)).sum()
-
-    def state_dict(self):
-        return {} if self.q_D is None else {"q_D": self.q_D}
-
-    def load_state_dict(self, state):
-        self.q_D = state.get("q_D")
+    return build
 
 
 def coral_objective(weight=0.7, in_ascent=True):
-    config = ObjectiveConfig(mean_over="domains")
-    return Objective(config, penalties=[Coral(BasePenaltyConfig(weight=weight, in_ascent=in_ascent))])
+    return penalised(CoralConfig(weight=weight, in_ascent=in_ascent))()
 
+
+GROUPDRO = GroupDROConfig(weight=0.7, eta=0.5)
+SAGAWA = GroupDROConfig(variant="sagawa", eta=0.5, normalize_loss=True, adjustment=2.0)
 
 OBJECTIVES = {
     "mean over samples": Objective,
@@ -91,7 +55,22 @@ OBJECTIVES = {
     ),
     "coral": coral_objective,
     "coral not climbed": lambda: coral_objective(in_ascent=False),
-    "worst domain": lambda: Objective(penalties=[WorstDomain(BasePenaltyConfig(weight=2.0))]),
+    "mmd": penalised(MMDConfig(weight=0.7)),
+    "irm": penalised(IRMConfig(weight=3.0, anneal=0)),
+    "irm v1": penalised(IRMConfig(variant="v1", weight=3.0, anneal=0)),
+    "fishr": penalised(FishrConfig(weight=40.0, anneal=0, ema=0.5)),
+    "fishr not climbed": penalised(FishrConfig(weight=40.0, anneal=0, ema=0.5, in_ascent=False)),
+    "groupdro": penalised(GROUPDRO),
+    "groupdro not climbed": penalised(GROUPDRO.model_copy(update={"in_ascent": False})),
+    "groupdro sagawa": penalised(SAGAWA),
+    "several": penalised(
+        CoralConfig(weight=0.7),
+        MMDConfig(weight=0.3, in_ascent=False),
+        GROUPDRO,
+        IRMConfig(weight=3.0, anneal=0),
+        FishrConfig(weight=0.0, anneal=0),
+        mean_over="samples",
+    ),
 }
 
 
@@ -117,10 +96,16 @@ class Problem(nn.Module):
         """For ``DISAM.backward``."""
 
         def call():
-            features, logits = self(self.x[rows])
-            return objective.forward(logits, self.y[rows], features)
+            return self.forwarded(self, objective, rows)
 
         return call
+
+    def forwarded(self, model, objective, rows):
+        """Of ``model``, which may wrap this one."""
+        features, logits = model(self.x[rows])
+        return objective.forward(
+            logits, self.y[rows], features, place_B=rows, num_places=len(self.x), head_bias_C=self.head.bias
+        )
 
     def disam(self, method, **options):
         return DISAM(self.params, *METHODS[method], **options)
@@ -151,25 +136,31 @@ class Problem(nn.Module):
 EVERYTHING = torch.arange(len(DOMAINS))
 SHARES = [torch.tensor([0, 1, 3, 4, 6, 7, 8]), torch.tensor([9, 10, 2, 5])]  # rank 1 has no sample of domain 1
 IN_MICRO_BATCHES = [[SHARES[0][:2], SHARES[0][2:3], SHARES[0][3:]], [SHARES[1][:3], SHARES[1][3:]]]
+# Of four ranks the third has samples of domain 2 alone, and the last has none.
+OF_FOUR = [torch.tensor(rows, dtype=torch.int64) for rows in ([3, 0, 1], [6, 4, 7, 8, 9, 10], [2, 5], [])]
+DIVISIONS: dict[int, dict[str, list]] = {
+    2: {"whole": SHARES, "micro-batches": IN_MICRO_BATCHES},
+    4: {"whole": OF_FOUR, "micro-batches": [list(rows.split(max(1, len(rows) - 1))) for rows in OF_FOUR]},
+}
+WRAPPED = ["vrex", "coral", "coral not climbed", "mmd", "irm", "fishr", "groupdro"]
 CASES = [(name, method) for name in OBJECTIVES for method in METHODS]
 
 
-def on_rank(rank):
+def on_rank(rank, size):
     """Gradients and values of every case, from this rank's share: at once, and in micro-batches of another number."""
     found = {}
-    for name in ("vrex", "coral", "coral not climbed"):
+    for name in WRAPPED if size == 2 else ():
         problem = Problem()
         wrapped = DistributedDataParallel(problem)
         objective, rows = OBJECTIVES[name](), SHARES[rank]
 
         def call(wrapped=wrapped, objective=objective, rows=rows, problem=problem):
-            features, logits = wrapped(problem.x[rows])
-            return objective.forward(logits, problem.y[rows], features)
+            return problem.forwarded(wrapped, objective, rows)
 
         report = problem.disam("disam", num_domains=3).backward(call, DOMAINS[rows], objective=objective)
         found[f"{name}/disam/wrapped"] = {"gradients": problem.gradients(), "objective": report.objective}
     for name, method in CASES:
-        for how, rows in (("whole", SHARES[rank]), ("micro-batches", IN_MICRO_BATCHES[rank])):
+        for how, rows in ((how, of_ranks[rank]) for how, of_ranks in DIVISIONS[size].items()):
             objective = OBJECTIVES[name]()
             gradients, report = Problem().step(objective, method, rows, num_domains=3, reduce_gradients=True)
             found[f"{name}/{method}/{how}"] = {
@@ -177,19 +168,24 @@ def on_rank(rank):
                 "objective": report.objective,
                 "loss": report.loss,
                 "is_finite": report.is_finite,
+                "state": {
+                    f"{kind}/{key}": value
+                    for kind, state in objective.state_dict()["penalties"].items()
+                    for key, value in state.items()
+                },
             }
     return found
 
 
-def main(folder):
+def main(folder, size):
     torch.set_num_threads(1)
 
     def work(rank):
-        with gloo_group(folder, rank, 2):
-            torch.save(on_rank(rank), f"{folder}/{rank}.pt")
+        with gloo_group(folder, rank, size):
+            torch.save(on_rank(rank, size), f"{folder}/{rank}.pt")
 
-    fork_ranks(2, work)
+    fork_ranks(size, work)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))

@@ -18,7 +18,8 @@ from disam_peft.config.adapters import LinearProbeConfig, LoraAdapterConfig
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.data import DataConfig
 from disam_peft.config.method import MethodConfig
-from disam_peft.config.objective import ObjectiveConfig, VRexConfig
+from disam_peft.config.objective import ObjectiveConfig
+from disam_peft.config.penalties import VRexConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
 from disam_peft.disam.perturbation import AscentDirection

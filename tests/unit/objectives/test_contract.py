@@ -8,17 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from disam_peft.config.objective import (
-    BasePenaltyConfig,
-    CrossEntropyConfig,
-    LossConfig,
-    ObjectiveConfig,
-    PenaltyConfig,
-    VRexConfig,
-)
+from disam_peft.config.objective import CrossEntropyConfig, LossConfig, ObjectiveConfig
+from disam_peft.config.penalties import BasePenaltyConfig, GroupDROConfig, PenaltyConfig, VRexConfig
 from disam_peft.disam.domain_objective import DomainsOfSamples, Forward
 from disam_peft.errors import UserError
 from disam_peft.objectives.base import Penalty, domain_mean_weights
+from disam_peft.objectives.coral import Coral
+from disam_peft.objectives.group_dro import GroupDRO
+from disam_peft.objectives.mmd import GAMMAS
 from disam_peft.objectives.objective import LOSSES, PENALTIES, Objective, build_objective
 from tests.helpers.objectives import (
     CASES,
@@ -26,9 +23,8 @@ from tests.helpers.objectives import (
     EVERYTHING,
     METHODS,
     OBJECTIVES,
-    Coral,
+    TRAIN_COUNTS,
     Problem,
-    WorstDomain,
     coral_objective,
 )
 
@@ -60,13 +56,81 @@ def test_every_penalty_of_the_table_acts_and_is_exact_over_micro_batches(config_
         gradients, report = Problem().step(objective, method, micro_batches)
         return gradients, report.objective.item()
 
-    whole, value = step(EVERYTHING, config_class())
     without, plain_value = step(EVERYTHING)
-    assert (whole - without).abs().max() > 1e-6 and abs(value - plain_value) > 1e-6
-    for micro_batches in (MIXED, OF_ONE_DOMAIN):
-        gradients, same_value = step(micro_batches, config_class())
-        assert (gradients - whole).abs().max() <= 1e-12
-        assert same_value == pytest.approx(value, abs=1e-12)
+    for config in (config_class(), config_class(anneal=0, weight=1.0)):
+        if config.anneal > 0 and config.weight_before_anneal == 0:
+            continue
+        whole, value = step(EVERYTHING, config)
+        assert (whole - without).abs().max() > 1e-6 and abs(value - plain_value) > 1e-6
+        for micro_batches in (MIXED, OF_ONE_DOMAIN):
+            gradients, same_value = step(micro_batches, config)
+            assert (gradients - whole).abs().max() <= 1e-12
+            assert same_value == pytest.approx(value, abs=1e-12)
+
+
+PAIRS = [(0, 1), (0, 2), (1, 2)]
+
+
+def coral_of(groups):
+    means = [(groups[a].mean(0) - groups[b].mean(0)).square().mean() for a, b in PAIRS]
+    covariances = [(groups[a].T.cov() - groups[b].T.cov()).square().mean() for a, b in PAIRS]
+    return (sum(means) + sum(covariances)) / 3
+
+
+def mmd_of(groups):
+    def kernel(x, y):
+        distance = (x[:, None] - y[None]).square().sum(-1)
+        return sum(torch.exp(-gamma * distance) for gamma in GAMMAS).mean()
+
+    return sum(kernel(groups[a], groups[a]) + kernel(groups[b], groups[b]) for a, b in PAIRS) / 3 - 2 / 3 * sum(
+        kernel(groups[a], groups[b]) for a, b in PAIRS
+    )
+
+
+def irm_of(logits, labels, *, halves):
+    """Gradients by a factor of the logits, from autograd: over all rows of a domain or over its even and odd ones."""
+
+    def by_scale(rows):
+        scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+        loss = nn.functional.cross_entropy(logits[rows] * scale, labels[rows])
+        return torch.autograd.grad(loss, scale, create_graph=True)[0]
+
+    rows_of = [torch.eq(DOMAINS, d).nonzero()[:, 0] for d in range(3)]
+    if not halves:
+        return sum(by_scale(rows).square() for rows in rows_of) / 3
+    return sum(by_scale(rows[::2]) * by_scale(rows[1::2]) for rows in rows_of) / 3
+
+
+def fishr_of(features, logits, labels):
+    """From one gradient for each sample, in the first step."""
+    residual = logits.softmax(1) - nn.functional.one_hot(labels, logits.shape[1])
+    gradients = residual[:, :, None] * features[:, None, :]
+    variances = torch.stack([gradients[d == DOMAINS].var(dim=0, correction=0) for d in range(3)])
+    return (variances - variances.mean(0)).square().mean()
+
+
+def penalties_of(problem, name, features, logits, mean, mean_K, q_K, *, climbed):
+    """The sum of weight * penalty of a case, by the definitions."""
+    groups = [features[d == DOMAINS] for d in range(3)]
+    if name.startswith("vrex"):
+        return 3.0 * mean_K.var(correction=0)
+    if name.startswith("coral"):
+        return 0.7 * coral_of(groups)
+    if name == "mmd":
+        return 0.7 * mmd_of(groups)
+    if name.startswith("irm"):
+        return 3.0 * irm_of(logits, problem.y, halves=name == "irm")
+    if name.startswith("fishr"):
+        return 40.0 * fishr_of(features, logits, problem.y)
+    if name == "groupdro sagawa":
+        return (q_K * mean_K).sum() - mean
+    if name.startswith("groupdro"):
+        return 0.7 * ((q_K * mean_K).sum() - mean)
+    if name == "several":
+        climbs = 0.7 * coral_of(groups) + 3.0 * irm_of(logits, problem.y, halves=True)
+        climbs = climbs + 0.7 * ((q_K * mean_K).sum() - mean)
+        return climbs if climbed else climbs + 0.3 * mmd_of(groups)
+    return 0.0
 
 
 def definition(problem, name, q_K=None, *, climbed):
@@ -76,21 +140,19 @@ def definition(problem, name, q_K=None, *, climbed):
     smoothing = 0.2 if name in ("label smoothing", "vrex over samples") else 0.0
     loss_B = nn.functional.cross_entropy(logits, problem.y, reduction="none", label_smoothing=smoothing)
     mean_K = torch.stack([loss_B[d == DOMAINS].mean() for d in range(3)])
-    over_domains = name == "mean over domains" or (name.startswith(("vrex", "coral")) and "samples" not in name)
-    value = mean_K.mean() if over_domains else loss_B.mean()
-    if climbed and "not climbed" in name:
-        return value, loss_B
-    if name.startswith("vrex"):
-        value = value + 3.0 * mean_K.var(correction=0)
-    if name.startswith("coral"):
-        groups = [features[d == DOMAINS] for d in range(3)]
-        pairs = [(0, 1), (0, 2), (1, 2)]
-        means = [(groups[a].mean(0) - groups[b].mean(0)).square().mean() for a, b in pairs]
-        covariances = [(groups[a].T.cov() - groups[b].T.cov()).square().mean() for a, b in pairs]
-        value = value + 0.7 * (sum(means) + sum(covariances)) / 3
-    if name == "worst domain":
-        value = value + 2.0 * (q_K * mean_K).sum()
+    averages_domains = name.startswith(("vrex", "coral", "mmd", "irm")) and "samples" not in name
+    value = mean_K.mean() if averages_domains or name == "mean over domains" else loss_B.mean()
+    if not (climbed and "not climbed" in name):
+        value = value + penalties_of(problem, name, features, logits, value, mean_K, q_K, climbed=climbed)
     return value, loss_B
+
+
+def q_of(name, mean_K):
+    """q after the first step, from the losses at w."""
+    if name == "groupdro sagawa":
+        mean_K = mean_K + 2.0 / TRAIN_COUNTS.double().sqrt()
+        mean_K = mean_K / mean_K.sum()
+    return (0.5 * mean_K).exp() / (0.5 * mean_K).exp().sum()
 
 
 def expected_step(name, method):
@@ -100,7 +162,7 @@ def expected_step(name, method):
     with torch.no_grad():
         _, loss_B = definition(problem, "mean over samples", climbed=False)
         mean_K = torch.stack([loss_B[d == DOMAINS].mean() for d in range(3)])
-    q_K = (0.5 * mean_K).exp() / (0.5 * mean_K).exp().sum()
+    q_K = q_of(name, mean_K)
     objective = definition(problem, name, q_K, climbed=False)[0].item()
     if rho > 0:
         value, loss_B = definition(problem, name, q_K, climbed=True)
@@ -140,7 +202,7 @@ def test_a_step_is_the_one_of_the_definition(expected, name, method):
 
 
 def test_what_is_not_climbed_is_descended_all_the_same(expected):
-    for name in ("vrex", "coral"):
+    for name in ("vrex", "coral", "fishr", "groupdro"):
         assert torch.equal(expected(name, "erm")[0], expected(f"{name} not climbed", "erm")[0])
         difference = expected(name, "sam")[0] - expected(f"{name} not climbed", "sam")[0]
         assert difference.abs().max() > 1e-3
@@ -234,7 +296,7 @@ def test_state_moves_once_a_step_and_goes_on_where_it_was(mode):
             gradients, _ = problem.step(objective, "disam", OF_ONE_DOMAIN, mode)
         return gradients, objective.penalties[0].q_D
 
-    build = OBJECTIVES["worst domain"]
+    build = OBJECTIVES["groupdro"]
     gradients, q_D = penalty_after(3, build())
     assert q_D.sum().item() == pytest.approx(1.0)
     once = penalty_after(1, build())[1]
@@ -254,7 +316,7 @@ def test_state_moves_once_a_step_and_goes_on_where_it_was(mode):
 
 
 def test_state_is_not_spoiled_by_losses_that_are_not_finite():
-    objective = OBJECTIVES["worst domain"]()
+    objective = OBJECTIVES["groupdro"]()
     problem = Problem()
     problem.step(objective, "sam", EVERYTHING)
     q_D = objective.penalties[0].q_D.clone()
@@ -265,8 +327,8 @@ def test_state_is_not_spoiled_by_losses_that_are_not_finite():
 
 
 def test_the_state_of_other_penalties_is_refused():
-    with pytest.raises(UserError, match=r"its penalties differ \(here \['WorstDomain'\]; saved \['VRex'\]\)"):
-        OBJECTIVES["worst domain"]().load_state_dict(OBJECTIVES["vrex"]().state_dict())
+    with pytest.raises(UserError, match=r"its penalties differ \(here \['GroupDRO'\]; saved \['VRex'\]\)"):
+        OBJECTIVES["groupdro"]().load_state_dict(OBJECTIVES["vrex"]().state_dict())
 
 
 def test_a_penalty_that_is_not_finite_is_reported():
@@ -331,7 +393,7 @@ def test_several_penalties_see_their_own_sums(expected):
     wanted = sum(features[d == DOMAINS].mean(0).square().sum().item() for d in range(3)) / 3
     penalties = [
         MeanFeature(BasePenaltyConfig(weight=2.0)),
-        WorstDomain(BasePenaltyConfig(weight=0.0)),
+        GroupDRO(GroupDROConfig(weight=0.0)),
         Coral(BasePenaltyConfig(weight=0.7)),
     ]
     _, report = problem.step(Objective(ObjectiveConfig(mean_over="domains"), penalties=penalties), "erm", MIXED)

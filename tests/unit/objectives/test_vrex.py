@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from disam_peft import DISAM
-from disam_peft.config.objective import BasePenaltyConfig, ObjectiveConfig, VRexConfig
+from disam_peft.config.objective import ObjectiveConfig
+from disam_peft.config.penalties import BasePenaltyConfig, VRexConfig
+from disam_peft.objectives.coral import Coral
 from disam_peft.objectives.objective import Objective
 from disam_peft.objectives.vrex import VRex
-from tests.helpers.objectives import Coral
 from tests.helpers.paths import ROOT
 
 REFERENCE = np.load(ROOT / "tests" / "reference" / "penalties.npz")

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from disam_peft.config.objective import BasePenaltyConfig, ObjectiveConfig
+from disam_peft.config.objective import ObjectiveConfig
+from disam_peft.config.penalties import BasePenaltyConfig
 from disam_peft.disam.disam import DISAM
+from disam_peft.objectives.coral import Coral
 from disam_peft.objectives.objective import Objective
 from disam_peft.training.accelerator import start_accelerator
 from disam_peft.training.micro_batching import MicroBatches, StepGradient
 from tests.helpers.adapter_cells import pixels, tiny_backbone, tiny_classifier
-from tests.helpers.objectives import Coral
 
 DOMAINS = torch.tensor([0, 1, 0, 2, 1, 0, 2, 0])
 
