@@ -137,7 +137,13 @@ def sweep(
 
 def compare(
     study: Annotated[Path, typer.Argument(help="A study (recipes/studies/*.yaml), or a recipe.")],
-    overrides: Overrides = None,
+    others: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE | KEY=VALUE]...",
+            help="More recipes, each an arm by the name of its file; settings of all recipes, e.g. train.steps=200.",
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="A folder; by default comparisons/NAME.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Processes. By default one per core; one with a GPU.")] = None,
     seeds: Annotated[int | None, typer.Option(help="How many, in place of the study's.", min=1)] = None,
@@ -151,10 +157,12 @@ def compare(
     """Compare methods over domains and seeds, with intervals and verdicts. Runs that are finished are kept."""
     from disam_peft.experiments.study import load_plan
 
-    output = output if output is not None else Path("comparisons") / study.stem
-    plan = load_plan(
-        study, overrides or [], output=output, seeds=seeds, held_out=names(held_out), adapters=names(adapters)
-    )
+    more = [other for other in others or [] if "=" not in other and Path(other).suffix in (".yaml", ".yml")]
+    overrides = [other for other in others or [] if other not in more]
+    recipes = [study, *map(Path, more)]
+    if output is None:
+        output = Path("comparisons") / (study.stem if not more else f"{study.stem}-and-{len(more)}-more")
+    plan = load_plan(recipes, overrides, output=output, seeds=seeds, held_out=names(held_out), adapters=names(adapters))
     from disam_peft.cli.output import print_comparison
     from disam_peft.experiments.compare import run_plan
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from disam_peft.config.base import Config
 
 Overrides = dict[str, Any]
 Seed = Annotated[int, Field(ge=0)]
+RECIPE = "recipe"
 PRESETS = ("erm", "erm_2x", "sam", "disam")
 """Arms that need no overrides."""
 
@@ -23,12 +24,14 @@ class Study(Config):
 
     question: str = ""
     """What the study asks, in one sentence."""
-    recipe: Path | dict[str, Any]
+    recipe: Path | dict[str, Any] | None = None
     """The recipe that is varied, or the path of its file, relative to the study's folder. ``name`` and ``output`` may
-    be left out."""
+    be left out. Unset: every arm has a recipe of its own."""
     arms: list[str] | dict[str, Overrides | None] = Field(default=list(PRESETS), min_length=2)
     """What is compared: name -> overrides. ``erm``, ``erm_2x``, ``sam`` and ``disam`` need none. ``erm_2x`` is ERM with
-    twice the steps, warm-up and schedule stretched likewise, so that it computes as much as SAM and DISAM."""
+    twice the steps, warm-up and schedule stretched likewise, so that it computes as much as SAM and DISAM. An arm with
+    the key ``recipe`` varies that recipe in place of the study's, on the same data: ``{recipe: coop.yaml, method.name:
+    sam}``; with this key alone it is the recipe as it is."""
     conditions: dict[str, Overrides] = Field(default={"": {}}, min_length=1)
     """Under which settings the arms are compared: name -> overrides. Every arm runs under every condition."""
     held_out: str | list[str] | None = Field(default=None, min_length=1)
@@ -46,3 +49,13 @@ class Study(Config):
     metric: str | list[str] = Field(default="top1", min_length=1)
     """The measures that are compared, one or several. Each is a family of tests of its own. Where nothing is held out
     (``protocol: all``) the default is ``source_top1``."""
+
+    @model_validator(mode="after")
+    def _arms_have_recipes(self) -> Study:
+        if self.recipe is not None:
+            return self
+        given = dict.fromkeys(self.arms) if isinstance(self.arms, list) else self.arms
+        without = [arm for arm, overrides in given.items() if not overrides or not overrides.get(RECIPE)]
+        if without:
+            raise ValueError(f"recipe: Field required, by the arms without one of their own: {', '.join(without)}")
+        return self

@@ -43,7 +43,7 @@ class Done:
 
 
 def compare(
-    path: Path,
+    path: Path | Sequence[Path],
     output: Path,
     overrides: Sequence[str] = (),
     *,
@@ -54,7 +54,7 @@ def compare(
     overwrite: bool = False,
     wait: bool = True,
 ) -> Comparison:
-    """Read a study or recipe with ``load_plan``, then run what has not been run yet with ``run_plan``.
+    """Read a study, a recipe or several with ``load_plan``, then run what has not been run yet with ``run_plan``.
 
     Raises:
         UserError: a study that cannot be (all mistakes at once); ``jobs`` below 1.

@@ -14,18 +14,17 @@ from pydantic import ValidationError
 
 from disam_peft.config.adapters import ADAPTER_KINDS
 from disam_peft.config.data import DataConfig
-from disam_peft.config.mistakes import all_mistakes, explain
-from disam_peft.config.name_texts import with_names
+from disam_peft.config.mistakes import all_mistakes
 from disam_peft.config.names import folder_name
 from disam_peft.config.objective import ObjectiveConfig
-from disam_peft.config.overrides import apply_overrides, set_key
+from disam_peft.config.overrides import set_key
 from disam_peft.config.protocol import ALL, as_held_out, named_domain
 from disam_peft.config.recipe import Recipe, checked
 from disam_peft.config.shapes import DOMAINS
-from disam_peft.config.study import PRESETS, Overrides, Study
+from disam_peft.config.study import PRESETS, Overrides
 from disam_peft.config.training import TrainConfig
-from disam_peft.config.yaml import read_yaml
 from disam_peft.errors import UserError, did_you_mean
+from disam_peft.experiments.study_files import StudySources, read_sources
 from disam_peft.report.run_measures import MEASURES, ON_HELD_OUT
 
 _FAULTS = ("wrong_domains", "wrong_labels", "spurious_color")
@@ -73,7 +72,7 @@ class StudyPlan:
 
 
 def load_plan(
-    path: Path,
+    path: Path | Sequence[Path],
     overrides: Sequence[str] = (),
     *,
     output: Path,
@@ -81,10 +80,10 @@ def load_plan(
     held_out: Sequence[str] = (),
     adapters: Sequence[str] = (),
 ) -> StudyPlan:
-    """Read a study file, or a plain recipe, which is compared over the default arms.
+    """Read a study; a plain recipe, which is compared over the default arms; or several recipes, which are the arms.
 
     Args:
-        overrides: of the recipe, e.g. ``train.steps=200``.
+        overrides: of the recipe, or of all of them, e.g. ``train.steps=200``.
         output: folder of the cells' runs.
         seeds, held_out: in place of the study's.
         adapters: kinds; each is a condition of its own.
@@ -92,55 +91,24 @@ def load_plan(
     Raises:
         UserError: unknown keys, arms or domains, recipes that cannot be: all mistakes at once.
     """
-    values = _read_study(path)
-    if seeds is not None:
-        values["seeds"] = seeds
+    paths = [path] if isinstance(path, Path) else list(path)
+    changes: dict[str, Any] = {} if seeds is None else {"seeds": seeds}
     if held_out:
-        values["held_out"] = list(held_out)
+        changes["held_out"] = list(held_out)
     mistakes: list[str] = []
-    try:
-        study = Study.model_validate(with_names(values, Study, lambda: _read_study(path, as_text=True)))
-    except ValidationError as error:
-        raise UserError(all_mistakes(explain(error, Study), f"study {path}")) from error
-
-    def texts() -> dict[str, Any]:
-        found = _base_of(path, _read_study(path, as_text=True)["recipe"], as_text=True)
-        apply_overrides(found, overrides, [], as_text=True)
-        return found
-
-    base = _base_of(path, study.recipe)
-    apply_overrides(base, overrides, mistakes)
-    base = with_names(base, Recipe, texts)
-    plan = _Planner(study, base, path.stem, output, adapters, mistakes).plan()
+    sources = read_sources(paths, overrides, changes, mistakes)
+    plan = _Planner(sources, output, adapters, mistakes).plan()
     if mistakes:
-        raise UserError(all_mistakes(list(dict.fromkeys(mistakes)), f"study {path}"))
+        raise UserError(all_mistakes(list(dict.fromkeys(mistakes)), f"study {' '.join(map(str, paths))}"))
     return plan
-
-
-def _read_study(path: Path, *, as_text: bool = False) -> dict[str, Any]:
-    """The values of a study file; a plain recipe becomes the study of it."""
-    values = read_yaml(path, "study", as_text=as_text)
-    return {"recipe": values} if "recipe" not in values and "backbone" in values else values
-
-
-def _base_of(path: Path, recipe: Path | dict[str, Any], *, as_text: bool = False) -> dict[str, Any]:
-    """The values of the recipe that the study at ``path`` varies."""
-    if isinstance(recipe, dict):
-        return copy.deepcopy(recipe)
-    return read_yaml(path.parent / recipe, "recipe", as_text=as_text)
 
 
 class _Planner:
     """Works out the cells of a study. What is wrong with it is appended to ``mistakes``."""
 
-    def __init__(
-        self, study: Study, base: dict[str, Any], title: str, output: Path, adapters: Sequence[str], mistakes: list[str]
-    ) -> None:
-        self.study, self.base, self.title, self.mistakes = study, base, title, mistakes
+    def __init__(self, sources: StudySources, output: Path, adapters: Sequence[str], mistakes: list[str]) -> None:
+        self.sources, self.study, self.arms, self.mistakes = sources, sources.study, sources.arms, mistakes
         self.runs = output / "runs"
-        self.arms: dict[str, Overrides | None] = (
-            dict.fromkeys(study.arms) if isinstance(study.arms, list) else dict(study.arms)
-        )
         self.conditions = self._with_adapters(adapters)
         self._domains: dict[str, tuple[str, ...]] = {}
 
@@ -165,11 +133,13 @@ class _Planner:
             if m not in MEASURES
         ]
         first = next(iter(self.conditions))
-        arms = {arm: self._arm(arm, self._varied(first)) for arm in self.arms}
+        arms = {
+            arm: {**self.sources.shown.get(arm, {}), **self._arm(arm, self._varied(first, arm))} for arm in self.arms
+        }
         grouped = {cell.shared: [c for c in cells if c.shared == cell.shared] for cell in cells}
         cells = [cell for group in grouped.values() for cell in group]
         fresh = study.data_seed == "seed" and all(cell.recipe.data.shapes is not None for cell in cells)
-        return StudyPlan(self.title, study.question, arms, self.conditions, pairs, metrics, fresh, cells)
+        return StudyPlan(self.sources.title, study.question, arms, self.conditions, pairs, metrics, fresh, cells)
 
     def _metrics(self, cells: Sequence[Cell]) -> list[str]:
         """The measures of the study. Where no run holds a domain out, what is measured there is no measure."""
@@ -187,7 +157,7 @@ class _Planner:
         return metrics
 
     def _cell(self, condition: str, arm: str, held_out: str | None, seed: int) -> Cell | None:
-        values = self._varied(condition)
+        values = self._varied(condition, arm)
         for key, value in self._arm(arm, values).items():
             set_key(values, key, copy.deepcopy(value), self.mistakes)
         values["seed"], values["name"] = seed, f"seed{seed}"
@@ -209,9 +179,9 @@ class _Planner:
         self.mistakes += [f"{where}: {mistake}" for mistake in found]
         return None if recipe is None else Cell(condition, arm, held_out, seed, recipe)
 
-    def _varied(self, condition: str) -> dict[str, Any]:
-        """The recipe's values under a condition."""
-        values = copy.deepcopy(self.base)
+    def _varied(self, condition: str, arm: str | None = None) -> dict[str, Any]:
+        """The values of the recipe that an arm varies, under a condition."""
+        values = copy.deepcopy(self.sources.of(arm))
         for key, value in self.conditions[condition].items():
             set_key(values, key, copy.deepcopy(value), self.mistakes)
         return values
@@ -273,7 +243,9 @@ class _Planner:
             for kind in adapters
             if kind not in ADAPTER_KINDS
         ]
-        own = self.base.get("adapter")
+        if self.sources.own:
+            self.mistakes.append("adapters: arms have recipes of their own, with their adapters; leave --adapters out")
+        own = self.sources.base.get("adapter")
         own_kind = own.get("kind") if isinstance(own, dict) else None
         return {
             f"{name}, {kind}" if name else kind: {**({} if kind == own_kind else {"adapter": {"kind": kind}}), **given}
