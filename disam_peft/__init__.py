@@ -105,6 +105,7 @@ _HOMES = {
     "Outcome": "disam_peft.experiments.outcome",
     "train": "disam_peft.experiments.run",
     "evaluate": "disam_peft.experiments.evaluate",
+    "frontier": "disam_peft.experiments.frontier",
     "build_report": "disam_peft.report.page",
     "read_runs": "disam_peft.report.runs",
 }
@@ -182,6 +183,7 @@ if TYPE_CHECKING:  # the same names, for type checkers; a test compares them wit
     from disam_peft.evaluation.predict import predict as predict
     from disam_peft.evaluation.protocols import validation_score as validation_score
     from disam_peft.experiments.evaluate import evaluate as evaluate
+    from disam_peft.experiments.frontier import frontier as frontier
     from disam_peft.experiments.outcome import Outcome as Outcome
     from disam_peft.experiments.run import train as train
     from disam_peft.export.merged import export_merged as export_merged

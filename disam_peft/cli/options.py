@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Annotated
 
 import typer
@@ -10,6 +11,11 @@ from disam_peft.errors import UserError
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe settings, e.g. train.steps=200.")
+]
+
+EvaluationOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings of data, evaluation, features.store and precision."),
 ]
 
 
@@ -28,6 +34,34 @@ def numbers(option: str, text: str) -> list[float]:
         return [float(part) for part in names(text)]
     except ValueError as error:
         raise UserError(f"{option} {text!r} is not a list of numbers such as 0.02,0.05,0.1") from error
+
+
+MOST_ALPHAS = 1000
+
+
+def alpha_range(option: str, text: str) -> list[float]:
+    """The numbers of ``0:1.2:0.1`` (start, stop and step, both ends included) or of ``0,0.5,1``. They are the decimal
+    numbers that one reads: 0.3, and not 0.30000000000000004.
+
+    Raises:
+        UserError: neither; no number, or more than ``MOST_ALPHAS``; the message names the ``option``.
+    """
+    if ":" not in text:
+        found = numbers(option, text)
+    else:
+        try:
+            start, stop, step = (Decimal(part.strip()) for part in text.split(":"))
+            count = int((stop - start) / step) + 1 if step > 0 and stop >= start else 0
+        except (ValueError, ArithmeticError) as error:
+            raise UserError(f"{option} {text!r} is not START:STOP:STEP such as 0:1.2:0.1") from error
+        if count > MOST_ALPHAS:
+            raise UserError(
+                f"{option} {text!r} has {count} numbers, at most {MOST_ALPHAS} are taken; use a larger step"
+            )
+        found = [float(start + number * step) for number in range(count)]
+    if not found:
+        raise UserError(f"{option} {text!r} has no number; use for example 0:1.2:0.1 or 0,0.5,1")
+    return found
 
 
 _SECONDS = {"h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}

@@ -8,15 +8,18 @@ from typing import Annotated
 
 import typer
 
-from disam_peft.cli.options import Overrides
+from disam_peft.cli.options import EvaluationOverrides
 from disam_peft.cli.terminal import say
 
 
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="A run, or a folder with runs at any depth.")],
-    overrides: Overrides = None,
+    overrides: EvaluationOverrides = None,
     data: Annotated[Path | None, typer.Option(help="Other data: a folder of domains, an archive or a table.")] = None,
     sharpness: Annotated[bool, typer.Option("--sharpness", help="Also measure how sharp the loss is.")] = False,
+    alpha: Annotated[
+        float | None, typer.Option(help="Weights between zero-shot (0) and trained (1), or beyond; unset: trained.")
+    ] = None,
 ) -> None:
     """Reload the adapter of a run and evaluate it again. Only settings of data, evaluation and precision may change."""
     from disam_peft.config.data import SOURCE_OF_SUFFIX
@@ -35,7 +38,7 @@ def evaluate(
     from disam_peft.experiments.evaluate import evaluate as evaluate_again
     from disam_peft.experiments.evaluate import recorded_rows
 
-    for outcome in evaluate_again(folder, given, sharpness=sharpness):
+    for outcome in evaluate_again(folder, given, sharpness=sharpness, alpha=alpha):
         if is_main():
             print_evaluation(outcome.rows, recorded_rows(outcome.folder), str(outcome.folder))
             if sharpness:
@@ -48,6 +51,9 @@ def export(
     to: Annotated[str, typer.Option(help="'peft': the adapter alone; 'merged': a complete checkpoint.")],
     output: Annotated[Path, typer.Option(help="A new folder.")],
     held_out: Annotated[str | None, typer.Option(help="Which run, if the folder holds several.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Weights between zero-shot (0) and trained (1), or beyond; unset: trained.")
+    ] = None,
 ) -> None:
     """Write the adapter, or the whole model with the adapter merged in, for use elsewhere."""
     from disam_peft.config.export import check_form
@@ -58,7 +64,7 @@ def export(
     find_run(folder, held_out)  # before the imports below, which take seconds
     from disam_peft.experiments.export_run import export_run
 
-    say(f"wrote {export_run(folder, to, output, held_out=held_out)}")
+    say(f"wrote {export_run(folder, to, output, held_out=held_out, alpha=alpha)}")
 
 
 def report(

@@ -1,8 +1,10 @@
-"""Logits of every sample of a dataset, each exactly once, over any number of processes. N samples, C classes."""
+"""Logits of every sample of a dataset, each exactly once, over any number of processes. N samples, C classes, S states
+of one classifier.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -38,7 +40,6 @@ class Predictions:
     domain_names: tuple[str, ...]
 
 
-@torch.no_grad()
 def predict(
     classifier: ClipClassifier,
     dataset: DomainDataset,
@@ -57,6 +58,33 @@ def predict(
     Raises:
         UserError: an empty dataset, or one whose labels the classifier has no class for.
         BadImage: an image that cannot be decoded.
+    """
+    as_it_is: list[Callable[[], object]] = [lambda: None]
+    return predict_states(
+        classifier, dataset, as_it_is, config, store=store, autocast=autocast, description=description
+    )[0]
+
+
+@torch.no_grad()
+def predict_states(
+    classifier: ClipClassifier,
+    dataset: DomainDataset,
+    states: Sequence[Callable[[], object]],
+    config: EvaluationConfig | None = None,
+    *,
+    store: FeatureStore | None = None,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    description: str = "evaluating",
+) -> list[Predictions]:
+    """``predict`` with each of several states of one classifier, which have the frozen part in common: every image is
+    decoded, and runs through the frozen part, once for all of them.
+
+    Args:
+        states: each puts the classifier into one of the states when it is called; it is called for every batch.
+        store, autocast: see ``predict``.
+
+    Raises:
+        UserError, BadImage: as ``predict``.
     """
     config = config or EvaluationConfig()
     if len(dataset) == 0:
@@ -90,31 +118,37 @@ def predict(
     try:
         parts: list[tuple[Tensor, Tensor]] = []
         held, held_bytes = [], 0  # on the device: to wait for each batch would leave it without work in between
-        with autocast():
-            class_features_CE = classifier.class_features()
+        class_features = []
+        for state in states:
+            state()
+            with autocast():  # one for each state, here and below: autocast remembers weights in half precision
+                class_features.append(classifier.class_features())
         for indices, inputs in track(batches, description, total=total):
             with autocast():
                 frozen = classifier.encode_frozen(inputs) if store is None else inputs
-                logits_BC = classifier.logits(frozen, class_features_CE=class_features_CE)
-            held.append((indices, logits_BC.to(torch.promote_types(logits_BC.dtype, torch.float32))))
+            logits = []
+            for state, class_features_CE in zip(states, class_features, strict=True):
+                state()
+                with autocast():
+                    logits.append(classifier.logits(frozen, class_features_CE=class_features_CE))
+            logits_SBC = torch.stack(logits)
+            held.append((indices, logits_SBC.to(torch.promote_types(logits_SBC.dtype, torch.float32))))
             held_bytes += held[-1][1].nbytes
             if held_bytes > HELD_BYTES:
                 parts, held, held_bytes = [*parts, *_on_the_host(held)], [], 0
     finally:
         classifier.train(was_training)
     parts += _on_the_host(held)
-    logits_NC = torch.empty(
-        len(dataset), len(classifier.class_names), dtype=torch.promote_types(like.dtype, torch.float32)
-    )
-    for indices, logits_BC in parts if world_size == 1 else _from_all_ranks(parts):
-        logits_NC[indices] = logits_BC.to(logits_NC.dtype)
-    return Predictions(
-        logits_NC, torch.from_numpy(dataset.labels), torch.from_numpy(dataset.domain_ids), dataset.domains
-    )
+    wide = torch.promote_types(like.dtype, torch.float32)
+    logits_SNC = torch.empty(len(states), len(dataset), len(classifier.class_names), dtype=wide)
+    for indices, logits_SBC in parts if world_size == 1 else _from_all_ranks(parts):
+        logits_SNC[:, indices] = logits_SBC.to(wide)
+    labels_N, domains_N = torch.from_numpy(dataset.labels), torch.from_numpy(dataset.domain_ids)
+    return [Predictions(logits_NC, labels_N, domains_N, dataset.domains) for logits_NC in logits_SNC]
 
 
 def _on_the_host(parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    return [(indices, logits_BC.cpu()) for indices, logits_BC in parts]
+    return [(indices, logits_SBC.cpu()) for indices, logits_SBC in parts]
 
 
 def _from_all_ranks(parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from disam_peft.config.recipe import Recipe
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.evaluation.metrics import NOT_FINITE, metrics_of_domains, pooled_metrics, undefined_samples
 from disam_peft.evaluation.mistakes import confident_errors, confusion
-from disam_peft.evaluation.predict import Predictions, predict
+from disam_peft.evaluation.predict import Predictions, predict_states
 from disam_peft.evaluation.sharpness.rows import sharpness_rows
 
 
@@ -81,10 +81,22 @@ class Evaluator:
         Raises:
             UserError: an empty data set, or labels that the classifier has no class for.
         """
+        return self.predict_states(classifier, dataset, [lambda: None], description)[0]
+
+    def predict_states(
+        self,
+        classifier: ClipClassifier,
+        dataset: DomainDataset,
+        states: Sequence[Callable[[], object]],
+        description: str,
+    ) -> list[Predictions]:
+        """The same with each of several states of the classifier, see ``predict.predict_states``."""
         config, features, store = self.recipe.evaluation, self.recipe.features, None
         if features.store:
             store = evaluation_store(classifier, dataset, features, autocast=self.autocast, workers=config.workers)
-        return predict(classifier, dataset, config, store=store, autocast=self.autocast, description=description)
+        return predict_states(
+            classifier, dataset, states, config, store=store, autocast=self.autocast, description=description
+        )
 
     def predict_splits(
         self, classifier: ClipClassifier, splits: Mapping[str, DomainDataset], label: str

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
 
+from disam_peft.adapters.interpolation import require_alpha
 from disam_peft.adapters.manifest import AdapterManifest, read_manifest
+from disam_peft.adapters.registry import ADAPTERS
+from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.saved_classifier import load_adapter
 from disam_peft.common.prediction_table import PREDICTIONS, write_predictions
 from disam_peft.common.records import RAW, RESULTS, ResultRow, read_results, write_results
@@ -30,7 +35,9 @@ EVALUATION_PREDICTIONS = "evaluation_predictions.parquet"
 """Of other data than the run's own, whose predictions stay in ``predictions.parquet``."""
 
 
-def evaluate(folder: Path, overrides: Sequence[str] = (), *, sharpness: bool = False) -> list[Outcome]:
+def evaluate(
+    folder: Path, overrides: Sequence[str] = (), *, sharpness: bool = False, alpha: float | None = None
+) -> list[Outcome]:
     """Reload the adapters of finished runs and evaluate them again; by default on their own data, with the same
     numbers.
 
@@ -43,43 +50,104 @@ def evaluate(folder: Path, overrides: Sequence[str] = (), *, sharpness: bool = F
         folder: a run, or a folder with runs at any depth.
         overrides: settings that ``recipe_for_evaluation`` accepts.
         sharpness: also measure sharpness, as the recipe says or by default, and write it as training would have.
+        alpha: evaluate ``w0 + alpha (w1 - w0)``, w0 the zero-shot and w1 the trained weights (WiSE-FT). The rows say so
+            in ``weights``, and predictions are written as those for other data are. Unset: the trained weights.
 
     Raises:
         UserError: no run in ``folder``; an override of what made the adapter; data with classes that the adapter does
-            not know; sharpness asked for on other data than the run's own; an adapter that another run trained.
+            not know; sharpness asked for on other data than the run's own, or with an alpha; an adapter that another
+            run trained, or that has no zero-shot weights.
     """
+    if alpha is not None:
+        require_alpha(alpha)
+        if sharpness:
+            raise UserError("sharpness is measured at the trained weights; evaluate without --alpha or --sharpness")
+        for run in find_runs(folder):
+            require_zero_shot_weights(run)
     outcomes = []
     for run in find_runs(folder):
-        recipe = recipe_for_evaluation(run / RECIPE, overrides)
-        warn_if_unfinished(run)
-        accelerator = start_accelerator(recipe.train.mixed_precision, timeout_minutes=recipe.train.timeout_minutes)
-        classifier = load_adapter(run / ADAPTER, device=accelerator.device)
-        manifest = read_manifest(run / ADAPTER)
-        _require_own_adapter(manifest, recipe, run)
-        images = RunsImages(run, load_recipe(run / RECIPE))
-        with accelerator.main_process_first():
-            splits, is_own = _splits(images, recipe, overrides, classifier.class_names)
-        if sharpness and not is_own:
+        one = reload(run, overrides)
+        recipe, accelerator, classifier, splits = one.recipe, one.accelerator, one.classifier, one.splits
+        if sharpness and not one.is_own:
             raise UserError(
                 "sharpness is measured on the run's own data, which those given here are not; evaluate without them, "
                 "or without --sharpness"
             )
         evaluator = Evaluator(recipe, accelerator.autocast)
-        predictions = evaluator.predict_splits(classifier, splits, label=recipe.method.name)
-        weights = str(manifest.trained_with.get("weights", RAW))
+        with put_at(classifier, alpha):
+            predictions = evaluator.predict_splits(classifier, splits, label=recipe.method.name)
+        weights = one.weights if alpha is None else f"{one.weights}, alpha={alpha:g}"
         rows = result_rows(Identity.of_trained(recipe, weights, chosen=True), predictions)
         is_main = accelerator.is_main_process
         if sharpness:
             write_sharpness(run, classifier, splits, recipe.evaluation, like=rows[-1], is_main=is_main)
         if is_main:
             write_results(run / EVALUATION, rows)
-            classes = _class_names(manifest, classifier.class_names)
-            name = PREDICTIONS if is_own else EVALUATION_PREDICTIONS
+            classes = _class_names(one.manifest, classifier.class_names)
+            of_the_run = one.is_own and alpha is None
+            name = PREDICTIONS if of_the_run else EVALUATION_PREDICTIONS
             write_predictions(run / name, prediction_table(predictions, splits, classes))
-            if is_own:  # evaluation.json is no longer of what an earlier evaluation left there
+            if of_the_run:  # evaluation.json is no longer of what an earlier evaluation left there
                 (run / EVALUATION_PREDICTIONS).unlink(missing_ok=True)
         outcomes.append(Outcome(run, recipe.protocol.domain, rows, None))
     return outcomes
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """A finished run that is ready to be evaluated again."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    classifier: ClipClassifier
+    manifest: AdapterManifest
+    splits: dict[str, DomainDataset]
+    is_own: bool
+    """Whether ``splits`` are what the run was trained on, by the names that training gave them."""
+
+    @property
+    def weights(self) -> str:
+        """Which weights selection chose, see ``ResultRow.weights``."""
+        return str(self.manifest.trained_with.get("weights", RAW))
+
+
+def reload(run: Path, overrides: Sequence[str]) -> Reloaded:
+    """The classifier of a run with its adapter, and the data to evaluate it on.
+
+    Raises:
+        UserError: as ``evaluate``.
+    """
+    recipe = recipe_for_evaluation(run / RECIPE, overrides)
+    warn_if_unfinished(run)
+    accelerator = start_accelerator(recipe.train.mixed_precision, timeout_minutes=recipe.train.timeout_minutes)
+    classifier = load_adapter(run / ADAPTER, device=accelerator.device)
+    manifest = read_manifest(run / ADAPTER)
+    _require_own_adapter(manifest, recipe, run)
+    images = RunsImages(run, load_recipe(run / RECIPE))
+    with accelerator.main_process_first():
+        splits, is_own = _splits(images, recipe, overrides, classifier.class_names)
+    return Reloaded(recipe, accelerator, classifier, manifest, splits, is_own)
+
+
+def require_zero_shot_weights(run: Path) -> None:
+    """Pass if the adapter of a run lies on a line from zero-shot weights; loads neither model nor images.
+
+    Raises:
+        UserError: it has none; says why.
+    """
+    config = read_manifest(run / ADAPTER).config
+    ADAPTERS[type(config)].require_zero_shot_weights(config)
+
+
+@contextmanager
+def put_at(classifier: ClipClassifier, alpha: float | None) -> Iterator[None]:
+    """Inside, the classifier computes at this alpha; unset: with its trained weights."""
+    if alpha is None:
+        yield
+        return
+    with classifier.interpolation() as move_to:
+        move_to(alpha)
+        yield
 
 
 def recorded_rows(run: Path) -> list[ResultRow]:

@@ -4,35 +4,48 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from disam_peft.adapters.interpolation import require_alpha
 from disam_peft.adapters.manifest import read_manifest
 from disam_peft.classification.saved_classifier import load_adapter
 from disam_peft.config.export import check_form
 from disam_peft.errors import UserError
+from disam_peft.experiments.evaluate import put_at, require_zero_shot_weights
 from disam_peft.experiments.run_folder import ADAPTER, find_run, warn_if_unfinished
 from disam_peft.export.merged import export_merged
 from disam_peft.export.peft import export_peft
 
 
-def export_run(folder: Path, to: str, output: Path, *, held_out: str | None = None) -> Path:
+def export_run(folder: Path, to: str, output: Path, *, held_out: str | None = None, alpha: float | None = None) -> Path:
     """Export the adapter of a run: ``peft`` (the adapter alone) or ``merged`` (a complete checkpoint of its family).
 
     Args:
         output: a folder that is new or empty.
         held_out: which run is meant, where ``folder`` holds several.
+        alpha: export the weights ``w0 + alpha (w1 - w0)`` in place of the trained ones w1; w0 are the zero-shot weights
+            (WiSE-FT). The folder says so: an adapter in ``trained_with`` of its manifest, a merged checkpoint in
+            ``disam_peft_export.json``.
 
     Raises:
         UserError: several runs in ``folder`` and none chosen; an ``output`` that holds files; an adapter that cannot
-            be merged.
+            be merged, or that does not lie on a line from zero-shot weights; an alpha that is negative or not finite.
     """
     check_form(to)
     run = find_run(folder, held_out)
+    if alpha is not None:
+        require_alpha(alpha)
+        require_zero_shot_weights(run)
     warn_if_unfinished(run)
     source = run / ADAPTER
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is not empty; choose another --output, or remove it")
     classifier = load_adapter(source)
+    trained_with = dict(read_manifest(source).trained_with)
     if to == "merged":
-        export_merged(output, classifier)
+        with put_at(classifier, alpha):
+            export_merged(output, classifier, alpha=alpha)
     else:
-        export_peft(output, classifier, trained_with=read_manifest(source).trained_with)
+        if alpha is not None and classifier.adapter is not None:
+            classifier.adapter.settle(classifier.backbone, classifier.prompts, alpha)
+            trained_with["alpha"] = alpha
+        export_peft(output, classifier, trained_with=trained_with)
     return output

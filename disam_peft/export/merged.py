@@ -12,17 +12,26 @@ from disam_peft.backbones.families import folder_config, load_backbone
 from disam_peft.backbones.fingerprint import WITH_WEIGHTS, differences
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.common.files import published
+from disam_peft.common.strict_json import json_bytes
 from disam_peft.errors import UserError
 
 TOLERANCE = 1e-5
 """Largest difference of logits, in units of the largest logit (of 1 where all are smaller)."""
 
+EXPORT_NOTE = "disam_peft_export.json"
+"""Says of a merged checkpoint at which alpha its weights are; no library reads it."""
+
 _IMAGES, _CLASSES = 4, 8
 
 
-def export_merged(directory: str | Path, classifier: ClipClassifier) -> float:
+def export_merged(directory: str | Path, classifier: ClipClassifier, *, alpha: float | None = None) -> float:
     """Merge a copy, write it as a complete checkpoint (weights, config, image transform, tokenizer), load that with
     the family's own loader and compare logits on random images. The classifier stays as it is.
+
+    Args:
+        alpha: where the classifier is put between zero-shot (0) and trained weights (1), see
+            ``ClipClassifier.interpolation``. It is written to ``disam_peft_export.json`` in the folder; unset: the
+            weights are the trained ones, and there is no such file.
 
     Returns:
         the largest difference between its logits and the classifier's, in units of the largest logit: at most 1e-5,
@@ -38,6 +47,9 @@ def export_merged(directory: str | Path, classifier: ClipClassifier) -> float:
     model = adapter.merged(backbone)
     with published(Path(directory)) as folder:
         backbone.save(folder, model)
+        if alpha is not None:
+            told = {"alpha": alpha, "adapter": adapter.kind, "backbone": backbone.config.name}
+            (folder / EXPORT_NOTE).write_bytes(json_bytes(told))
         difference = _difference(classifier, folder)
         # Merged weights are rounded to the backbone's precision, the live model adds the adapter unrounded.
         allowed = max(TOLERANCE, 8 * torch.finfo(backbone.dtype).eps)

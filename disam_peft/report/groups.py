@@ -10,6 +10,7 @@ from disam_peft.common.records import ExampleError
 from disam_peft.report.configurations import Configuration, configurations, data_titles
 from disam_peft.report.drawing import Drawing, draw
 from disam_peft.report.figures import cosine_curves, domain_curves, titles
+from disam_peft.report.frontier_figure import frontier_curves
 from disam_peft.report.held_out_tables import best_by_source_validation
 from disam_peft.report.maps import LARGEST_MATRIX, confusion_maps, loss_planes
 from disam_peft.report.reliability import reliability, reliability_curves
@@ -37,6 +38,7 @@ class Group:
     planes: Drawing | None
     confusion: Drawing | None
     reliability: Drawing | None
+    frontier: Drawing | None
     errors: list[tuple[str, list[ExampleError]]]
 
     @property
@@ -51,7 +53,7 @@ class Group:
 
     @property
     def drawings(self) -> list[Drawing]:
-        every = (self.losses, self.weights, self.cosine, self.planes, self.confusion, self.reliability)
+        every = (self.losses, self.weights, self.cosine, self.planes, self.confusion, self.reliability, self.frontier)
         return [drawing for drawing in every if drawing is not None]
 
 
@@ -105,6 +107,8 @@ def _group(number: int, members: list[Configuration], data: str) -> Group:
         for matrix in run.confusions
         if len(matrix.classes) <= LARGEST_MATRIX
     ]
+    lines = [(name, run.frontier) for name, run in zip(names, shown, strict=True)]
+    frontiers = [(name, [line]) for name, line in lines if line is not None]
     return Group(
         held_out=row.held_out,
         about=f"{row.adapter} on {row.backbone}, {f'{data}, ' if data else ''}{seed}",
@@ -151,6 +155,14 @@ def _group(number: int, members: list[Configuration], data: str) -> Group:
             partial(reliability_curves, bins),
         )
         if bins
+        else None,
+        frontier=draw(
+            f"{prefix}_frontier",
+            "Accuracy against accuracy on source validation, and likelihood, from zero-shot to trained weights, a line "
+            "per method",
+            partial(frontier_curves, frontiers),
+        )
+        if frontiers
         else None,
         errors=[(name, run.errors) for name, run in zip(names, shown, strict=True) if run.errors],
     )

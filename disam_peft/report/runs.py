@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from disam_peft.common.finished import read_finished
+from disam_peft.common.frontier_records import FRONTIER, Frontier, read_frontier
 from disam_peft.common.prediction_table import PREDICTIONS, PredictionTable, read_predictions
 from disam_peft.common.records import (
     CONFUSION,
@@ -159,6 +160,12 @@ class RunRecord:
         """For the run's own data; None where it has none."""
         path = self.folder / PREDICTIONS
         return read_predictions(path) if path.is_file() else None
+
+    @cached_property
+    def frontier(self) -> Frontier | None:
+        """Its numbers between zero-shot and trained weights, where ``disam-peft frontier`` has left them."""
+        path = self.folder / FRONTIER
+        return read_frontier(path) if path.is_file() else None
 
     @property
     def trained(self) -> ResultRow:

@@ -12,7 +12,19 @@ import disam_peft
 
 ROOT = Path(disam_peft.__file__).parents[1]
 HEAVY = ("torch", "numpy", "transformers", "accelerate", "open_clip", "peft", "datasets", "torchvision", "matplotlib")
-VERBS = ("cache", "check-data", "train", "sweep", "compare", "evaluate", "export", "report", "demo", "doctor")
+VERBS = (
+    "cache",
+    "check-data",
+    "train",
+    "sweep",
+    "compare",
+    "evaluate",
+    "frontier",
+    "export",
+    "report",
+    "demo",
+    "doctor",
+)
 CALL = """
 import sys
 from disam_peft.cli.app import main

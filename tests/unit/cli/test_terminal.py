@@ -14,6 +14,7 @@ import pytest
 import disam_peft.cli
 from disam_peft.cli import app as command_line
 from disam_peft.cli.data_tables import print_data_report
+from disam_peft.cli.frontier_verb import print_frontier
 from disam_peft.cli.output import (
     Terminal,
     print_evaluation,
@@ -22,6 +23,7 @@ from disam_peft.cli.output import (
     print_sharpness,
     print_sweep,
 )
+from disam_peft.common.frontier_records import Frontier, FrontierRow
 from disam_peft.common.progress import track
 from disam_peft.common.records import ResultRow
 from disam_peft.data.census import BadFile, DataReport
@@ -56,9 +58,27 @@ def data_report():
     )
 
 
+FRONTIER = Frontier(
+    EVIL,
+    EVIL,
+    EVIL,
+    EVIL,
+    0,
+    EVIL,
+    "r",
+    "m",
+    1.0,
+    [
+        FrontierRow(1.0, split, domain, "top1", 0.5, 3)
+        for split in ("source_validation", "held_out")
+        for domain in (EVIL, "b")
+    ],
+)
 PRINTED = {
     "held out": lambda console: print_held_out(rows(), console),
     "evaluation": lambda console: print_evaluation(rows(), [], EVIL, console),
+    "frontier": lambda console: print_frontier([FRONTIER, FRONTIER], EVIL, console),
+    "frontier of one": lambda console: print_frontier([FRONTIER], EVIL, console),
     "sharpness": lambda console: print_sharpness(rows(), console),
     "sweep": lambda console: print_sweep([], EVIL, console),
     "data": lambda console: print_data_report(data_report(), console),

@@ -1,6 +1,7 @@
 """Predictions do not wait for the device between batches."""
 
 import importlib
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.data import DataConfig, FeatureConfig
 from disam_peft.config.evaluation import EvaluationConfig
 from disam_peft.data.load import load
-from disam_peft.evaluation.predict import predict
+from disam_peft.evaluation.predict import predict, predict_states
 from tests.helpers.adapter_cells import tiny_backbone, tiny_classifier
 
 predict_module = importlib.import_module("disam_peft.evaluation.predict")  # the package has a function of that name
@@ -108,3 +109,26 @@ def test_no_batch_waits_for_the_device(classifier, dataset, source, tmp_path, mo
     assert len(calls) == 14
     assert ours.logits_NC.device.type == "cpu"
     assert torch.allclose(ours.logits_NC, expected.logits_NC, atol=1e-3)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("cell", ["lora-both", "dora", "probe-zero_shot"])
+def test_several_states_in_one_pass_over_the_images(twins, dataset, monkeypatch, cell, half):
+    """Each as if it were alone, in autocast too, which remembers weights; each image is decoded and encoded once."""
+    prompts = ClassPrompts(dataset.prompt_names, ("{}",))
+    classifier = tiny_classifier(tiny_backbone(twins, "open_clip", torch.float32), cell, scramble=0.2, prompts=prompts)
+    settings = {"autocast": lambda: torch.autocast("cpu", torch.bfloat16, enabled=half)}
+    config, images = EvaluationConfig(batch_size=40, workers=0), []
+    alphas, alone = (0.0, 0.5, 1.0), []
+    with classifier.interpolation() as move_to:
+        for alpha in alphas:
+            move_to(alpha)
+            alone.append(predict(classifier, dataset, config, **settings).logits_NC)
+        encode = classifier.encode_frozen
+        monkeypatch.setattr(classifier, "encode_frozen", lambda pixels: images.append(len(pixels)) or encode(pixels))
+        states = [lambda alpha=alpha: move_to(alpha) for alpha in alphas]
+        found = predict_states(classifier, dataset, states, config, **settings)
+    assert images == [40, 40, 16]
+    assert all(torch.equal(one.logits_NC, wanted) for one, wanted in zip(found, alone, strict=True))
+    assert all(torch.equal(one.labels_N, torch.from_numpy(dataset.labels)) for one in found)
+    assert min((a - b).abs().max() for a, b in pairwise(alone)) > 0.1

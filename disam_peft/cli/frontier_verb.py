@@ -1,0 +1,93 @@
+"""The verb ``frontier``: a run between its zero-shot and its trained weights (WiSE-FT)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from disam_peft.cli.options import EvaluationOverrides, alpha_range
+from disam_peft.cli.terminal import say
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from disam_peft.common.frontier_records import Frontier
+
+
+def frontier(
+    folder: Annotated[Path, typer.Argument(help="A run, or a folder with runs at any depth.")],
+    overrides: EvaluationOverrides = None,
+    alphas: Annotated[
+        str, typer.Option(help="START:STOP:STEP with both ends, or a list. 0 is zero-shot, 1 the trained adapter.")
+    ] = "0:1.2:0.1",
+    output: Annotated[Path | None, typer.Option(help="Where files go; unset: into the folder of each run.")] = None,
+) -> None:
+    """Accuracy, NLL and ECE along the line from zero-shot to trained weights (WiSE-FT), and the best alpha by source
+    validation. Every image is decoded and encoded once for all alphas."""
+    places = alpha_range("--alphas", alphas)
+    from disam_peft.config.evaluation_overrides import recipe_for_evaluation
+    from disam_peft.experiments.run_folder import RECIPE, find_runs
+
+    for cell in find_runs(folder):  # before the imports below, which take seconds
+        recipe_for_evaluation(cell / RECIPE, list(overrides or []))
+    from disam_peft.common.processes import is_main
+    from disam_peft.experiments.frontier import frontier as along_the_line
+
+    found = along_the_line(folder, places, list(overrides or []), output=output)
+    if not is_main():
+        return
+    for one in found:
+        print_frontier([one.frontier], str(one.run))
+        say(f"wrote {one.folder / 'frontier.json'}, frontier.svg and frontier.png")
+    if len(found) > 1 and len({one.run.parent for one in found}) == 1:
+        print_frontier([one.frontier for one in found], f"mean over {len(found)} runs")
+
+
+def print_frontier(frontiers: Sequence[Frontier], title: str, console: Console | None = None) -> None:
+    """One line per alpha: accuracies, NLL and ECE, each the mean over the domains; and the top-1 of every source domain
+    where there are several. Of several runs it has the means."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    from disam_peft.cli.output import Terminal
+    from disam_peft.common.frontier_records import mean_curve
+
+    console = console or Terminal()
+    first = frontiers[0]
+    splits = ["source_validation", *([first.judged] if first.judged else [])]
+    names = {"source_validation": "source", "held_out": "held out", "test": "test"}
+    table = Table(title=f"{escape(title)} (accuracies in %)", box=box.SIMPLE, title_justify="left", pad_edge=False)
+    table.add_column("alpha", justify="right")
+    columns = []
+    for split in splits:
+        for metric, short in (("top1", "top-1"), ("nll", "NLL"), ("ece", "ECE")):
+            table.add_column(f"{names[split]}\n{short}", justify="right", no_wrap=True)
+            columns.append((mean_curve(frontiers, split, metric), metric))
+    alone = len(frontiers) == 1
+    sources = first.domains("source_validation") if alone else []
+    if len(sources) > 1:
+        for domain in sources:
+            table.add_column(f"{escape(domain)}\ntop-1", justify="right")
+            columns.append((first.curve("source_validation", "top1", domain), "top1"))
+    for number, alpha in enumerate(first.alphas):
+        cells = [_cell(curve[number], metric) for curve, metric in columns]
+        chosen = alone and alpha == first.recommended
+        table.add_row(f"{alpha:g}", *cells, style="bold" if chosen else None)
+    console.print(table)
+    for one in frontiers:
+        where = "" if alone else f" without {one.held_out}" if one.held_out is not None else ""
+        console.print(
+            f"recommended{where}: alpha={one.recommended:g}, by source validation ({one.rule}, {one.metric}) alone",
+            markup=False,
+        )
+
+
+def _cell(value: float | None, metric: str) -> str:
+    if value is None:
+        return "n/a"
+    return f"{100 * value:.1f}" if metric == "top1" else f"{value:.3f}"
