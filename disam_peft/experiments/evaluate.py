@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
 
 from disam_peft.adapters.interpolation import require_alpha
 from disam_peft.adapters.manifest import AdapterManifest, read_manifest
 from disam_peft.adapters.registry import ADAPTERS
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.saved_classifier import load_adapter
+from disam_peft.common import processes
 from disam_peft.common.prediction_table import PREDICTIONS, write_predictions
 from disam_peft.common.records import RAW, RESULTS, ResultRow, read_results, write_results
 from disam_peft.config.evaluation_overrides import recipe_for_evaluation
@@ -67,18 +67,17 @@ def evaluate(
     outcomes = []
     for run in find_runs(folder):
         one = reload(run, overrides)
-        recipe, accelerator, classifier, splits = one.recipe, one.accelerator, one.classifier, one.splits
+        recipe, classifier, splits = one.recipe, one.classifier, one.splits
         if sharpness and not one.is_own:
             raise UserError(
                 "sharpness is measured on the run's own data, which those given here are not; evaluate without them, "
                 "or without --sharpness"
             )
-        evaluator = Evaluator(recipe, accelerator.autocast)
         with put_at(classifier, alpha):
-            predictions = evaluator.predict_splits(classifier, splits, label=recipe.method.name)
+            predictions = one.evaluator.predict_splits(classifier, splits, label=recipe.method.name)
         weights = one.weights if alpha is None else f"{one.weights}, alpha={alpha:g}"
         rows = result_rows(Identity.of_trained(recipe, weights, chosen=True), predictions)
-        is_main = accelerator.is_main_process
+        is_main = processes.is_main()
         if sharpness:
             write_sharpness(run, classifier, splits, recipe.evaluation, like=rows[-1], is_main=is_main)
         if is_main:
@@ -98,7 +97,7 @@ class Reloaded:
     """A finished run that is ready to be evaluated again."""
 
     recipe: Recipe
-    accelerator: Accelerator
+    evaluator: Evaluator
     classifier: ClipClassifier
     manifest: AdapterManifest
     splits: dict[str, DomainDataset]
@@ -126,7 +125,7 @@ def reload(run: Path, overrides: Sequence[str]) -> Reloaded:
     images = RunsImages(run, load_recipe(run / RECIPE))
     with accelerator.main_process_first():
         splits, is_own = _splits(images, recipe, overrides, classifier.class_names)
-    return Reloaded(recipe, accelerator, classifier, manifest, splits, is_own)
+    return Reloaded(recipe, Evaluator(recipe, accelerator.autocast), classifier, manifest, splits, is_own)
 
 
 def require_zero_shot_weights(run: Path) -> None:

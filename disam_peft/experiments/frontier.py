@@ -14,13 +14,14 @@ from pathlib import Path
 from disam_peft.adapters.interpolation import require_alpha
 from disam_peft.common.files import output_folder
 from disam_peft.common.frontier_records import FRONTIER, Frontier, FrontierRow, write_frontier
+from disam_peft.common.processes import is_main, on_main
 from disam_peft.common.records import ResultRow
 from disam_peft.config.evaluation_overrides import recipe_for_evaluation
 from disam_peft.config.selection import SelectionConfig
 from disam_peft.errors import UserError
 from disam_peft.evaluation.metrics import METRIC_NAMES, metrics_of_domains
 from disam_peft.evaluation.predict import Predictions
-from disam_peft.evaluation.results import Evaluator, Identity, result_rows
+from disam_peft.evaluation.results import Identity, result_rows
 from disam_peft.experiments.evaluate import Reloaded, recorded_rows, reload, require_zero_shot_weights
 from disam_peft.experiments.run_folder import RECIPE, find_runs
 from disam_peft.report.drawing import draw
@@ -84,12 +85,8 @@ def frontier(
             )
         at = run if output is None else output / run.relative_to(folder)
         found.append(RunFrontier(run, at, _along_the_line(one, run, places)))
-        if one.accelerator.is_main_process:
-            output_folder(at)
-            write_frontier(at / FRONTIER, found[-1].frontier)
-            _draw([found[-1].frontier], at)
-        one.accelerator.wait_for_everyone()
-    if one.accelerator.is_main_process:
+        on_main(partial(_write, found[-1].frontier, at))
+    if is_main():
         for _, group in groupby(found, key=lambda of: of.folder.parent):
             together = list(group)
             if len(together) > 1:
@@ -98,13 +95,12 @@ def frontier(
 
 
 def _along_the_line(one: Reloaded, run: Path, alphas: Sequence[float]) -> Frontier:
-    evaluator = Evaluator(one.recipe, one.accelerator.autocast)
     predictions: dict[str, list[Predictions]] = {}
     with one.classifier.interpolation() as move_to:
         for split, dataset in one.splits.items():
             states = [partial(move_to, alpha) for alpha in alphas]
             label = f"{len(alphas)} alphas: {split.replace('_', ' ')}"
-            predictions[split] = evaluator.predict_states(one.classifier, dataset, states, label)
+            predictions[split] = one.evaluator.predict_states(one.classifier, dataset, states, label)
     identity = Identity.of_trained(one.recipe, one.weights, chosen=True)
     rows, scores = dict[float, list[ResultRow]](), dict[float, tuple[float, ...]]()
     for number, alpha in enumerate(alphas):
@@ -163,6 +159,12 @@ def _compare_with_recorded(run: Path, rows: Mapping[float, Sequence[ResultRow]],
                     stacklevel=4,
                 )
                 break
+
+
+def _write(frontier: Frontier, folder: Path) -> None:
+    output_folder(folder)
+    write_frontier(folder / FRONTIER, frontier)
+    _draw([frontier], folder)
 
 
 def _draw(frontiers: Sequence[Frontier], folder: Path) -> None:

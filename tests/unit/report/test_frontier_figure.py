@@ -100,6 +100,7 @@ def test_runs_that_recommend_different_alphas_have_no_ring_on_their_mean() -> No
     assert len(lines(left)) == 3
 
 
+@pytest.mark.slow
 def test_the_report_shows_the_frontier_of_a_run_that_has_one(tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "a" / "sketch")
     build_report(read_runs([tmp_path]), tmp_path / "plain.html")
