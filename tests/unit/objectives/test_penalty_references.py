@@ -18,7 +18,7 @@ from disam_peft.config.penalties import (
 )
 from disam_peft.objectives.coral import coral
 from disam_peft.objectives.fishr import fishr
-from disam_peft.objectives.group_dro import group_dro, group_dro_sagawa
+from disam_peft.objectives.group_dro import GroupDRO, group_dro, group_dro_sagawa
 from disam_peft.objectives.irm import irm, irm_v1
 from disam_peft.objectives.mmd import mmd
 from disam_peft.objectives.objective import Objective
@@ -267,7 +267,9 @@ def test_groupdro_in_the_place_of_the_mean(name, count):
         )
         assert_close(leaf.grad, gradient_T[t])
         if is_sagawa:
-            assert_close(objective.penalties[0].q_D, torch.cat([q_T[t], torch.zeros(1)]))
+            [penalty] = objective.penalties
+            assert isinstance(penalty, GroupDRO)
+            assert_close(penalty.q_D, torch.cat([q_T[t], torch.zeros(1)]))
 
 
 @pytest.mark.parametrize("count", [1, 3])
