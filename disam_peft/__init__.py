@@ -48,8 +48,12 @@ _HOMES = {
     "MixupConfig": "disam_peft.config.data",
     "EvaluationConfig": "disam_peft.config.evaluation",
     "SharpnessConfig": "disam_peft.config.evaluation",
+    "ContrastiveConfig": "disam_peft.config.losses",
+    "CrossEntropyConfig": "disam_peft.config.losses",
+    "FocalConfig": "disam_peft.config.losses",
+    "MarginSoftmaxConfig": "disam_peft.config.losses",
+    "SigmoidConfig": "disam_peft.config.losses",
     "MethodConfig": "disam_peft.config.method",
-    "CrossEntropyConfig": "disam_peft.config.objective",
     "ObjectiveConfig": "disam_peft.config.objective",
     "ClassFeaturesAnchorConfig": "disam_peft.config.anchors",
     "ImageFeaturesAnchorConfig": "disam_peft.config.anchors",
@@ -148,8 +152,12 @@ if TYPE_CHECKING:  # the same names, for type checkers; a test compares them wit
     from disam_peft.config.data import MixupConfig as MixupConfig
     from disam_peft.config.evaluation import EvaluationConfig as EvaluationConfig
     from disam_peft.config.evaluation import SharpnessConfig as SharpnessConfig
+    from disam_peft.config.losses import ContrastiveConfig as ContrastiveConfig
+    from disam_peft.config.losses import CrossEntropyConfig as CrossEntropyConfig
+    from disam_peft.config.losses import FocalConfig as FocalConfig
+    from disam_peft.config.losses import MarginSoftmaxConfig as MarginSoftmaxConfig
+    from disam_peft.config.losses import SigmoidConfig as SigmoidConfig
     from disam_peft.config.method import MethodConfig as MethodConfig
-    from disam_peft.config.objective import CrossEntropyConfig as CrossEntropyConfig
     from disam_peft.config.objective import ObjectiveConfig as ObjectiveConfig
     from disam_peft.config.penalties import CoralConfig as CoralConfig
     from disam_peft.config.penalties import FishrConfig as FishrConfig

@@ -104,10 +104,20 @@ class Adapter(nn.Module, ABC):
         """Normalised class features (C, E), with a graph where the text side is trained."""
         if text.features_CE is not None:
             return text.features_CE
-        assert text.hidden is not None and self.text_split is not None  # FrozenText holds one or the other
+        return ensemble(self.prompt_features(backbone, text), text.templates)
+
+    def prompt_features(self, backbone: ClipBackbone, text: FrozenText) -> Tensor:
+        """Features (N, E) of every prompt, not normalised, with their graph: the class features before their ensemble.
+        Asked for where the text side is trained."""
+        assert text.hidden is not None and self.text_split is not None  # FrozenText holds these or the features
         if self.text_split == BEFORE_STEM:
-            return ensemble(backbone.encode_text(text.tokens_NL), text.templates)
-        return ensemble(backbone.text_head(text.hidden, text.tokens_NL, self.text_split), text.templates)
+            return backbone.encode_text(text.tokens_NL)
+        return backbone.text_head(text.hidden, text.tokens_NL, self.text_split)
+
+    @classmethod
+    def has_prompt_features(cls) -> bool:
+        """Whether the class features of this kind of adapter are the ensemble of ``prompt_features``."""
+        return cls.class_features is Adapter.class_features or cls.prompt_features is not Adapter.prompt_features
 
     def image_features(self, features_BE: Tensor) -> Tensor:
         """The image tower's features (B, E) as this adapter changes them; neither is normalised."""

@@ -80,9 +80,7 @@ def fill_templates(prompts: ClassPrompts) -> list[str]:
 def ensemble(features_NE: Tensor, templates: int) -> Tensor:
     """CLIP's prompt ensemble: normalise, average over the templates of a class, normalise again. (N, E) -> (C, E),
     in at least float32."""
-    wide = torch.promote_types(features_NE.dtype, torch.float32)
-    normalised_NE = nn.functional.normalize(features_NE.to(wide), dim=-1)
-    mean_CE = normalised_NE.unflatten(0, (-1, templates)).mean(dim=1)
+    mean_CE = normalised(features_NE).unflatten(0, (-1, templates)).mean(dim=1)
     return nn.functional.normalize(mean_CE, dim=-1)
 
 
@@ -97,5 +95,14 @@ def text_trunk(backbone: ClipBackbone, tokens_NL: Tensor, blocks: int) -> Tensor
 
 def zero_shot_features(backbone: ClipBackbone, tokens_NL: Tensor, templates: int) -> Tensor:
     """Normalised class features (C, E) of the text tower as it is now, computed in chunks of prompts."""
-    chunks = tokens_NL.split(_PROMPTS_AT_ONCE)
-    return ensemble(torch.cat([backbone.encode_text(chunk) for chunk in chunks]), templates)
+    return ensemble(prompt_features(backbone, tokens_NL), templates)
+
+
+def prompt_features(backbone: ClipBackbone, tokens_NL: Tensor) -> Tensor:
+    """Features (N, E) of every prompt, not normalised, computed in chunks of prompts."""
+    return torch.cat([backbone.encode_text(chunk) for chunk in tokens_NL.split(_PROMPTS_AT_ONCE)])
+
+
+def normalised(features_NE: Tensor) -> Tensor:
+    """Features of length 1, in at least float32."""
+    return nn.functional.normalize(features_NE.to(torch.promote_types(features_NE.dtype, torch.float32)), dim=-1)

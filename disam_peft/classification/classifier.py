@@ -9,13 +9,23 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from disam_peft.adapters.base import Adapter, Autocast, cosine_logits
 from disam_peft.adapters.interpolation import MoveTo
-from disam_peft.adapters.prompts import ClassPrompts, FrozenText, fill_templates, text_trunk, zero_shot_features
+from disam_peft.adapters.prompts import (
+    ClassPrompts,
+    FrozenText,
+    ensemble,
+    fill_templates,
+    normalised,
+    prompt_features,
+    text_trunk,
+    zero_shot_features,
+)
 from disam_peft.backbones.base import BEFORE_STEM, ClipBackbone
 from disam_peft.backbones.pass_cache import PassCache
 from disam_peft.errors import UserError
@@ -34,6 +44,8 @@ class ForwardPass:
         class_features_CE: normalised class features (C, E).
         scale, bias: the factor of the cosines in the logits, and what is added to them (None: nothing), shape ().
         head_bias_C: (C,), the trained bias of the adapter's own head (a linear probe); None: it has none.
+        caption_features_NE: normalised features of every prompt, whose ensemble the class features are; None unless
+            they were asked for.
     """
 
     logits_BC: Tensor
@@ -42,6 +54,7 @@ class ForwardPass:
     scale: Tensor
     bias: Tensor | None
     head_bias_C: Tensor | None = None
+    caption_features_NE: Tensor | None = None
 
 
 class ClipClassifier(nn.Module):
@@ -80,6 +93,7 @@ class ClipClassifier(nn.Module):
         self._text: FrozenText | None = None
         self._text_key: tuple[torch.device, torch.dtype] | None = None
         self._zero_shot_CE: Tensor | None = None
+        self._captions_NE: Tensor | None = None
         self.train(False)
 
     @property
@@ -117,7 +131,8 @@ class ClipClassifier(nn.Module):
             # Not in inference mode even inside an evaluation that is: training saves these tensors for backward.
             off = torch.autocast(self.backbone.device.type, enabled=False)
             with torch.inference_mode(False), torch.no_grad(), off:
-                self._text, self._text_key, self._zero_shot_CE = self._compute_frozen_text(), key, None
+                self._text, self._text_key = self._compute_frozen_text(), key
+                self._zero_shot_CE = self._captions_NE = None
         return self._text
 
     def _compute_frozen_text(self) -> FrozenText:
@@ -183,6 +198,35 @@ class ClipClassifier(nn.Module):
             raise UserError("zero-shot classification has no trained weights, so there is nothing to interpolate")
         return self.adapter.interpolation(self.backbone, self.prompts)
 
+    @property
+    def templates(self) -> int:
+        """T, the prompts of each class that the class features are made of: 1 where the adapter has its own."""
+        has_own = self.adapter is not None and self.adapter.replaces_class_prompts
+        return 1 if has_own else len(self.prompts.templates)
+
+    def text_features(self) -> tuple[Tensor, Tensor]:
+        """``class_features`` (C, E) and the normalised features of every prompt (N, E), with a graph where the text
+        side is trained.
+
+        Raises:
+            UserError: the adapter makes class features of its own, which are no ensemble of prompts.
+        """
+        text, adapter = self.frozen_text(), self.adapter
+        if adapter is not None and not adapter.has_prompt_features():
+            raise UserError(
+                f"a '{adapter.kind}' adapter changes class features, not those of each prompt, so that there are no "
+                "captions to compare images with; take objective.loss.kind=cross_entropy, or another adapter"
+            )
+        if text.features_CE is not None:
+            if self._captions_NE is None:
+                off = torch.autocast(self.backbone.device.type, enabled=False)
+                with torch.inference_mode(False), torch.no_grad(), off:
+                    self._captions_NE = normalised(prompt_features(self.backbone, text.tokens_NL))
+            return text.features_CE, self._captions_NE
+        assert adapter is not None  # without an adapter the whole text tower is frozen
+        features_NE = adapter.prompt_features(self.backbone, text)
+        return ensemble(features_NE, self.templates), normalised(features_NE)
+
     def captured(self, autocast: Autocast = nullcontext) -> AbstractContextManager[object]:
         """See ``Adapter.captured``. Open it around the steps of a training loop, when the model is on its device."""
         return nullcontext() if self.adapter is None else self.adapter.captured(self.backbone, autocast)
@@ -196,10 +240,10 @@ class ClipClassifier(nn.Module):
         outputs = self.cached_outputs(frozen)
         return lambda: outputs().logits_BC
 
-    def cached_outputs(self, frozen: Tensor) -> Callable[[], ForwardPass]:
+    def cached_outputs(self, frozen: Tensor, *, captions: bool = False) -> Callable[[], ForwardPass]:
         """As ``cached_logits``, for ``outputs``."""
-        cache: PassCache = {}
-        return lambda: self.outputs(frozen, cache)
+        compute = partial(self.outputs, frozen, {})
+        return partial(compute, captions=True) if captions else compute
 
     def repeated_logits(self, frozen: Tensor) -> Callable[[], Tensor]:
         """The name that ``cached_logits`` had in 0.1."""
@@ -221,16 +265,25 @@ class ClipClassifier(nn.Module):
         return self.outputs(frozen, cache, class_features_CE).logits_BC
 
     def outputs(
-        self, frozen: Tensor, cache: PassCache | None = None, class_features_CE: Tensor | None = None
+        self,
+        frozen: Tensor,
+        cache: PassCache | None = None,
+        class_features_CE: Tensor | None = None,
+        *,
+        captions: bool = False,
     ) -> ForwardPass:
-        """Logits (B, C), as ``logits`` has them, and what they come from."""
+        """Logits (B, C), as ``logits`` has them, and what they come from; with the features of every prompt on wish."""
         features_BE = self.features(frozen, cache)
-        class_features_CE = self.class_features() if class_features_CE is None else class_features_CE
+        captions_NE: Tensor | None = None
+        if captions:
+            class_features_CE, captions_NE = self.text_features()
+        elif class_features_CE is None:
+            class_features_CE = self.class_features()
         scale, bias = self.backbone.logit_scale, self.backbone.logit_bias
         logits = cosine_logits if self.adapter is None else self.adapter.logits
         logits_BC = logits(features_BE, class_features_CE, scale, bias)
         head_bias_C = None if self.adapter is None else self.adapter.head_bias
-        return ForwardPass(logits_BC, features_BE, class_features_CE, scale, bias, head_bias_C)
+        return ForwardPass(logits_BC, features_BE, class_features_CE, scale, bias, head_bias_C, captions_NE)
 
     # -- zero-shot beside an adapter -------------------------------------------------------------------------
 

@@ -107,6 +107,9 @@ class CoOpConfig(Config):
 class LinearProbeConfig(Config):
     """A linear layer on normalised image features."""
 
+    has_own_head: ClassVar[bool] = True
+    """Its logits come from weights of its own, not from class features."""
+
     kind: Literal["linear_probe"] = "linear_probe"
     init: Literal["zero_shot", "random"] = "zero_shot"
     """zero_shot: logit scale times the class features, which gives the zero-shot logits; random: N(0, 0.01^2)."""

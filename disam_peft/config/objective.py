@@ -8,27 +8,17 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from disam_peft.config.anchors import AnchorConfig
 from disam_peft.config.base import Config
+from disam_peft.config.losses import CrossEntropyConfig, LossConfig, with_kind_of_loss
 from disam_peft.config.penalties import PenaltyConfig
 from disam_peft.config.penalties import VRexConfig as VRexConfig
-
-
-class CrossEntropyConfig(Config):
-    """Cross entropy of the logits."""
-
-    kind: Literal["cross_entropy"] = "cross_entropy"
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """The share of each label that is spread evenly over all classes."""
-
-
-LossConfig = CrossEntropyConfig
-"""All losses; with a second one ``Annotated[A | B, Field(discriminator="kind")]``."""
 
 
 class ObjectiveConfig(Config):
     """The function that training descends: mean loss + sum of weight * penalty + sum of weight * anchor. The defaults
     are the plain mean."""
 
-    loss: LossConfig = LossConfig()
+    loss: LossConfig = CrossEntropyConfig()
+    """``cross_entropy`` unless it says its kind: ``focal``, ``margin_softmax``, ``sigmoid`` or ``contrastive``."""
     mean_over: Literal["samples", "domains"] | None = None
     """``samples``: the mean of all losses of a batch. ``domains``: the mean over the domains of their mean losses. Both
     are the same where a batch holds as many samples of every domain. Unset: ``domains`` with a penalty that was
@@ -41,7 +31,7 @@ class ObjectiveConfig(Config):
     @field_validator("loss", mode="before")
     @classmethod
     def _cross_entropy_where_left_out(cls, loss: Any) -> Any:
-        return {"kind": "cross_entropy", **loss} if isinstance(loss, dict) else loss
+        return with_kind_of_loss(loss)
 
     @field_validator("penalties", "anchors")
     @classmethod

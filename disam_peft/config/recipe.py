@@ -17,6 +17,7 @@ from disam_peft.config.base import Config
 from disam_peft.config.data import AugmentConfig, DataConfig, DomainsConfig, FeatureConfig, require_mixable
 from disam_peft.config.evaluation import EvaluationConfig
 from disam_peft.config.identity import flat
+from disam_peft.config.losses import head_conflict
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.mistakes import all_mistakes, explain
 from disam_peft.config.name_texts import with_names
@@ -76,6 +77,12 @@ class Recipe(Config):
     def _validations_for_averages(self) -> Recipe:
         interval = self.train.validation_interval
         require_validations(kept_averages(self.average), math.ceil(self.train.steps / interval), interval)
+        return self
+
+    @model_validator(mode="after")
+    def _loss_trains_the_adapter(self) -> Recipe:
+        if conflict := head_conflict(self.objective.loss, self.adapter):
+            raise ValueError(conflict)
         return self
 
     def folder(self, held_out: str | None) -> Path:

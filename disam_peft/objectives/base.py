@@ -40,7 +40,8 @@ A penalty with state (an average over steps, weights of groups) moves it in ``be
 ``state_dict``. It is then saved, resumed and equal on all processes like the rest. A ``DomainState`` holds a value for
 each domain, also for those that a batch lacks; see ``group_dro.py``.
 
-A loss is added in the same way: a config class in ``LossConfig``, a ``Loss`` in its own file, a line in ``LOSSES``.
+A loss is added in the same way: a config class in ``LossConfig`` (``config/losses.py``), a ``Loss`` in its own file, a
+line in ``LOSSES``.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from disam_peft.disam.domain_objective import DomainsOfSamples
@@ -90,6 +92,8 @@ class Outputs:
             are the places; but a process may have fewer samples than another.
         num_places: how many places there are.
         head_bias_C: (C,), the trained bias of an adapter's own head (a linear probe); None: there is none.
+        caption_features_NE: normalised features of every prompt, the templates of a class side by side, with their
+            graph: N = C * T captions (``Objective.needs_captions``). The class features are their ensemble.
         other_labels_B, share_B: of mixed samples, the class of the other image, and the share in [0, 1] that the image
             of ``labels_B`` has in the mixture. None: nothing is mixed. A loss need not read them: the objective calls
             it once for each class and adds up both by their shares. Penalties that read labels take ``targets_BC``.
@@ -104,6 +108,7 @@ class Outputs:
     bias: Tensor | None = None
     place_B: Tensor | None = None
     num_places: int | None = None
+    caption_features_NE: Tensor | None = None
     other_labels_B: Tensor | None = None
     share_B: Tensor | None = None
     reference: Reference | None = None
@@ -139,6 +144,12 @@ class Outputs:
         return _given(
             self.class_features_CE, "the class features", "class_features_CE=..., normalised, with their graph"
         )
+
+    @property
+    def caption_features(self) -> Tensor:
+        """``caption_features_NE``, or a ValueError."""
+        how = "caption_features_NE=..., normalised, with their graph, the templates of a class side by side"
+        return _given(self.caption_features_NE, "the features of every prompt", how)
 
     @property
     def logit_scale(self) -> Tensor:
@@ -180,8 +191,36 @@ def mixed(loss: Callable[[Outputs], Tensor], outputs: Outputs) -> Tensor:
     return share_B * loss_B + (1 - share_B) * other_B
 
 
+@dataclass(frozen=True)
+class StepBatch:
+    """What is known of a step's batch before anything is computed.
+
+    Attributes:
+        labels_B: the classes of the samples of this process, over all its micro-batches.
+        place_B, num_places: as in ``Outputs``.
+        num_classes, templates: C, and the captions of each class.
+        step: counts from 0, and goes on where it was after a resume.
+        seed: of the run.
+        mask_B: False for samples that count nowhere; None: all count.
+        process_group: the processes that share the batch; None: all.
+    """
+
+    labels_B: Tensor
+    place_B: Tensor
+    num_places: int
+    num_classes: int
+    templates: int
+    step: int
+    seed: int
+    mask_B: Tensor | None = None
+    process_group: dist.ProcessGroup | None = None
+
+
 class Loss:
-    """One loss for each sample.
+    """One loss for each sample; or one for each sample and a function of sums, which belongs to the whole batch.
+
+    Most losses have ``__call__`` alone. One that compares samples with each other (``contrastive.py``) has
+    ``statistics`` and ``value`` as a penalty has them, and may look at the whole batch before the passes.
 
     Args:
         config: its settings, of the class that stands beside it in ``LOSSES``.
@@ -193,12 +232,29 @@ class Loss:
     needs_features: bool = False
     """Whether it reads ``Outputs.features``. (A penalty that has statistics always finds them.)"""
 
+    needs_captions: bool = False
+    """Whether it reads ``Outputs.caption_features`` and is told of each batch by ``begin_batch``."""
+
+    num_statistics: int = 0
+    """How many tensors ``statistics`` gives; 0: the losses of samples are all of it."""
+
     def __init__(self, config: Any) -> None:
         self.config = config
 
     def __call__(self, outputs: Outputs) -> Tensor:
         """The losses (B,), in nats where that has a meaning, with a graph."""
         raise NotImplementedError(f"{type(self).__name__} must say what the losses are")
+
+    def begin_batch(self, batch: StepBatch) -> None:
+        """Called once in each step before its passes, on every process, where ``needs_captions``."""
+
+    def statistics(self, outputs: Outputs, domains: DomainsOfSamples) -> Sequence[Tensor]:
+        """See ``Penalty.statistics``."""
+        return ()
+
+    def value(self, sums: DomainSums) -> Tensor:
+        """What is added to the mean of the losses, shape (); see ``Penalty.value``. Only with statistics."""
+        raise NotImplementedError(f"{type(self).__name__} has statistics, and must say what their value is")
 
 
 class Penalty:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from disam_peft.config.objective import CrossEntropyConfig
+from disam_peft.config.losses import CrossEntropyConfig
 from disam_peft.objectives.base import Loss, Outputs
 
 

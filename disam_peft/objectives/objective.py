@@ -11,8 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from disam_peft.common.device import to_device
 from disam_peft.config.anchors import (
     ClassFeaturesAnchorConfig,
     ImageFeaturesAnchorConfig,
@@ -20,7 +22,14 @@ from disam_peft.config.anchors import (
     WeightsAnchorConfig,
 )
 from disam_peft.config.base import Config
-from disam_peft.config.objective import CrossEntropyConfig, ObjectiveConfig
+from disam_peft.config.losses import (
+    ContrastiveConfig,
+    CrossEntropyConfig,
+    FocalConfig,
+    MarginSoftmaxConfig,
+    SigmoidConfig,
+)
+from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.penalties import CoralConfig, FishrConfig, GroupDROConfig, IRMConfig, MMDConfig, VRexConfig
 from disam_peft.disam.domain_objective import DomainObjective, DomainsOfSamples, Forward
 from disam_peft.disam.domain_sums import DomainSums
@@ -29,16 +38,26 @@ from disam_peft.objectives.anchors.base import Anchor, ModelAnchor, SampleAnchor
 from disam_peft.objectives.anchors.feature_anchors import ClassFeaturesAnchor, ImageFeaturesAnchor
 from disam_peft.objectives.anchors.logits_anchor import LogitsAnchor
 from disam_peft.objectives.anchors.weights_anchor import WeightsAnchor
-from disam_peft.objectives.base import Loss, Outputs, Penalty, Reference, domain_mean_weights, mixed
+from disam_peft.objectives.base import Loss, Outputs, Penalty, Reference, StepBatch, domain_mean_weights, mixed
+from disam_peft.objectives.contrastive import Contrastive
 from disam_peft.objectives.coral import Coral
 from disam_peft.objectives.cross_entropy import CrossEntropy, cross_entropy
 from disam_peft.objectives.fishr import Fishr
+from disam_peft.objectives.focal import Focal
 from disam_peft.objectives.group_dro import GroupDRO
 from disam_peft.objectives.irm import IRM
+from disam_peft.objectives.margin_softmax import MarginSoftmax
 from disam_peft.objectives.mmd import MMD
+from disam_peft.objectives.sigmoid import Sigmoid
 from disam_peft.objectives.vrex import VRex
 
-LOSSES: dict[type[Config], Callable[[Any], Loss]] = {CrossEntropyConfig: CrossEntropy}
+LOSSES: dict[type[Config], Callable[[Any], Loss]] = {
+    CrossEntropyConfig: CrossEntropy,
+    FocalConfig: Focal,
+    MarginSoftmaxConfig: MarginSoftmax,
+    SigmoidConfig: Sigmoid,
+    ContrastiveConfig: Contrastive,
+}
 PENALTIES: dict[type[Config], Callable[[Any], Penalty]] = {
     CoralConfig: Coral,
     FishrConfig: Fishr,
@@ -64,11 +83,31 @@ class Objective(DomainObjective):
     Args:
         config: of the recipe; unset: the plain mean of the cross entropy.
         penalties: built ones in the place of the config's, for penalties of one's own.
+        class_weight_C: factor of the loss of each sample by its class, see ``class_weights.class_weights``; unset: all
+            count alike.
+        seed: of what a loss draws for each step.
+
+    Raises:
+        ValueError: the config has class weights, and none are given.
     """
 
-    def __init__(self, config: ObjectiveConfig | None = None, *, penalties: Sequence[Penalty] | None = None) -> None:
+    def __init__(
+        self,
+        config: ObjectiveConfig | None = None,
+        *,
+        penalties: Sequence[Penalty] | None = None,
+        class_weight_C: Tensor | None = None,
+        seed: int = 0,
+    ) -> None:
         config = config or ObjectiveConfig()
         self._loss = LOSSES[type(config.loss)](config.loss)
+        self._class_weight_C, self._seed = class_weight_C, seed
+        weights: Any = getattr(config.loss, "class_weights", "none")
+        if class_weight_C is None and weights != "none":
+            raise ValueError(
+                f"class_weights={weights!r} needs the training labels; give "
+                "class_weight_C=class_weights(config.loss, labels, class_names)"
+            )
         self._mean_over = config.effective_mean_over
         built = [PENALTIES[type(penalty)](penalty) for penalty in config.penalties]
         self.penalties = built if penalties is None else list(penalties)
@@ -78,13 +117,54 @@ class Objective(DomainObjective):
         self._steps_begun = 0
         self._warned_of: set[str] = set()
         of_penalties = any(penalty.num_statistics > 0 for penalty in self.penalties)
-        self.has_statistics = of_penalties or bool(self._model_anchors)
+        self._loss_has_sums = self._loss.num_statistics > 0
+        self.has_statistics = self._loss_has_sums or of_penalties or bool(self._model_anchors)
         self.needs_features = (
             of_penalties or self._loss.needs_features or any(anchor.needs_features for anchor in self._sample_anchors)
         )
         """Whether something reads the image features, which a training loop normalises for nobody else."""
         self.needs_zero_shot = any(anchor.needs_zero_shot for anchor in anchors)
         """Whether something reads what zero-shot classification makes of the same images."""
+        self.needs_captions = self._loss.needs_captions
+        """Whether ``begin_batch`` must be called, and ``forward`` be given the features of every prompt."""
+
+    def begin_batch(
+        self,
+        labels_B: Tensor,
+        *,
+        num_classes: int,
+        templates: int = 1,
+        place_B: Tensor | None = None,
+        num_places: int | None = None,
+        mask_B: Tensor | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """To be called once in each step, before its passes and on every process, where ``needs_captions``.
+
+        Args:
+            labels_B: classes of the samples of this process, over all its micro-batches.
+            num_classes, templates: how many classes there are, and captions of each.
+            place_B, num_places: see ``Outputs``; may be left out where this is the whole batch.
+            mask_B: the masks of the step, if it has any.
+            process_group: the processes that share the batch; unset: all.
+        """
+        if place_B is None:
+            place_B, num_places = torch.arange(len(labels_B), device=labels_B.device), len(labels_B)
+        elif num_places is None:
+            raise ValueError("place_B needs num_places, the number of samples in the whole batch")
+        self._loss.begin_batch(
+            StepBatch(
+                labels_B,
+                place_B,
+                num_places,
+                num_classes,
+                templates,
+                step=self._steps_begun,
+                seed=self._seed,
+                mask_B=mask_B,
+                process_group=process_group,
+            )
+        )
 
     def forward(
         self,
@@ -97,6 +177,7 @@ class Objective(DomainObjective):
         bias: Tensor | None = None,
         place_B: Tensor | None = None,
         num_places: int | None = None,
+        caption_features_NE: Tensor | None = None,
         other_labels_B: Tensor | None = None,
         share_B: Tensor | None = None,
         reference: Reference | None = None,
@@ -105,12 +186,18 @@ class Objective(DomainObjective):
         """The losses of a forward pass, and what the penalties need of it, for ``DISAM.backward``. See ``Outputs``."""
         logits_BC = logits_BC if logits_BC.dtype.itemsize >= 4 else logits_BC.float()
         outputs = Outputs(logits_BC, labels_B, features_BE, class_features_CE, scale, bias, place_B, num_places)
-        outputs = replace(outputs, other_labels_B=other_labels_B, share_B=share_B, reference=reference)
-        outputs = replace(outputs, head_bias_C=head_bias_C)
+        outputs = replace(
+            outputs,
+            head_bias_C=head_bias_C,
+            caption_features_NE=caption_features_NE,
+            other_labels_B=other_labels_B,
+            share_B=share_B,
+            reference=reference,
+        )
         # runs with different losses are compared by the plain cross entropy
-        is_reported = self._loss.is_cross_entropy and not self._sample_anchors
-        reported_B = None if is_reported else mixed(_plain_cross_entropy, outputs)
-        loss_B = mixed(self._loss, outputs)
+        is_plain = self._loss.is_cross_entropy and self._class_weight_C is None and not self._sample_anchors
+        reported_B = None if is_plain else mixed(_plain_cross_entropy, outputs)
+        loss_B = mixed(self._losses, outputs)
         for anchor in self._sample_anchors:
             loss_B = loss_B + anchor.config.weight * self._with_effect(anchor, anchor(outputs))
         return Forward(loss_B, reported_B, outputs if self.has_statistics else None)
@@ -121,6 +208,15 @@ class Objective(DomainObjective):
         for anchor in self._model_anchors:
             anchor.remember_start(params)
 
+    def _losses(self, outputs: Outputs) -> Tensor:
+        """The losses (B,), weighed by their classes. Counts of samples stay what they are."""
+        loss_B = self._loss(outputs)
+        if self._class_weight_C is None:
+            return loss_B
+        if self._class_weight_C.device != loss_B.device:
+            self._class_weight_C = to_device(self._class_weight_C, loss_B.device)
+        return loss_B * self._class_weight_C[outputs.labels_B].to(loss_B.dtype)
+
     # -- a function of sums over domains ---------------------------------------------------------------------
 
     def mean_weights(self, count_D: Tensor) -> Tensor:
@@ -130,19 +226,20 @@ class Objective(DomainObjective):
         return sums.mean if self._mean_over == "samples" else sums.over_domains(sums.mean_of(sums.sum_D))
 
     def linear_weights(self, count_D: Tensor, *, in_ascent: bool) -> Sequence[Tensor | None]:
-        of_penalties = [None] * sum(penalty.num_statistics for penalty in self.penalties)
+        # those of the loss and the penalties are no linear terms
+        num_others = self._loss.num_statistics + sum(penalty.num_statistics for penalty in self.penalties)
         of_anchors = [
             anchor.config.weight / count_D.sum() if anchor.config.in_ascent or not in_ascent else None
             for anchor in self._model_anchors
         ]
-        return [*of_penalties, *of_anchors]
+        return [*[None] * num_others, *of_anchors]
 
     def has_penalty(self, *, in_ascent: bool) -> bool:
-        return any(penalty.config.in_ascent or not in_ascent for penalty in self.penalties)
+        return self._loss_has_sums or any(penalty.config.in_ascent or not in_ascent for penalty in self.penalties)
 
     def penalty(self, sums: DomainSums, *, in_ascent: bool) -> Tensor:
         step = max(0, self._steps_begun - 1)
-        total = torch.zeros_like(sums.total)
+        total = self._loss.value(self._with_sums_of_loss(sums)) if self._loss_has_sums else torch.zeros_like(sums.total)
         for penalty, of_penalty in self._with_sums(sums):
             weight = penalty.weight(step)
             if weight == 0 or (in_ascent and not penalty.config.in_ascent):
@@ -152,7 +249,7 @@ class Objective(DomainObjective):
         return total
 
     def statistics(self, outputs: Outputs, domains: DomainsOfSamples) -> Sequence[Tensor]:
-        found: list[Tensor] = []
+        found = list(self._loss.statistics(outputs, domains))
         for penalty in self.penalties:
             statistics = tuple(penalty.statistics(outputs, domains))
             if len(statistics) != penalty.num_statistics:
@@ -195,9 +292,12 @@ class Objective(DomainObjective):
                 penalty.begin_step(of_penalty)
         self._steps_begun += 1
 
+    def _with_sums_of_loss(self, sums: DomainSums) -> DomainSums:
+        return replace(sums, statistics=sums.statistics[: self._loss.num_statistics])
+
     def _with_sums(self, sums: DomainSums) -> Iterator[tuple[Penalty, DomainSums]]:
         """Each penalty with the sums that it may see: its own statistics and those of the losses."""
-        start = 0
+        start = self._loss.num_statistics
         for penalty in self.penalties:
             stop = start + penalty.num_statistics
             yield penalty, replace(sums, statistics=sums.statistics[start:stop])
@@ -238,27 +338,3 @@ class Objective(DomainObjective):
 
 def _plain_cross_entropy(outputs: Outputs) -> Tensor:
     return cross_entropy(outputs.logits_BC.detach(), outputs.labels_B)
-
-
-def build_objective(config: ObjectiveConfig, source_domains: Sequence[str], steps: int) -> Objective:
-    """The objective of a run, with a warning for each setting that has no effect in it.
-
-    Args:
-        source_domains: those that the training data holds.
-        steps: of the run.
-    """
-    objective = Objective(config)
-    for penalty, built in zip(config.penalties, objective.penalties, strict=True):
-        if len(source_domains) == 1 and penalty.is_zero_for_one_domain:
-            warnings.warn(
-                f"objective.penalties has {penalty.kind!r}, but there is one source domain ({source_domains[0]!r}): a "
-                "penalty that compares domains is 0 then; add a domain, or remove the penalty",
-                stacklevel=2,
-            )
-        if built.weight(steps - 1) != penalty.weight:
-            warnings.warn(
-                f"the penalty {penalty.kind!r} still has the weight {built.weight(steps - 1):g} in the last of "
-                f"train.steps={steps} steps, and never weight={penalty.weight:g}; lower its anneal, or train longer",
-                stacklevel=2,
-            )
-    return objective

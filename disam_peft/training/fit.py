@@ -106,7 +106,9 @@ def fit(
         raise UserError("the classifier has no adapter with trainable parameters; build one and hand it over")
     set_seed(seed, device_specific=True)  # other dropout masks on other ranks
     classifier.to(accelerator.device)
-    trainer = Trainer(classifier, dataset, method, objective or ObjectiveConfig(), config, averages, accelerator, emit)
+    trainer = Trainer(
+        classifier, dataset, method, objective or ObjectiveConfig(), config, averages, accelerator, emit, seed
+    )
     if validate is None and (names := trainer.averages.needing_validation_loss):
         raise UserError(f"the average {names[0]} needs the validation loss, and nobody validates; hand over validate")
     best = BestStates(classifier, trainer.averages, validate, on_best)

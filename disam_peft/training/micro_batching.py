@@ -162,6 +162,9 @@ class StepGradient:
         self._batch_size = batch_size
         if self._objective.needs_zero_shot:
             classifier.zero_shot_class_features()  # before any step, so not by compiled blocks
+        if self._objective.needs_captions:
+            with torch.no_grad():
+                classifier.text_features()
         self._dtype = next(classifier.model.parameters()).dtype
 
     def __call__(self, batch: dict[str, Tensor]) -> StepReport:
@@ -169,16 +172,27 @@ class StepGradient:
         mode = self._micro_batches.mode
         # domains stay on the host: otherwise the step would ask the device which micro-batches hold a single domain
         domains_B, targets = batch["domains"], self._targets(batch)
+        if self._objective.needs_captions:
+            self._objective.begin_batch(
+                targets.labels_B,
+                num_classes=len(self._classifier.class_names),
+                templates=self._classifier.templates,
+                place_B=targets.place_B,
+                num_places=targets.num_places,
+            )
         if mode == "whole":
             frozen = self._encoded(batch, slice(None)) if "frozen" in batch else self._encoded_in_micro_batches(batch)
-            outputs = self._classifier.cached_outputs(frozen)
+            outputs = self._classifier.cached_outputs(frozen, captions=self._objective.needs_captions)
             forward = self._forward(outputs, targets, self._reference(frozen))
             return self._disam.backward(forward, domains_B, objective=self._objective)
         indices = self._micro_batches.indices(domains_B)
         # Micro-batches are there to save memory: only the output of the frozen part is kept between the passes.
         frozen_of = [self._encoded(batch, rows) for rows in indices]
+        compute: Callable[..., ForwardPass] = self._classifier.outputs
+        if self._objective.needs_captions:
+            compute = partial(compute, captions=True)
         forwards = [
-            self._forward(partial(self._classifier.outputs, frozen), targets.of(rows), self._reference(frozen))
+            self._forward(partial(compute, frozen), targets.of(rows), self._reference(frozen))
             for frozen, rows in zip(frozen_of, indices, strict=True)
         ]
         # "auto" is one pass here; of the others it would ask the device, every step, which one is possible
@@ -242,6 +256,7 @@ class StepGradient:
                 other_labels_B=targets.other_labels_B,
                 share_B=targets.share_B,
                 reference=reference,
+                caption_features_NE=found.caption_features_NE,
             )
 
         return forward

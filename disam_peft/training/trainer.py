@@ -16,13 +16,14 @@ from torch import Tensor
 
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.config.average import KeptAverageConfig
+from disam_peft.config.losses import head_conflict
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.disam.disam import DISAM
 from disam_peft.errors import UserError
-from disam_peft.objectives.objective import build_objective
+from disam_peft.objectives.run_objective import build_objective
 from disam_peft.training.averages.weight_averages import WeightAverages
 from disam_peft.training.compiled_blocks import CompiledBlocks
 from disam_peft.training.guarded_optimizer import GuardedOptimizer
@@ -42,6 +43,10 @@ class Trainer:
         dataset: training samples, of source domains only.
         averages: one config for each average of the weights.
         on_event: gets the records of ``metrics.jsonl``.
+        seed: of what the objective draws.
+
+    Raises:
+        UserError: a loss that cannot train this adapter, or settings of it that do not fit the data.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class Trainer:
         averages: Sequence[KeptAverageConfig],
         accelerator: Accelerator,
         on_event: OnEvent,
+        seed: int = 0,
     ) -> None:
         self.classifier, self.config, self.accelerator = classifier, config, accelerator
         self.trained = classifier.trainable()
@@ -63,7 +69,16 @@ class Trainer:
         optimizer = build_optimizer(params, config, fused=fused)
         self.schedule = Schedule(optimizer, config)  # before Accelerate wraps the optimizer's step
         self.optimizer = GuardedOptimizer(optimizer, list(self.trained), accelerator)
-        self.objective = build_objective(objective, dataset.present_domains, config.steps)
+        if conflict := head_conflict(objective.loss, classifier.adapter.config if classifier.adapter else None):
+            raise UserError(conflict)
+        self.objective = build_objective(
+            objective,
+            dataset.present_domains,
+            config.steps,
+            labels_N=dataset.labels,
+            class_names=dataset.classes,
+            seed=seed,
+        )
         self.objective.remember_start(params)
         self.objective.prepare(torch.from_numpy(dataset.domain_ids).bincount(minlength=len(dataset.domains)))
         self.micro_batches = choose_micro_batches(

@@ -16,8 +16,9 @@ from disam_peft.config.anchors import (
     WeightsAnchorConfig,
 )
 from disam_peft.config.data import AugmentConfig, DataConfig, FeatureConfig, MixupConfig
+from disam_peft.config.losses import CrossEntropyConfig
 from disam_peft.config.method import MethodConfig
-from disam_peft.config.objective import CrossEntropyConfig, ObjectiveConfig
+from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.penalties import VRexConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load

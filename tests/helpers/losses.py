@@ -1,6 +1,6 @@
 """A loss of a test's own in the place of the cross entropy, by the table in which every loss stands."""
 
-from disam_peft.config.objective import CrossEntropyConfig
+from disam_peft.config.losses import CrossEntropyConfig
 from disam_peft.objectives.cross_entropy import CrossEntropy
 from disam_peft.objectives.objective import LOSSES
 

@@ -9,15 +9,30 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from disam_peft.config.objective import CrossEntropyConfig, ObjectiveConfig
+from disam_peft.config.losses import (
+    ContrastiveConfig,
+    CrossEntropyConfig,
+    FocalConfig,
+    MarginSoftmaxConfig,
+    SigmoidConfig,
+)
+from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.penalties import CoralConfig, FishrConfig, GroupDROConfig, IRMConfig, MMDConfig, VRexConfig
 from disam_peft.disam.disam import DISAM
+from disam_peft.objectives.class_weights import balanced_weights
 from disam_peft.objectives.objective import Objective
 from tests.helpers.ranks import fork_ranks, gloo_group
 
 DOMAINS = torch.tensor([0, 1, 2, 0, 0, 2, 1, 0, 1, 0, 0])  # 6, 3 and 2 samples
 METHODS = {"erm": (0.0, 0.0), "sam": (0.3, 0.0), "disam": (0.3, 0.8)}
 TRAIN_COUNTS = torch.tensor([148, 29, 87])  # of each domain, in a training set
+
+
+SCALE, TEMPLATES = torch.tensor(3.0, dtype=torch.float64), 2
+
+
+def weights_of_classes():
+    return balanced_weights(Problem().y.bincount(minlength=4))
 
 
 def penalised(*penalties, **settings):
@@ -71,6 +86,15 @@ OBJECTIVES = {
         FishrConfig(weight=0.0, anneal=0),
         mean_over="samples",
     ),
+    "weighed focal": lambda: Objective(
+        ObjectiveConfig(loss=FocalConfig(class_weights="balanced")), class_weight_C=weights_of_classes()
+    ),
+    "margin softmax": lambda: Objective(ObjectiveConfig(loss=MarginSoftmaxConfig(margin=0.4))),
+    "sigmoid": lambda: Objective(ObjectiveConfig(loss=SigmoidConfig())),
+    "contrastive": lambda: Objective(ObjectiveConfig(loss=ContrastiveConfig()), seed=5),
+    "vrex and contrastive": lambda: Objective(
+        ObjectiveConfig(loss=ContrastiveConfig(), penalties=[VRexConfig(weight=3.0, anneal=0)]), seed=5
+    ),
 }
 
 
@@ -103,8 +127,37 @@ class Problem(nn.Module):
     def forwarded(self, model, objective, rows):
         """Of ``model``, which may wrap this one."""
         features, logits = model(self.x[rows])
+        class_features_CE, captions_NE = self.class_features()
         return objective.forward(
-            logits, self.y[rows], features, place_B=rows, num_places=len(self.x), head_bias_C=self.head.bias
+            logits,
+            self.y[rows],
+            features,
+            class_features_CE=class_features_CE,
+            scale=SCALE.to(logits.dtype),
+            place_B=rows,
+            num_places=len(self.x),
+            head_bias_C=self.head.bias,
+            caption_features_NE=captions_NE,
+        )
+
+    def class_features(self):
+        """Of the classes, and of two captions of each; the head is their text tower."""
+        captions_CTE = self.head.weight[:, None] + torch.tensor([[[0.0], [0.5]]], dtype=self.head.weight.dtype)
+        normalised_CTE = nn.functional.normalize(captions_CTE, dim=-1)
+        return normalised_CTE[:, 0], normalised_CTE.flatten(0, 1)
+
+    def begin(self, objective, micro_batches, masks=None):
+        """Tell the objective of the batch of a step, of which this rank has these rows."""
+        rows = torch.cat([*micro_batches, torch.zeros(0, dtype=torch.int64)])
+        masks = [None] * len(micro_batches) if masks is None else masks
+        mask_MB = [torch.ones(len(of)) > 0 if m is None else m for of, m in zip(micro_batches, masks, strict=True)]
+        objective.begin_batch(
+            self.y[rows],
+            num_classes=4,
+            templates=TEMPLATES,
+            place_B=rows,
+            num_places=len(self.y),
+            mask_B=torch.cat([*mask_MB, torch.zeros(0) > 0]),
         )
 
     def disam(self, method, **options):
@@ -120,6 +173,7 @@ class Problem(nn.Module):
     def step(self, objective, method, micro_batches, mode="auto", masks=None, **options):
         """(gradients of all parameters, report) of one step over these rows: all at once, or in micro-batches."""
         disam = self.disam(method, **options)
+        self.begin(objective, [micro_batches] if isinstance(micro_batches, torch.Tensor) else micro_batches, masks)
         if isinstance(micro_batches, torch.Tensor):
             report = disam.backward(self.call(objective, micro_batches), DOMAINS[micro_batches], objective=objective)
         else:

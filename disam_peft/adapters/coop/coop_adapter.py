@@ -111,8 +111,12 @@ class CoOpAdapter(Adapter):
 
     def class_features(self, backbone: ClipBackbone, text: FrozenText) -> Tensor:
         """Normalised class features (C, E) of the learned prompts; the templates play no part."""
+        return ensemble(self.prompt_features(backbone, text), templates=1)
+
+    def prompt_features(self, backbone: ClipBackbone, text: FrozenText) -> Tensor:
+        """Features (C, E) of the learned prompts, not normalised."""
         if self._replay is not None and torch.is_grad_enabled():
-            return ensemble(self._replay(self.context), templates=1)
+            return self._replay(self.context)
         features = []
         for chunk, context in zip(self._chunks, self._contexts(), strict=True):
             run = partial(chunk, backbone)
@@ -121,7 +125,7 @@ class CoOpAdapter(Adapter):
                 features.append(checkpoint(run, context, use_reentrant=False, preserve_rng_state=False))
             else:
                 features.append(run(context))
-        return ensemble(torch.cat(features), templates=1)
+        return torch.cat(features)
 
     def captured(self, backbone: ClipBackbone, autocast: Autocast) -> AbstractContextManager[object]:
         """Records the text side on a GPU if all classes go through the tower at once and nothing is recomputed.

@@ -108,8 +108,11 @@ def test_choices_get_the_nearest_name() -> None:
 
 
 def test_an_only_choice_is_named_once() -> None:
-    assert of_recipe(objective={"loss": {"kind": "cross_entrop"}}) == [
-        "objective.loss.kind: Input should be 'cross_entropy' (given: 'cross_entrop')"
+    class Wheel(Config):
+        shape: Round
+
+    assert mistakes({"shape": {"kind": "rond", "radius": 1}}, Wheel) == [
+        "shape.kind: Input should be 'round' (given: 'rond')"
     ]
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from disam_peft.config.objective import CrossEntropyConfig, ObjectiveConfig
+from disam_peft.config.losses import CrossEntropyConfig
+from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.penalties import VRexConfig
 from disam_peft.config.recipe import as_dict, load_recipe, save_recipe
 from disam_peft.errors import UserError

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from disam_peft.config.objective import CrossEntropyConfig, LossConfig, ObjectiveConfig
+from disam_peft.common.random import keyed_uniforms
+from disam_peft.config.losses import CrossEntropyConfig, LossConfig
+from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.penalties import BasePenaltyConfig, GroupDROConfig, PenaltyConfig, VRexConfig
 from disam_peft.disam.domain_objective import DomainsOfSamples, Forward
 from disam_peft.errors import UserError
@@ -16,16 +18,20 @@ from disam_peft.objectives.base import Penalty, domain_mean_weights
 from disam_peft.objectives.coral import Coral
 from disam_peft.objectives.group_dro import GroupDRO
 from disam_peft.objectives.mmd import GAMMAS
-from disam_peft.objectives.objective import LOSSES, PENALTIES, Objective, build_objective
+from disam_peft.objectives.objective import LOSSES, PENALTIES, Objective
+from disam_peft.objectives.run_objective import build_objective
 from tests.helpers.objectives import (
     CASES,
     DOMAINS,
     EVERYTHING,
     METHODS,
     OBJECTIVES,
+    SCALE,
+    TEMPLATES,
     TRAIN_COUNTS,
     Problem,
     coral_objective,
+    weights_of_classes,
 )
 
 MIXED = [EVERYTHING[:2], EVERYTHING[2:7], EVERYTHING[7:]]
@@ -133,15 +139,39 @@ def penalties_of(problem, name, features, logits, mean, mean_K, q_K, *, climbed)
     return 0.0
 
 
+def losses_by_definition(problem, name, features, logits):
+    """The losses of a case (B,), and what belongs to the whole batch beside their mean."""
+    labels, none = problem.y, logits.new_zeros(())
+    if name == "weighed focal":
+        p_B = logits.softmax(1).gather(1, labels[:, None])[:, 0]
+        return weights_of_classes()[labels] * (1 - p_B) ** 2 * -p_B.log(), none
+    if name == "margin softmax":
+        text = problem.class_features()[0]
+        logits = logits - 0.4 * SCALE * text[labels] @ text.T
+        return nn.functional.cross_entropy(logits, labels, reduction="none"), none
+    if name == "sigmoid":
+        sign = 2 * nn.functional.one_hot(labels, 4) - 1
+        centred = logits - logits.mean(1, keepdim=True) - math.log(3)
+        return -(sign * centred).sigmoid().log().sum(1), none
+    if "contrastive" in name:
+        # one caption for each image, drawn by seed, step and place; CLIP's loss in both directions
+        drawn = torch.from_numpy(keyed_uniforms(len(labels), 5, "captions", 0) * TEMPLATES).long()
+        pairs_BB = SCALE * features @ problem.class_features()[1][labels * TEMPLATES + drawn].T
+        true_B = pairs_BB.diagonal()
+        return (pairs_BB.logsumexp(1) - true_B) / 2, (pairs_BB.logsumexp(0) - true_B).mean() / 2
+    smoothing = 0.2 if name in ("label smoothing", "vrex over samples") else 0.0
+    return nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing), none
+
+
 def definition(problem, name, q_K=None, *, climbed):
     """The objective of a case on the whole batch, with a graph, from its definition: (objective, losses (B,))."""
     features = problem.body(problem.x)
     logits = problem.head(features)
-    smoothing = 0.2 if name in ("label smoothing", "vrex over samples") else 0.0
-    loss_B = nn.functional.cross_entropy(logits, problem.y, reduction="none", label_smoothing=smoothing)
+    loss_B, of_batch = losses_by_definition(problem, name, features, logits)
     mean_K = torch.stack([loss_B[d == DOMAINS].mean() for d in range(3)])
     averages_domains = name.startswith(("vrex", "coral", "mmd", "irm")) and "samples" not in name
     value = mean_K.mean() if averages_domains or name == "mean over domains" else loss_B.mean()
+    value = value + of_batch
     if not (climbed and "not climbed" in name):
         value = value + penalties_of(problem, name, features, logits, value, mean_K, q_K, climbed=climbed)
     return value, loss_B
@@ -234,6 +264,7 @@ def test_masked_samples_count_nowhere(expected, name, method, mode):
     objective, domains = OBJECTIVES[name](), torch.cat([DOMAINS, torch.tensor([1, 3])])
     rows = [torch.cat([MIXED[0], torch.tensor([11])]), *MIXED[1:], torch.tensor([12])]
     masks = [torch.tensor([True, True, False]), None, None, torch.tensor([False])]
+    problem.begin(objective, rows, masks)
     problem.disam(method, num_domains=5).backward_accumulated(
         [problem.call(objective, of) for of in rows],
         [domains[of] for of in rows],

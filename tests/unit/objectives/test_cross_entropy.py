@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from disam_peft import DISAM
-from disam_peft.config.objective import CrossEntropyConfig, ObjectiveConfig
+from disam_peft.config.losses import CrossEntropyConfig
+from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.objectives.cross_entropy import cross_entropy
 from disam_peft.objectives.objective import Objective
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from disam_peft import DISAM
-from disam_peft.config.objective import CrossEntropyConfig, ObjectiveConfig
+from disam_peft.config.losses import CrossEntropyConfig
+from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.penalties import VRexConfig
 from disam_peft.objectives.base import Outputs, mixed
 from disam_peft.objectives.objective import Objective
