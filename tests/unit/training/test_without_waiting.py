@@ -1,11 +1,12 @@
 """On a GPU no step waits for the device, unless it writes a record or validates: waiting is an error there."""
 
+from functools import partial
 from itertools import count
 
 import pytest
 import torch
 
-from disam_peft.config.data import AugmentConfig
+from disam_peft.config.data import AugmentConfig, MixupConfig
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.loading import feature_batches
@@ -58,7 +59,8 @@ def run(twins, domains_folder, monkeypatch):
         changes |= {"log_every": log_every, "validate_every": 1000}
         monkeypatch.setattr(accumulated_runs, "TrainConfig", lambda **given: TrainConfig(**{**given, **changes}))
         if augmented:
-            monkeypatch.setattr(accumulated_runs, "AugmentConfig", lambda kind: AugmentConfig(grayscale=0.5))
+            augment = partial(AugmentConfig, grayscale=0.5)
+            monkeypatch.setattr(accumulated_runs, "AugmentConfig", lambda kind, mixup: augment(mixup=mixup))
         weights, events = accumulated_runs.run(twins, domains_folder, pieces, steps=steps, **options)
         assert weights.is_cuda and torch.isfinite(weights).all()
         return weights, events
@@ -83,6 +85,8 @@ def run(twins, domains_folder, monkeypatch):
         {"augmented": True},
         {"source": "pixel store"},
         {"source": "pixel store", "augmented": True},
+        {"mixup": MixupConfig()},
+        {"source": "pixel store", "augmented": True, "mixup": MixupConfig()},
     ],
     ids=str,
 )
