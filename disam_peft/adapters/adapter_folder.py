@@ -80,6 +80,16 @@ def write_adapter(
         (directory / name).write_bytes(companion)
 
 
+def read_state(directory: Path) -> tuple[AdapterManifest, dict[str, Tensor]]:
+    """The manifest and the tensors of a folder, without its backbone.
+
+    Raises:
+        UserError: not an adapter folder, pickled weights, or tensors that are not those that were saved.
+    """
+    manifest = read_manifest(directory)
+    return manifest, _read_tensors(directory, manifest)
+
+
 def read_adapter(
     directory: Path, backbone: ClipBackbone | None = None, *, device: torch.device | str | None = None
 ) -> tuple[ClipBackbone, Adapter, ClassPrompts]:
@@ -94,8 +104,7 @@ def read_adapter(
             missing, extra, misshapen, non-finite or damaged, or a companion file that says something else than
             the manifest. A ``backbone`` that was passed in is left as it was.
     """
-    manifest = read_manifest(directory)
-    state = _read_tensors(directory, manifest)
+    manifest, state = read_state(directory)
     if backbone is None:
         backbone = load_backbone(manifest.backbone.config())
     _require_same_backbone(directory, manifest, backbone)

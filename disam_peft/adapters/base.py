@@ -6,7 +6,7 @@ Shapes in this file: B images, C classes, T templates, N = C * T prompts, L toke
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import ClassVar
@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from disam_peft.adapters.averaging import mean_of_tensors, require_same_shape
 from disam_peft.adapters.interpolation import MoveTo, require_alpha, tensors_on_a_line, wise_ft
 from disam_peft.adapters.prompts import ClassPrompts, FrozenText, ensemble
 from disam_peft.backbones.base import BEFORE_STEM, ClipBackbone
@@ -230,6 +231,29 @@ class Adapter(nn.Module, ABC):
         trained = self.trainable()
         for name, start in self.zero_shot_tensors(backbone, prompts).items():
             trained[name].copy_(wise_ft(start, trained[name], alpha))
+
+    # -- the mean of several ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def soup(
+        cls, configs: Sequence[Config], states: Sequence[Mapping[str, Tensor]]
+    ) -> tuple[Config, dict[str, Tensor]]:
+        """Config and state of the one adapter that is the mean of several of this kind on the same backbone.
+
+        Not overridden: the mean of each tensor, and the first config. A kind whose weights are products of tensors
+        overrides it.
+
+        Raises:
+            UserError: their settings or tensors differ, or this kind has no mean; says why.
+        """
+        require_same_shape(cls.kind, configs, states)
+        return configs[0], mean_of_tensors(cls.kind, states)
+
+    @classmethod
+    def random_start(cls, config: Config) -> str:
+        """What starts from random numbers and is not linear in what is computed, in words; empty: nothing is. The mean
+        of two such adapters from different numbers need not be good at anything."""
+        return ""
 
     # -- saving and exporting ------------------------------------------------------------------------------------
 

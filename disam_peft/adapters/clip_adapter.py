@@ -37,6 +37,10 @@ class ClipAdapter(Adapter):
 
     kind = "clip_adapter"
 
+    @classmethod
+    def random_start(cls, config: Config) -> str:
+        return "the bottleneck"
+
     def __init__(self, config: ClipAdapterConfig, down_HE: Tensor, up_EH: Tensor) -> None:
         super().__init__()
         self.config = config

@@ -1,4 +1,4 @@
-"""The verbs for what runs have left: ``evaluate``, ``export`` and ``report``."""
+"""The verbs for what runs have left: ``evaluate``, ``soup``, ``export`` and ``report``."""
 
 from __future__ import annotations
 
@@ -44,6 +44,37 @@ def evaluate(
             if sharpness:
                 print_sharpness(read_results(outcome.folder / SHARPNESS))
                 say(f"wrote {outcome.folder / SHARPNESS}; disam-peft report {outcome.folder} shows it")
+
+
+def soup(
+    runs: Annotated[list[Path], typer.Argument(help="Finished runs of one backbone, at least two.")],
+    output: Annotated[Path, typer.Option(help="A new folder, like that of a run.")],
+    method: Annotated[
+        str, typer.Option(help="'uniform': the mean of all; 'greedy': of those that help source validation.")
+    ] = "uniform",
+    held_out: Annotated[str | None, typer.Option(help="Which run, where a folder holds several.")] = None,
+) -> None:
+    """Average the adapters of several runs into one, which evaluate, export and report take like a run."""
+    from disam_peft.errors import UserError, did_you_mean
+    from disam_peft.experiments.run_folder import find_run
+
+    if method not in ("uniform", "greedy"):
+        raise UserError(
+            f"--method {method!r} is neither uniform nor greedy{did_you_mean(method, ['uniform', 'greedy'])}"
+        )
+    found = [find_run(folder, held_out) for folder in runs]  # before the imports below, which take seconds
+    from disam_peft.cli.output import print_evaluation
+    from disam_peft.common.processes import is_main
+    from disam_peft.experiments.soup import make_soup
+
+    made = make_soup(found, output, method="greedy" if method == "greedy" else "uniform")
+    if is_main():
+        for one in made.record.ingredients:
+            alone = "" if one.score is None else f", source validation {one.score:.4f} alone"
+            mixed = "" if one.soup_score is None else f", {one.soup_score:.4f} in the soup"
+            say(f"{'kept' if one.kept else 'left out'}: {one.run}{alone}{mixed}")
+        print_evaluation([row for row in made.rows if row.method != "zero_shot"], [], str(output))
+        say(f"wrote {output}")
 
 
 def export(

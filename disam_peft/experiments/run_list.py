@@ -12,6 +12,7 @@ from typing import Any, Literal
 from disam_peft.common.finished import read_finished
 from disam_peft.common.locks import holder
 from disam_peft.common.records import METRICS, RESULTS, ResultRow
+from disam_peft.common.soup_record import soup_settings
 from disam_peft.common.strict_json import parse_json
 from disam_peft.config.identity import identifying_settings
 from disam_peft.config.names import name_of_folder
@@ -87,7 +88,7 @@ def _listed(place: Path) -> ListedRun:
     try:
         if not (place / RECIPE).is_file():
             raise UserError(f"{place / RECIPE} is missing")
-        recipe = load_recipe(place / RECIPE)
+        recipe, soup = load_recipe(place / RECIPE), soup_settings(place)
     except UserError as error:
         return ListedRun(str(place), name, held_out, "damaged", problem=_first_line(error))
     known: dict[str, Any] = {
@@ -99,7 +100,7 @@ def _listed(place: Path) -> ListedRun:
         "method": recipe.method.name,
         "data": data_source(recipe),
         "seed": recipe.seed,
-        "settings": identifying_settings(recipe),
+        "settings": identifying_settings(recipe) | soup,
         "all_steps": recipe.train.steps,
     }
     if holder(place) is not None:
@@ -159,7 +160,8 @@ def _is_of_held_out(row: ResultRow) -> bool:
 
 
 def told_apart_by(runs: Iterable[ListedRun]) -> list[str]:
-    """The settings, and the seed, that differ between runs which have them. How runs are evaluated is left out."""
+    """The settings, and the seed, that differ between runs which have them; and what soups are made of, which trained
+    runs do not have. How runs are evaluated is left out."""
     values: defaultdict[str, set[str]] = defaultdict(set)
     for run in runs:
         if run.settings:
@@ -169,7 +171,7 @@ def told_apart_by(runs: Iterable[ListedRun]) -> list[str]:
     return sorted(
         key
         for key, found in values.items()
-        if len(found) > 1 and key not in shown and not key.startswith("evaluation.")
+        if (len(found) > 1 or key == "soup") and key not in shown and not key.startswith("evaluation.")
     )
 
 

@@ -28,6 +28,7 @@ from disam_peft.common.records import (
     read_results,
 )
 from disam_peft.common.run_images import IMAGES, read_images
+from disam_peft.common.soup_record import soup_settings
 from disam_peft.config.data import SOURCE_SETTINGS
 from disam_peft.config.evaluation import SharpnessConfig
 from disam_peft.config.identity import identifying_settings
@@ -85,7 +86,7 @@ class RunRecord:
         if self.recipe is None:
             row = self.trained
             return {"backbone.name": row.backbone, "adapter.kind": row.adapter, "method.name": row.method}
-        settings = identifying_settings(self.recipe)
+        settings = identifying_settings(self.recipe) | soup_settings(self.folder)
         return {key: value for key, value in settings.items() if not key.startswith("evaluation.")}
 
     @cached_property

@@ -81,6 +81,24 @@ def test_train_evaluate_export(cli, arguments, tmp_path):
     assert "is not empty" in err
 
 
+def test_soup(cli, arguments, tmp_path):
+    recipe, output = ROOT / "recipes/pacs/lora_disam.yaml", tmp_path / "mixed"
+    for name in ("one", "two"):
+        rank = f"adapter.rank={len(name)}" if name == "one" else "adapter.rank=2"
+        assert cli("train", recipe, "protocol.held_out=photo", SMALL_LORA, rank, f"name={name}", *arguments)[0] == 0
+    folders = [tmp_path / "runs" / name for name in ("one", "two")]
+    code, out, err = cli("soup", *folders, "--held-out", "photo", "--method", "greedy", "--output", output)
+    assert code == 0, err
+    assert out.count("kept: ") + out.count("left out: ") == 2 and "kept: " in out and "held out" in out
+    assert cli("evaluate", output)[0] == 0
+    assert cli("export", output, "--to", "merged", "--output", tmp_path / "merged")[0] == 0
+    assert cli("report", tmp_path / "runs", output, "--output", tmp_path / "page.html")[0] == 0
+    code, _, err = cli("soup", *folders, "--method", "gready", "--output", tmp_path / "other")
+    assert code == 2 and "did you mean 'greedy'" in err
+    code, _, err = cli("soup", folders[0], "--output", tmp_path / "other")
+    assert code == 2 and "needs two runs or more" in err
+
+
 @pytest.mark.parametrize("name", ["coop_disam", "coop_erm", "linear_probe_sam", "lora_sam"])
 def test_every_adapter_trains_and_reloads(cli, arguments, tmp_path, name):
     adapter = [SMALL_LORA] if name.startswith("lora") else []

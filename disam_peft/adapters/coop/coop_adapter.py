@@ -47,6 +47,11 @@ class CoOpAdapter(Adapter):
     kind = "coop"
     replaces_class_prompts = True
 
+    @classmethod
+    def random_start(cls, config: Config) -> str:
+        assert isinstance(config, CoOpConfig)
+        return "the context" if config.init is None else ""
+
     def __init__(self, config: CoOpConfig, context: Tensor, chunks: list[_Chunk]) -> None:
         super().__init__()
         self.config = config

@@ -32,6 +32,8 @@ class PeftMethod:
 
     ``linear_in``: one trained tensor of a layer, by its name in peft or by that of its variants, in which the change of
     the layer's weights is linear; it is nothing where this tensor is ``nothing_at`` everywhere. Empty: there is none.
+
+    ``averages``: the layer's weights are linear in all trained tensors together: their mean is that of the weights.
     """
 
     peft_type: str
@@ -42,6 +44,7 @@ class PeftMethod:
     affine: bool = False
     linear_in: tuple[str, ...] = ()
     nothing_at: float = 0.0
+    averages: bool = False
 
 
 _LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "use_rslora")
@@ -49,7 +52,7 @@ _LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "use_rslora")
 METHODS: dict[str, PeftMethod] = {
     "lora": PeftMethod("LORA", _LORA_OPTIONS, affine=True, linear_in=("lora_B",)),
     "dora": PeftMethod("LORA", _LORA_OPTIONS, fixed={"use_dora": True}, affine=True),
-    "ia3": PeftMethod("IA3", (), projections=("k", "v", "fc2"), linear_in=("ia3_l",), nothing_at=1.0),
+    "ia3": PeftMethod("IA3", (), projections=("k", "v", "fc2"), linear_in=("ia3_l",), nothing_at=1.0, averages=True),
     "oft": PeftMethod(
         "OFT",
         ("r", "oft_block_size", "module_dropout", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms"),
@@ -64,7 +67,7 @@ METHODS: dict[str, PeftMethod] = {
     "hira": PeftMethod("HIRA", ("r", "hira_dropout"), linear_in=("hira_B",)),
     "delora": PeftMethod("DELORA", ("r", "delora_lambda", "module_dropout"), linear_in=("delora_lambda",)),
     "vera": PeftMethod("VERA", ("r", "projection_prng_key", "vera_dropout", "d_initial"), linear_in=("vera_lambda_b",)),
-    "ln_tuning": PeftMethod("LN_TUNING", (), layers="norm", projections=("norm1", "norm2")),
+    "ln_tuning": PeftMethod("LN_TUNING", (), layers="norm", projections=("norm1", "norm2"), averages=True),
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from disam_peft.adapters.base import Adapter, require_matching_state
 from disam_peft.adapters.interpolation import MoveTo, require_alpha, wise_ft
+from disam_peft.adapters.peft.lora_soup import lora_soup
 from disam_peft.adapters.peft.methods import find_method, make_peft_config
 from disam_peft.adapters.peft.norms import frozen_norms, widen_norms
 from disam_peft.adapters.peft.peft_config import PEFT_CONFIG_NAME, peft_config_json, require_same_config
@@ -201,6 +202,22 @@ class PeftAdapter(Adapter):
             tensor.data = tensor.data.to(as_loaded[name].dtype)
         plain.requires_grad_(False)
         return plain.eval()
+
+    @classmethod
+    def soup(
+        cls, configs: Sequence[Config], states: Sequence[Mapping[str, Tensor]]
+    ) -> tuple[Config, dict[str, Tensor]]:
+        """LoRA, exactly: ranks are concatenated. Of other methods those whose weights are linear in their tensors."""
+        methods = {_method(config) for config in configs if isinstance(config, LoraAdapterConfig | PeftAdapterConfig)}
+        if methods == {"lora"}:
+            return lora_soup(cls.kind, configs, states)
+        for name in methods:
+            if not find_method(name).averages:
+                raise UserError(
+                    f"'{name}' adapters cannot be averaged: the weights of the model are not linear in their tensors, "
+                    "so the mean of these is no mean of models; average runs of lora, ia3 or ln_tuning"
+                )
+        return super().soup(configs, states)
 
     companion_names = (PEFT_CONFIG_NAME,)
 

@@ -20,6 +20,7 @@ VERBS = (
     "compare",
     "evaluate",
     "frontier",
+    "soup",
     "export",
     "report",
     "demo",
