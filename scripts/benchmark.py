@@ -20,13 +20,25 @@ from typing import Annotated, Literal
 import torch
 import transformers
 import typer
-from bench import accumulation, attention, bookkeeping, coop, gpu, growth, lora, memory, probe, whole_run
+from bench import (
+    accumulation,
+    attention,
+    bookkeeping,
+    coop,
+    gpu,
+    growth,
+    lora,
+    memory,
+    objective_terms,
+    probe,
+    whole_run,
+)
 from bench.gpu_models import Model
 from bench.gpu_models import models as gpu_models
 from bench.measure import Row, machine, table
 from bench.models import vit_b_32, write_clip
 
-Section = Literal["bookkeeping", "lora", "coop", "memory", "probe", "growth", "accumulation", "run"]
+Section = Literal["bookkeeping", "lora", "coop", "memory", "probe", "growth", "accumulation", "objective", "run"]
 What = Literal["all", "gpu", Section]
 BLOCKS = 12
 
@@ -110,6 +122,7 @@ def _sections(
         ("probe", 5, lambda rounds: probe.rows(folder, rounds, device)),
         ("growth", 5, lambda rounds: growth.rows(folder, rounds, device)),
         ("accumulation", 5, lambda rounds: accumulation.rows(folder, large_batch, rounds, device)),
+        ("objective", 5, lambda rounds: objective_terms.rows(folder, batch, rounds, device)),
     ]
 
 
