@@ -47,7 +47,7 @@ def faults(page: str) -> list[str]:
         told = re.findall(r"`(\w+)`", cells[2])
         if told != there:
             found.append(f"{paths[0]}: takes {there}, the page says {told}")
-        if not re.fullmatch(r"`(\w+\.npz)`: \S.*", cells[0]):
+        if not re.fullmatch(r"(`\w+\.npz`|no file): \S.*", cells[0]):
             found.append(f"{cells[0]}: a file and its cases")
         if not cells[3]:
             found.append(f"{paths[0]}: what does it return?")
