@@ -19,7 +19,14 @@ from disam_peft.config.data import AugmentConfig, DataConfig, FeatureConfig, Mix
 from disam_peft.config.losses import CrossEntropyConfig
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.objective import ObjectiveConfig
-from disam_peft.config.penalties import VRexConfig
+from disam_peft.config.penalties import (
+    CoralConfig,
+    FishrConfig,
+    GroupDROConfig,
+    IRMConfig,
+    MMDConfig,
+    VRexConfig,
+)
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
 from disam_peft.training.accelerator import start_accelerator
@@ -37,6 +44,15 @@ OBJECTIVES = {
     "vrex": ObjectiveConfig(penalties=[VRexConfig(weight=3.0, anneal=1)], loss=CrossEntropyConfig(label_smoothing=0.1)),
     "vrex not climbed": ObjectiveConfig(penalties=[VRexConfig(weight=3.0, anneal=1, in_ascent=False)]),
     "domains": ObjectiveConfig(mean_over="domains"),
+    "penalties": ObjectiveConfig(
+        penalties=[
+            CoralConfig(weight=50.0),
+            MMDConfig(weight=0.5, in_ascent=False),
+            IRMConfig(weight=2.0, anneal=1),
+            FishrConfig(weight=1e5, anneal=1, ema=0.5),
+            GroupDROConfig(weight=0.6, eta=0.3, variant="sagawa", adjustment=2.0),
+        ]
+    ),
     "anchors of lora": ObjectiveConfig(
         anchors=[
             LogitsAnchorConfig(weight=5.0),
@@ -120,6 +136,9 @@ ON_TWO = {
     "one piece": {"pieces": 1, "batch": 13},
     "penalty": {"pieces": 2, "batch": 13, "objective": "vrex"},
     "penalty, one piece": {"pieces": 1, "batch": 13, "objective": "vrex"},
+    "penalties": {"pieces": 2, "batch": 13, "objective": "penalties"},
+    "penalties, one piece": {"pieces": 1, "batch": 13, "objective": "penalties"},
+    "penalties of a head": {"pieces": 2, "batch": 13, "objective": "penalties", "cell": "probe-zero_shot"},
     "mixup": {"pieces": 2, "batch": 13, "objective": "vrex", "mixup": MixupConfig()},
     "mixup, balanced classes": {"pieces": 1, "batch": 7, "mixup": MixupConfig(), "class_sampling": "balanced"},
     "anchors": {"pieces": 2, "batch": 13, "objective": "anchors of lora"},

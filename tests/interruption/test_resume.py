@@ -19,7 +19,7 @@ from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.data import DataConfig
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.objective import ObjectiveConfig
-from disam_peft.config.penalties import VRexConfig
+from disam_peft.config.penalties import FishrConfig, GroupDROConfig, IRMConfig, VRexConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
 from disam_peft.disam.perturbation import AscentDirection
@@ -70,6 +70,10 @@ def test_row_33_killed_again_and_again_a_run_ends_in_the_same_bits(finished, mak
     assert kills["perturbed"] >= 3 and kills["saving"] >= 3 and sum(kills.values()) >= 10, kills
 
 
+# Five steps into the run Fishr begins to count; its averages are taken from the first step on.
+WITH_STATE = ObjectiveConfig(
+    penalties=[GroupDROConfig(eta=0.5), FishrConfig(weight=1e6, anneal=5, ema=0.8), IRMConfig(weight=3.0, anneal=7)]
+)
 AVERAGES = [
     {"kind": "swa", "start": 0.25, "every": 2, "judged": "always"},
     {"kind": "bma"},
@@ -121,8 +125,9 @@ def test_row_60_killed_before_any_write_at_the_end_of_a_run_it_is_completed(fini
         {"objective": {"penalties": [{"kind": "vrex", "weight": 5.0, "anneal": 5}]}},
         {"average": AVERAGES},
         {"objective": {"anchors": [{"kind": "logits"}, {"kind": "weights", "weight": 3.0}]}},
+        {"objective": WITH_STATE.model_dump(mode="json")},
     ],
-    ids=["pixel store", "feature store", "mixup", "accumulation", "penalty", "averages", "anchors"],
+    ids=["pixel store", "feature store", "mixup", "accumulation", "penalty", "averages", "anchors", "state per domain"],
 )
 def test_row_33_with_stores_and_accumulation(finished, make_recipe, start, changes):
     expected = finished(**changes)
@@ -216,6 +221,7 @@ def trained(openclip_name, domains_folder, tmp_path):
         {"save_every": 100, "validate_every": 2},
         {"validate_every": 2},
         {"save_every": 2, "objective": ObjectiveConfig(penalties=[VRexConfig(weight=5.0, anneal=5)])},
+        {"save_every": 2, "objective": WITH_STATE},
     ],
     ids=str,
 )

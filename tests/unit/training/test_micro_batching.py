@@ -144,6 +144,8 @@ def test_proportional_batches_in_pieces_of_one_domain(run, sampling):
         ("vrex not climbed", "erm", 4, "two_phase"),
         ("domains", "sam", 4, "mean"),
         ("domains", "disam", 4, "two_phase"),
+        ("penalties", "disam", 4, "two_phase"),
+        ("penalties", "erm", 6, "two_phase"),
     ],
 )
 def test_every_objective_in_pieces(run, objective, method, pieces, mode):
@@ -340,7 +342,7 @@ def test_two_processes_in_pieces(run, twins, domains_folder, tmp_path):
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    assert len(accumulated_runs.ON_TWO) == 12
+    assert len(accumulated_runs.ON_TWO) == 15
     for name, options in accumulated_runs.ON_TWO.items():
         one = run(**{**options, "pieces": 1})[0]
         assert torch.equal(ranks[0][name], ranks[1][name]), name
