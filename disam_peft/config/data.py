@@ -178,14 +178,19 @@ class FeatureConfig(Config):
     """Of all stores; unset: the package's cache."""
 
 
-def require_mixable(augment: AugmentConfig, features: FeatureConfig) -> None:
-    """Pass if what is to be mixed is what training reads.
+def require_mixable(augment: AugmentConfig, features: FeatureConfig, loss_kind: str = "cross_entropy") -> None:
+    """Pass if what is to be mixed is what training reads, and the loss is one of mixtures.
 
     Raises:
-        UserError: images, where training reads features, or the other way round.
+        UserError: images, where training reads features, or the other way round; the contrastive loss.
     """
     if augment.mixup is None:
         return
+    if loss_kind == "contrastive":
+        raise UserError(
+            "augment.mixup makes images of two classes, and the contrastive loss compares each image with one caption; "
+            "leave out augment.mixup, or choose another objective.loss.kind"
+        )
     if features.store and augment.mixup.of == "images":
         raise UserError(
             "augment.mixup mixes images, but with features.store training reads none; set augment.mixup.of=features to "

@@ -65,7 +65,7 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _mixes_what_it_reads(self) -> Recipe:
-        require_mixable(self.augment, self.features)
+        require_mixable(self.augment, self.features, self.objective.loss.kind)
         return self
 
     @model_validator(mode="after")

@@ -101,14 +101,13 @@ def fit(
     method, config, augment = method or MethodConfig(), config or TrainConfig(), augment or AugmentConfig()
     accelerator = accelerator or start_accelerator(config.mixed_precision)
     emit = on_event if on_event is not None and accelerator.is_main_process else _ignore
-    require_mixable(augment, features or FeatureConfig())
+    objective = objective or ObjectiveConfig()
+    require_mixable(augment, features or FeatureConfig(), objective.loss.kind)
     if not classifier.trainable():
         raise UserError("the classifier has no adapter with trainable parameters; build one and hand it over")
     set_seed(seed, device_specific=True)  # other dropout masks on other ranks
     classifier.to(accelerator.device)
-    trainer = Trainer(
-        classifier, dataset, method, objective or ObjectiveConfig(), config, averages, accelerator, emit, seed
-    )
+    trainer = Trainer(classifier, dataset, method, objective, config, averages, accelerator, emit, seed)
     if validate is None and (names := trainer.averages.needing_validation_loss):
         raise UserError(f"the average {names[0]} needs the validation loss, and nobody validates; hand over validate")
     best = BestStates(classifier, trainer.averages, validate, on_best)

@@ -11,7 +11,8 @@ from disam_peft.config.recipe import Recipe, as_dict, differences, load_recipe, 
 from disam_peft.errors import UserError
 from tests.helpers.paths import RECIPES
 
-PATHS = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "studies")  # those have their own test
+STUDIES = [*RECIPES.glob("studies/*.yaml"), *RECIPES.glob("*/table*.yaml")]  # which have tests of their own
+PATHS = sorted(set(RECIPES.rglob("*.yaml")) - set(STUDIES))
 GOOD = """
 name: try
 backbone: {name: ViT-B-32, pretrained: openai}
@@ -193,5 +194,7 @@ def test_mixup_stands_beside_either_augmentation_and_is_written_as_it_is_read(tm
     assert plain.name != mixed.name
     with pytest.raises(UserError, match=r"augment.mixup mixes images, but with features.store training reads none"):
         load_recipe(write(tmp_path), ["augment.mixup={}", "features.store=true"])
+    with pytest.raises(UserError, match=r"mixup makes images of two classes, and the contrastive loss"):
+        load_recipe(write(tmp_path), ["augment.mixup={}", "objective.loss=contrastive"])
     with pytest.raises(UserError, match=r"augment.mixup.alpha: .*greater than 0"):
         load_recipe(write(tmp_path), ["augment.mixup.alpha=0"])

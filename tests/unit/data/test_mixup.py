@@ -218,3 +218,5 @@ def test_what_is_mixed_must_be_what_is_read():
         require_mixable(images, FeatureConfig(store=True))
     with pytest.raises(UserError, match=r"features.store is off; set features.store=true"):
         require_mixable(features, FeatureConfig())
+    with pytest.raises(UserError, match=r"the contrastive loss compares each image with one caption; leave out"):
+        require_mixable(images, FeatureConfig(), "contrastive")

@@ -7,9 +7,12 @@ from torch import nn
 from disam_peft import DISAM
 from disam_peft.config.losses import CrossEntropyConfig
 from disam_peft.config.objective import ObjectiveConfig
-from disam_peft.config.penalties import VRexConfig
+from disam_peft.config.penalties import FishrConfig, IRMConfig, VRexConfig
 from disam_peft.objectives.base import Outputs, mixed
+from disam_peft.objectives.fishr import Fishr
+from disam_peft.objectives.irm import IRM
 from disam_peft.objectives.objective import Objective
+from disam_peft.objectives.whole_batch import whole_batch
 
 GENERATOR = torch.Generator().manual_seed(1)
 LOGITS = torch.randn(7, 4, generator=GENERATOR, dtype=torch.float64) * 3
@@ -73,3 +76,34 @@ def test_micro_batches_and_penalties_see_the_mixed_losses(method):
 
     rows = torch.arange(7)
     assert (step(rows[:2], rows[2:3], rows[3:]) - step(rows)).abs().max() <= 1e-15
+
+
+def test_penalties_that_read_labels_are_those_of_the_mixed_losses():
+    """IRM: the derivative of each domain's mean loss by a factor of its logits. Fishr: the variance, over a domain, of
+    the gradients of single losses by the head's weights."""
+    features = torch.nn.functional.normalize(torch.randn(7, 3, generator=GENERATOR, dtype=torch.float64), dim=1)
+    head = torch.randn(4, 3, generator=GENERATOR, dtype=torch.float64)
+    outputs = Outputs(features @ head.T, LABELS, features, other_labels_B=OTHERS, share_B=SHARES)
+
+    def value(penalty):
+        sums = whole_batch(penalty, outputs, DOMAINS)
+        penalty.begin_step(sums)
+        return penalty.value(sums).item()
+
+    def loss(logits, rows):
+        return nn.functional.cross_entropy(logits, SOFT[rows])
+
+    def irm_of(rows):
+        factor = torch.ones((), dtype=torch.float64, requires_grad=True)
+        return torch.autograd.grad(loss(outputs.logits_BC[rows] * factor, rows), factor)[0].item() ** 2
+
+    def variance_of(rows):
+        weights = head.clone().requires_grad_()
+        of_samples = [torch.autograd.grad(loss(features[[i]] @ weights.T, [i]), weights)[0] for i in rows]
+        return torch.stack(of_samples).var(dim=0, unbiased=False)
+
+    of_domains = [[0, 1, 5], [2, 3, 4, 6]]
+    assert value(IRM(IRMConfig(variant="v1"))) == pytest.approx(sum(map(irm_of, of_domains)) / 2, rel=1e-12)
+    variances = torch.stack([variance_of(rows) for rows in of_domains])
+    wanted = (variances - variances.mean(dim=0)).square().mean()
+    assert value(Fishr(FishrConfig(ema=0.0))) == pytest.approx(wanted.item(), rel=1e-10)
