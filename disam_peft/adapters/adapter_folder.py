@@ -68,7 +68,7 @@ def write_adapter(
         backbone=BackboneEntry(**backbone.describe()),
         classes=list(prompts.class_names),
         templates=list(prompts.templates),
-        logit_scale=float(backbone.logit_scale),
+        logit_scale=float(adapter.scale_and_bias(backbone)[0].detach()),
         tensors={name: _tensor_entry(tensor) for name, tensor in tensors.items()},
         sha256=hashlib.sha256(content).hexdigest(),
         trained_with=dict(trained_with),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from disam_peft.adapters.averaging import mean_of_tensors, require_same_shape
 from disam_peft.adapters.interpolation import MoveTo, require_alpha, tensors_on_a_line, wise_ft
 from disam_peft.adapters.prompts import ClassPrompts, FrozenText, ensemble
+from disam_peft.adapters.trained_scale import TrainedScale, zero_shot_scale
 from disam_peft.backbones.base import BEFORE_STEM, ClipBackbone
 from disam_peft.config.base import Config
 from disam_peft.errors import UserError
@@ -45,6 +46,11 @@ class Adapter(nn.Module, ABC):
 
     kind: ClassVar[str]
     config: Config
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained_scale: TrainedScale | None = None
+        """Set by ``build_adapter`` where the config has ``logit_scale: trained``."""
 
     # -- the frozen part of the towers ---------------------------------------------------------------------------
 
@@ -123,6 +129,12 @@ class Adapter(nn.Module, ABC):
     def image_features(self, features_BE: Tensor) -> Tensor:
         """The image tower's features (B, E) as this adapter changes them; neither is normalised."""
         return features_BE
+
+    def scale_and_bias(self, backbone: ClipBackbone) -> tuple[Tensor, Tensor | None]:
+        """The factor of the cosines in the logits, and what is added to them (None: nothing), shape ()."""
+        if self.trained_scale is None:
+            return backbone.logit_scale, backbone.logit_bias
+        return self.trained_scale.scale_and_bias()
 
     def logits(self, features_BE: Tensor, class_features_CE: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         """Features from ``image_features`` (not normalised) against class features: logits (B, C)."""
@@ -218,7 +230,8 @@ class Adapter(nn.Module, ABC):
             UserError: as ``require_zero_shot_weights``; when called, an alpha that is negative or not finite.
         """
         self.require_zero_shot_weights(self.config)
-        return tensors_on_a_line(self.trainable(), self.zero_shot_tensors(backbone, prompts))
+        starts = self.zero_shot_tensors(backbone, prompts) | self._zero_shot_scale(backbone)
+        return tensors_on_a_line(self.trainable(), starts)
 
     @torch.no_grad()
     def settle(self, backbone: ClipBackbone, prompts: ClassPrompts, alpha: float) -> None:
@@ -229,8 +242,14 @@ class Adapter(nn.Module, ABC):
         """
         require_alpha(alpha)
         trained = self.trainable()
-        for name, start in self.zero_shot_tensors(backbone, prompts).items():
+        starts = self.zero_shot_tensors(backbone, prompts) | self._zero_shot_scale(backbone)
+        for name, start in starts.items():
             trained[name].copy_(wise_ft(start, trained[name], alpha))
+
+    def _zero_shot_scale(self, backbone: ClipBackbone) -> dict[str, Tensor]:
+        if self.trained_scale is None:
+            return {}
+        return {f"trained_scale.{name}": start for name, start in zero_shot_scale(backbone).items()}
 
     # -- the mean of several ---------------------------------------------------------------------------------------
 

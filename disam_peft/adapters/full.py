@@ -84,12 +84,16 @@ class FullAdapter(Adapter):
         self._put_back(backbone)
         del backbone.model._modules[_FROZEN]
 
+    def _weights(self) -> dict[str, nn.Parameter]:
+        """The trained weights of the towers."""
+        return {name: p for name, p in self.trainable().items() if not name.startswith("trained_scale.")}
+
     def _put_back(self, backbone: ClipBackbone) -> None:
-        for place in reversed(_places(backbone, self.trainable())):  # each undoes the class that it gave its module
+        for place in reversed(_places(backbone, self._weights())):  # each undoes the class that it gave its module
             place.set(place.frozen)
 
     def _put_in(self, backbone: ClipBackbone) -> None:
-        for place in _places(backbone, self.trainable()):
+        for place in _places(backbone, self._weights()):
             place.set(place.trained)
 
     @contextmanager
@@ -106,7 +110,7 @@ class FullAdapter(Adapter):
 
     def zero_shot_tensors(self, backbone: ClipBackbone, prompts: ClassPrompts) -> dict[str, Tensor]:
         base = backbone.base_parameters()
-        return {name: base[name].detach().to(trained.dtype) for name, trained in self.trainable().items()}
+        return {name: base[name].detach().to(trained.dtype) for name, trained in self._weights().items()}
 
     @torch.no_grad()
     def merged(self, backbone: ClipBackbone) -> nn.Module:
@@ -114,8 +118,10 @@ class FullAdapter(Adapter):
             plain = copy.deepcopy(backbone.model)
         del plain._modules[_FROZEN]
         places = dict(plain.named_parameters())
-        for name, trained in self.trainable().items():
+        for name, trained in self._weights().items():
             places[name].copy_(trained)  # rounded where the backbone is in half precision
+        if self.trained_scale is not None:
+            self.trained_scale.write_into(plain)
         return plain
 
     def exported_files(self, class_names: tuple[str, ...], class_features: Callable[[], Tensor]) -> dict[str, bytes]:
@@ -133,7 +139,7 @@ class FullAdapter(Adapter):
         Raises:
             UserError: trained weights that no feature depends on, or that lie in the part that is taken as frozen.
         """
-        trained = self.trainable()
+        trained = self._weights()
         without: list[str] = []
         for tower, parameters in chosen.items():
             names = [one.name for one in parameters]

@@ -9,6 +9,7 @@ from disam_peft.adapters.full import FullAdapter
 from disam_peft.adapters.linear_probe import LinearProbeAdapter
 from disam_peft.adapters.peft.peft_adapter import LoraAdapter, PeftAdapter
 from disam_peft.adapters.prompts import ClassPrompts, fill_templates
+from disam_peft.adapters.trained_scale import TrainedScale
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.config.adapters import (
     AdapterConfig,
@@ -42,6 +43,8 @@ def build_adapter(config: AdapterConfig, backbone: ClipBackbone, prompts: ClassP
     fill_templates(prompts)
     _require_plain(backbone)
     adapter = ADAPTERS[type(config)].build(config, backbone, prompts)
+    if getattr(config, "logit_scale", "frozen") == "trained":
+        adapter.trained_scale = TrainedScale(backbone)
     if not adapter.trainable():
         adapter.detach(backbone)
         raise UserError(f"adapter '{config.kind}' has no trainable parameter with {config!r}; change its config")

@@ -279,7 +279,10 @@ class ClipClassifier(nn.Module):
             class_features_CE, captions_NE = self.text_features()
         elif class_features_CE is None:
             class_features_CE = self.class_features()
-        scale, bias = self.backbone.logit_scale, self.backbone.logit_bias
+        if self.adapter is None:
+            scale, bias = self.backbone.logit_scale, self.backbone.logit_bias
+        else:
+            scale, bias = self.adapter.scale_and_bias(self.backbone)
         logits = cosine_logits if self.adapter is None else self.adapter.logits
         logits_BC = logits(features_BE, class_features_CE, scale, bias)
         head_bias_C = None if self.adapter is None else self.adapter.head_bias

@@ -31,7 +31,16 @@ BlockIndex = Annotated[int, Field(ge=0)]
 Blocks = Literal["all"] | LastBlocks | Annotated[list[BlockIndex], Field(min_length=1)]
 
 
-class _AttachedConfig(Config):
+class CosineConfig(Config):
+    """Adapters whose logits are CLIP's, scaled cosines."""
+
+    logit_scale: Literal["frozen", "trained"] = "frozen"
+    """The factor of the cosines, and the constant that SigLIP adds to them: those of the backbone, or trained with the
+    adapter, as contrastive and sigmoid losses do (FLYP, arXiv 2212.00638; SigLIP, arXiv 2303.15343). The scale stays at
+    100 at most, or at what the backbone has where that is more."""
+
+
+class _AttachedConfig(CosineConfig):
     """Where an adapter attaches to; every name must be found, nothing is matched in part."""
 
     towers: list[Literal["image", "text"]] = Field(default=["image"], min_length=1)
@@ -87,7 +96,7 @@ class PeftAdapterConfig(_AttachedConfig):
         return options
 
 
-class CoOpConfig(Config):
+class CoOpConfig(CosineConfig):
     """Learned context in the text prompt (Zhou et al. 2022, arXiv 2109.01134): [ctx_1] ... [ctx_M] class name."""
 
     kind: Literal["coop"] = "coop"
@@ -118,7 +127,7 @@ class LinearProbeConfig(Config):
     """Seeds the random weights; unset: torch's global generator, which the run seeds."""
 
 
-class ClipAdapterConfig(Config):
+class ClipAdapterConfig(CosineConfig):
     """A bottleneck behind the image tower, blended with the frozen features (Gao et al. 2021, arXiv 2110.04544)."""
 
     kind: Literal["clip_adapter"] = "clip_adapter"
@@ -138,7 +147,7 @@ SomeBlocks = Annotated[Literal["none"] | Blocks, BeforeValidator(_blocks_of_a_wo
 """Blocks, or none of them; true and false mean ``all`` and ``none``."""
 
 
-class FullConfig(Config):
+class FullConfig(CosineConfig):
     """The weights of the towers themselves are trained, all of them or a part. With the defaults it is the whole image
     tower, as in CLIPOOD (Shu et al. 2023, arXiv 2302.00864).
 

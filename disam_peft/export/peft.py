@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +14,7 @@ from torch import Tensor
 from disam_peft.adapters.adapter_folder import write_adapter
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.common.files import published
-from disam_peft.errors import UserError
+from disam_peft.errors import Notice, UserError
 
 
 def export_peft(
@@ -27,6 +28,14 @@ def export_peft(
     if classifier.adapter is None:
         raise UserError("zero-shot classification has no adapter to save; train one first")
     adapter = classifier.adapter
+    if adapter.trained_scale is not None:
+        scale = float(adapter.scale_and_bias(classifier.backbone)[0].detach())
+        warnings.warn(
+            f"the logit scale was trained too, from {float(classifier.backbone.logit_scale):.5g} to {scale:.5g}; a "
+            "program that uses the files without disam_peft has to set it: trained_scale.logit_scale is its logarithm",
+            Notice,
+            stacklevel=2,
+        )
     with published(Path(directory)) as folder:
         write_adapter(folder, adapter, classifier.backbone, classifier.prompts, trained_with=trained_with)
         files = adapter.exported_files(classifier.class_names, lambda: _class_features(classifier))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from disam_peft.adapters.averaging import require_same_shape
+from disam_peft.adapters.averaging import mean_of_tensors, require_same_shape
 from disam_peft.config.adapters import MAX_RANK, LoraAdapterConfig, PeftAdapterConfig
 from disam_peft.config.base import Config
 from disam_peft.errors import UserError
@@ -59,6 +59,8 @@ def lora_soup(
         found[down], found[up] = mean_of_products(
             [(state[down], state[up], scale) for state, scale in zip(states, scales, strict=True)]
         )
+    rest = [{name: one for name, one in state.items() if not name.endswith((_DOWN, _UP))} for state in states]
+    found |= mean_of_tensors(kind, rest)  # a trained logit scale
     first = configs[0]
     if isinstance(first, LoraAdapterConfig):
         return first.model_copy(update={"rank": rank, "alpha": float(rank), "dropout": 0.0}), found

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from disam_peft.adapters.base import Adapter, require_matching_state
-from disam_peft.adapters.interpolation import MoveTo, require_alpha, wise_ft
+from disam_peft.adapters.interpolation import MoveTo, require_alpha, tensors_on_a_line, wise_ft
+from disam_peft.adapters.peft.attaching import attach, require_exact, restore
 from disam_peft.adapters.peft.lora_soup import lora_soup
 from disam_peft.adapters.peft.methods import find_method, make_peft_config
 from disam_peft.adapters.peft.norms import frozen_norms, widen_norms
@@ -74,15 +75,15 @@ class PeftAdapter(Adapter):
         peft_json = peft_config_json(peft_config, backbone)
         before = {name: module for name, module in backbone.model.named_modules() if name}
         try:
-            adapter = cls(config, _attach(backbone, peft_config, config.seed), peft_json)
+            adapter = cls(config, attach(backbone, peft_config, config.seed), peft_json)
             layers = adapter._layers()
-            _require_exact({target.name for target in targets}, {name for name, _ in layers}, backbone)
+            require_exact({target.name for target in targets}, {name for name, _ in layers}, backbone)
             widen_norms(layers)
             if find_method(_method(config)).affine and not peft_config.lora_dropout:
                 for _, layer in layers:
                     setattr(layer, AFFINE, True)
         except BaseException:
-            _restore(backbone.model, before)
+            restore(backbone.model, before)
             raise
         adapter.image_split, adapter.text_split = image_split, text_split
         return adapter
@@ -104,14 +105,18 @@ class PeftAdapter(Adapter):
     def state(self) -> dict[str, Tensor]:
         """The names that ``peft.PeftModel.from_pretrained`` expects."""
         self._require_unmerged()
-        return {name: tensor.detach().clone() for name, tensor in self._views().items()}
+        return {name: tensor.detach().clone() for name, tensor in self._own_tensors().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         from peft import set_peft_model_state_dict
 
         self._require_unmerged()
-        require_matching_state(self.kind, self._views(), state)
-        set_peft_model_state_dict(self.peft_model, dict(state))
+        own = self._own_tensors()
+        require_matching_state(self.kind, own, state)
+        scale = self._scale_tensors()
+        set_peft_model_state_dict(self.peft_model, {name: state[name] for name in own if name not in scale})
+        for name, tensor in scale.items():
+            tensor.copy_(state[name])
 
     @classmethod
     def require_zero_shot_weights(cls, config: Config) -> None:
@@ -139,10 +144,10 @@ class PeftAdapter(Adapter):
         method = find_method(_method(self.config))
         if method.linear_in or method.layers == "norm":
             return super().interpolation(backbone, prompts)
-        return self._blended_layers()
+        return self._blended_layers(backbone)
 
     @contextmanager
-    def _blended_layers(self) -> Iterator[MoveTo]:
+    def _blended_layers(self, backbone: ClipBackbone) -> Iterator[MoveTo]:
         """As ``interpolation``, for weights that are not linear in the tensors. Every layer is linear in its weights,
         so ``(1 - alpha)`` times the frozen layer's output and ``alpha`` times the adapted one's is the output of a
         layer with the interpolated weights."""
@@ -160,13 +165,19 @@ class PeftAdapter(Adapter):
             if alpha != 1:
                 hooks.extend(layer.register_forward_hook(blend) for _, layer in self._layers())
 
-        try:
-            yield move_to
-        finally:
-            move_to(1.0)
+        with tensors_on_a_line(self.trainable(), self._zero_shot_scale(backbone)) as move_scale:
+
+            def move_all(alpha: float) -> None:
+                move_to(alpha)
+                move_scale(alpha)
+
+            try:
+                yield move_all
+            finally:
+                move_to(1.0)
 
     def detach(self, backbone: ClipBackbone) -> None:
-        _restore(backbone.model, {name: layer.get_submodule("base_layer") for name, layer in self._layers()})
+        restore(backbone.model, {name: layer.get_submodule("base_layer") for name, layer in self._layers()})
 
     @contextmanager
     def bypassed(self, backbone: ClipBackbone) -> Iterator[None]:
@@ -200,6 +211,8 @@ class PeftAdapter(Adapter):
         for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):
             # a copy of our own that nobody holds yet; only its dtype changes, which copy_ could not do
             tensor.data = tensor.data.to(as_loaded[name].dtype)
+        if self.trained_scale is not None:
+            self.trained_scale.write_into(plain)
         plain.requires_grad_(False)
         return plain.eval()
 
@@ -237,6 +250,13 @@ class PeftAdapter(Adapter):
         modules = list(self.peft_model.get_submodule("base_model.model").named_modules())
         adapted = {name for name, module in modules if isinstance(module, BaseTunerLayer)}
         return [(name, module) for name, module in modules if name in adapted]
+
+    def _scale_tensors(self) -> dict[str, Tensor]:
+        prefix = "trained_scale."
+        return {} if self.trained_scale is None else self.trained_scale.state_dict(prefix=prefix)
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        return self._views() | self._scale_tensors()
 
     def _views(self) -> dict[str, Tensor]:
         from peft import get_peft_model_state_dict
@@ -294,49 +314,6 @@ def plan(config: LoraAdapterConfig | PeftAdapterConfig, backbone: ClipBackbone) 
 
 def _method(config: LoraAdapterConfig | PeftAdapterConfig) -> str:
     return "lora" if isinstance(config, LoraAdapterConfig) else config.method
-
-
-def _attach(backbone: ClipBackbone, peft_config: Any, seed: int | None) -> nn.Module:
-    import peft
-
-    with _seeded(seed), warnings.catch_warnings():
-        # Two remarks of peft to itself, nothing that the user could act on.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-        warnings.filterwarnings("ignore", message="Unsupported layer type.*Norm.*")
-        try:
-            return peft.get_peft_model(backbone.model, peft_config)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"peft cannot attach this adapter to {backbone.config.name}: {error}") from error
-
-
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """torch's CPU generator, from which peft draws on every device, seeded inside and as before outside; with None,
-    left to the caller."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
-
-
-def _require_exact(wanted: set[str], found: set[str], backbone: ClipBackbone) -> None:
-    # peft matches by the end of a name and is content with one match.
-    if wanted != found:
-        raise UserError(
-            f"peft adapted other modules of {backbone.config.name} than asked for: not matched "
-            f"{sorted(wanted - found)}, matched without being asked for {sorted(found - wanted)}; choose other "
-            "projections or blocks"
-        )
-
-
-def _restore(model: nn.Module, originals: dict[str, nn.Module]) -> None:
-    for name, module in originals.items():
-        if model.get_submodule(name) is not module:
-            model.set_submodule(name, module)
-    if hasattr(model, "peft_config"):
-        del model.peft_config
 
 
 def _checkpoint_name(name: str) -> str:

@@ -22,11 +22,12 @@ from disam_peft.backbones.families import load_backbone
 from disam_peft.classification.classifier import ClipClassifier, zero_shot
 from disam_peft.classification.saved_classifier import load_adapter, save_adapter
 from disam_peft.config.backbone import BackboneConfig
-from disam_peft.errors import UserError
+from disam_peft.errors import Notice, UserError
 from disam_peft.export.peft import export_peft
 from tests.helpers.adapter_cells import CELLS, FAMILIES, PEFT_CELLS, PROMPTS, pixels, tiny_backbone, tiny_classifier
 from tests.helpers.tiny import tiny_transformers
 
+PEFT_ALONE = [cell for cell in PEFT_CELLS if cell != "lora-scale"]  # peft knows no logit scale
 TENSORS, RECORD, PEFT_CONFIG = "adapter_model.safetensors", "disam_peft.json", "adapter_config.json"
 
 
@@ -170,7 +171,7 @@ def test_peft_alone_loads_every_method_onto_a_plain_clip(twins: tuple[str, str],
     images = pixels(dtype=torch.float32)
     prompts = ClassPrompts(PROMPTS.class_names, ("a photo of a {}.",))
     folders, logits = [], []
-    for cell in PEFT_CELLS:
+    for cell in PEFT_ALONE:
         backbone = tiny_backbone(twins, "transformers", torch.float32)
         classifier = tiny_classifier(backbone, cell, prompts=prompts)
         export_peft(tmp_path / cell / "adapter", classifier)
@@ -184,9 +185,19 @@ def test_peft_alone_loads_every_method_onto_a_plain_clip(twins: tuple[str, str],
         [sys.executable, "-c", PLAIN_PEFT, *folders], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert outcome.returncode == 0, outcome.stderr
-    differences = dict(zip(PEFT_CELLS, map(float, outcome.stdout.split()), strict=True))
+    differences = dict(zip(PEFT_ALONE, map(float, outcome.stdout.split()), strict=True))
     assert max(differences.values()) <= 1e-6, differences
     assert "missing" not in outcome.stderr.lower()
+
+
+def test_a_trained_logit_scale_is_said_because_peft_does_not_know_it(twins: tuple[str, str], tmp_path: Path) -> None:
+    classifier = tiny_classifier(tiny_backbone(twins, "transformers", torch.float32), "lora-scale")
+    assert classifier.adapter is not None
+    scale = float(classifier.adapter.scale_and_bias(classifier.backbone)[0].detach())
+    with pytest.warns(Notice, match=f"the logit scale was trained too, from .* to {scale:.5g}; .*set it"):
+        export_peft(tmp_path / "exported", classifier)
+    logarithm = load_file(tmp_path / "exported" / TENSORS)["trained_scale.logit_scale"]
+    assert float(logarithm.exp()) == pytest.approx(scale)
 
 
 def test_an_open_clip_adapter_does_not_pretend_to_be_for_peft(twins: tuple[str, str], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from tests.helpers.adapter_cells import CELLS, FAMILIES, PEFT_CELLS, PROMPTS, pi
 
 REFERENCE = np.load(Path(__file__).parents[2] / "reference" / "averaging.npz")
 NOT_LINEAR = ("dora", "oft", "hra")
-WITHOUT = ("coop-shared", "coop-class", "clip_adapter")
+WITHOUT = ("coop-shared", "coop-class", "coop-scale", "clip_adapter")
 ALPHAS = (0.3, 1.2)
 
 

@@ -47,7 +47,7 @@ PLAIN = {"open_clip": plain_open_clip, "transformers": plain_transformers}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("cell", ["lora-both", "dora", "ln_tuning", "full-both"])
+@pytest.mark.parametrize("cell", ["lora-both", "dora", "ln_tuning", "full-both", "lora-scale"])
 @torch.no_grad()
 def test_the_familys_own_loader_takes_it_with_equal_logits(
     twins: tuple[str, str], family: str, cell: str, tmp_path: Path
