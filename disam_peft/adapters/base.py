@@ -16,14 +16,12 @@ from torch import Tensor, nn
 
 from disam_peft.adapters.averaging import mean_of_tensors, require_same_shape
 from disam_peft.adapters.interpolation import MoveTo, require_alpha, tensors_on_a_line, wise_ft
+from disam_peft.adapters.matching_state import require_matching_state
 from disam_peft.adapters.prompts import ClassPrompts, FrozenText, ensemble
 from disam_peft.adapters.trained_scale import TrainedScale, zero_shot_scale
 from disam_peft.backbones.base import BEFORE_STEM, ClipBackbone
 from disam_peft.config.base import Config
 from disam_peft.errors import UserError
-
-LARGEST = 1e12
-"""Beyond any trained number. Products of larger ones overflow in the first layers."""
 
 Autocast = Callable[[], AbstractContextManager[object]]
 """Makes the context of a forward pass, as ``Accelerator.autocast`` does."""
@@ -335,29 +333,3 @@ def cosine_logits(features_BE: Tensor, class_features_CE: Tensor, scale: Tensor,
         normalised_BE = nn.functional.normalize(features_BE.to(wide), dim=-1)
         logits_BC = scale.to(wide) * normalised_BE @ class_features_CE.to(wide).T
         return logits_BC if bias is None else logits_BC + bias.to(wide)
-
-
-def require_matching_state(kind: str, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Refuse tensors that are not exactly the ones of this adapter.
-
-    Raises:
-        UserError: missing, extra, misshapen, non-float or non-finite tensors; lists expected against found.
-    """
-    faults = [f"missing {name} {tuple(expected[name].shape)}" for name in sorted(expected.keys() - found.keys())]
-    faults += [f"unexpected {name} {tuple(found[name].shape)}" for name in sorted(found.keys() - expected.keys())]
-    for name in sorted(expected.keys() & found.keys()):
-        wanted, tensor = expected[name], found[name]
-        if tensor.shape != wanted.shape:
-            faults.append(f"{name} expected shape {tuple(wanted.shape)}, found {tuple(tensor.shape)}")
-        elif tensor.is_floating_point() != wanted.is_floating_point():
-            faults.append(f"{name} expected dtype {wanted.dtype}, found {tensor.dtype}")
-        elif not torch.isfinite(tensor).all():
-            faults.append(f"{name} holds NaN or infinity")
-        elif tensor.numel() and float(tensor.abs().max()) > LARGEST:
-            faults.append(f"{name} holds numbers up to {float(tensor.abs().max()):.1e}, which no training leaves")
-    if faults:
-        shown = "; ".join(faults[:10]) + (f"; and {len(faults) - 10} more" if len(faults) > 10 else "")
-        raise UserError(
-            f"the tensors do not fit this '{kind}' adapter ({len(expected)} expected, {len(found)} found): {shown}. "
-            "Nothing was loaded; use the config that the tensors were trained with"
-        )

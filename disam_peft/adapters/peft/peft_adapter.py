@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from disam_peft.adapters.base import Adapter, require_matching_state
+from disam_peft.adapters.base import Adapter
 from disam_peft.adapters.interpolation import MoveTo, require_alpha, tensors_on_a_line, wise_ft
+from disam_peft.adapters.matching_state import require_matching_state
 from disam_peft.adapters.peft.attaching import attach, require_exact, restore
 from disam_peft.adapters.peft.lora_soup import lora_soup
 from disam_peft.adapters.peft.methods import find_method, make_peft_config
