@@ -16,7 +16,7 @@ from disam_peft.config.anchors import (
     WeightsAnchorConfig,
 )
 from disam_peft.config.data import AugmentConfig, DataConfig, FeatureConfig, MixupConfig
-from disam_peft.config.losses import CrossEntropyConfig
+from disam_peft.config.losses import ContrastiveConfig, CrossEntropyConfig, MarginSoftmaxConfig
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.penalties import (
@@ -53,6 +53,8 @@ OBJECTIVES = {
             GroupDROConfig(weight=0.6, eta=0.3, variant="sagawa", adjustment=2.0),
         ]
     ),
+    "contrastive": ObjectiveConfig(loss=ContrastiveConfig()),
+    "margin softmax": ObjectiveConfig(loss=MarginSoftmaxConfig(class_weights="balanced")),
     "anchors of lora": ObjectiveConfig(
         anchors=[
             LogitsAnchorConfig(weight=5.0),
@@ -64,6 +66,7 @@ OBJECTIVES = {
         anchors=[LogitsAnchorConfig(weight=5.0), ClassFeaturesAnchorConfig(), WeightsAnchorConfig(weight=2.0)]
     ),
 }
+CAPTIONS = ("a photo of a {}.", "a drawing of a {}.", "a {} in the wild.")
 ADAPTERS = {**CELLS, "lora-dropout": LoraAdapterConfig(blocks=LAST_TWO, rank=2, dropout=0.4, seed=1)}
 
 
@@ -89,6 +92,7 @@ def run(
     source="images",
     scale=None,
     mixup=None,
+    templates=("a photo of a {}.",),
     **settings,
 ):
     """(trained weights, events) after a few steps of SGD with momentum in float64, ``pieces`` pieces a step."""
@@ -96,7 +100,7 @@ def run(
     PartialState._reset_state()
     GradientState._reset_state()
     dataset = load(DataConfig(root=folder, pixel_store=36 if source == "pixel store" else None))
-    prompts = ClassPrompts(dataset.prompt_names, ("a photo of a {}.",))
+    prompts = ClassPrompts(dataset.prompt_names, templates)
     classifier = tiny_classifier(tiny_backbone(twins, family), ADAPTERS[cell], prompts=prompts)
     accelerator = start_accelerator()
     if scale is not None:
@@ -141,6 +145,9 @@ ON_TWO = {
     "penalties of a head": {"pieces": 2, "batch": 13, "objective": "penalties", "cell": "probe-zero_shot"},
     "mixup": {"pieces": 2, "batch": 13, "objective": "vrex", "mixup": MixupConfig()},
     "mixup, balanced classes": {"pieces": 1, "batch": 7, "mixup": MixupConfig(), "class_sampling": "balanced"},
+    "captions": {"pieces": 2, "batch": 13, "cell": "lora-both", "objective": "contrastive", "templates": CAPTIONS},
+    "captions, whole": {"pieces": 2, "batch": 9, "cell": "coop-shared", "objective": "contrastive"},
+    "margins": {"pieces": 2, "batch": 13, "cell": "lora-both", "objective": "margin softmax"},
     "anchors": {"pieces": 2, "batch": 13, "objective": "anchors of lora"},
     "anchors, whole": {"pieces": 2, "batch": 9, "cell": "coop-shared", "objective": "anchors of coop"},
 }

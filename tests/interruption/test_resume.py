@@ -126,8 +126,22 @@ def test_row_60_killed_before_any_write_at_the_end_of_a_run_it_is_completed(fini
         {"average": AVERAGES},
         {"objective": {"anchors": [{"kind": "logits"}, {"kind": "weights", "weight": 3.0}]}},
         {"objective": WITH_STATE.model_dump(mode="json")},
+        {
+            "objective": {"loss": {"kind": "contrastive"}},
+            "prompts": {"templates": ["a photo of a {}.", "a {}."]},
+        },
     ],
-    ids=["pixel store", "feature store", "mixup", "accumulation", "penalty", "averages", "anchors", "state per domain"],
+    ids=[
+        "pixel store",
+        "feature store",
+        "mixup",
+        "accumulation",
+        "penalty",
+        "averages",
+        "anchors",
+        "state per domain",
+        "captions",
+    ],
 )
 def test_row_33_with_stores_and_accumulation(finished, make_recipe, start, changes):
     expected = finished(**changes)

@@ -2,7 +2,14 @@
 
 import pytest
 
-from disam_peft.config.losses import CrossEntropyConfig
+from disam_peft.config.identity import settings_hash
+from disam_peft.config.losses import (
+    ContrastiveConfig,
+    CrossEntropyConfig,
+    FocalConfig,
+    MarginSoftmaxConfig,
+    SigmoidConfig,
+)
 from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.penalties import VRexConfig
 from disam_peft.config.recipe import as_dict, load_recipe, save_recipe
@@ -51,6 +58,50 @@ def test_the_kind_of_the_loss_may_be_left_out(recipe_of):
     assert recipe_of("objective.loss={}").objective == ObjectiveConfig(loss=CrossEntropyConfig())
 
 
+@pytest.mark.parametrize(
+    ("loss", "wanted"),
+    [
+        ("focal", FocalConfig(gamma=2.0)),
+        ("{kind: margin_softmax}", MarginSoftmaxConfig(margin=0.3)),
+        ("{kind: sigmoid, bias: -10}", SigmoidConfig(bias=-10.0)),
+        ('{class_weights: {dog: 2, "7": 0.5}}', CrossEntropyConfig(class_weights={"dog": 2.0, "7": 0.5})),
+        ("{class_weights: no}", CrossEntropyConfig()),
+        # what another loss has may stand there while it is off, so that the kind alone can be changed
+        (
+            "{kind: contrastive, label_smoothing: 0.0, class_weights: none, class_weights_beta: 0.999}",
+            ContrastiveConfig(),
+        ),
+        ("{kind: sigmoid, label_smoothing: 0}", SigmoidConfig()),
+    ],
+)
+def test_losses_are_read_and_written(recipe_of, tmp_path, loss, wanted):
+    recipe = recipe_of(f"objective.loss={loss}")
+    assert recipe.objective.loss == wanted
+    assert recipe.objective.is_plain_mean == (wanted == CrossEntropyConfig())
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert load_recipe(tmp_path / "saved.yaml") == recipe
+
+
+def test_settings_of_losses_are_told_apart_in_the_hash_of_a_run_and_defaults_are_not(recipe_of):
+    plain = settings_hash(recipe_of())
+    assert settings_hash(recipe_of("objective.loss={class_weights: none, class_weights_beta: 0.999}")) == plain
+    losses = ["focal", "{kind: focal, gamma: 1}", "sigmoid", "contrastive", "{class_weights: balanced}"]
+    assert len({plain, *(settings_hash(recipe_of(f"objective.loss={loss}")) for loss in losses)}) == 6
+
+
+@pytest.mark.parametrize("kind", ["margin_softmax", "contrastive"])
+def test_a_loss_of_class_features_does_not_train_a_head(recipe_of, kind):
+    with pytest.raises(UserError, match=f"objective.loss.kind={kind} compares.*adapter.kind=linear_probe has a head"):
+        recipe_of(f"objective.loss={kind}", "adapter={kind: linear_probe}")
+    recipe_of("objective.loss=focal", "adapter={kind: linear_probe}")
+
+
+def test_mixed_images_have_no_captions(recipe_of):
+    with pytest.raises(UserError, match=r"objective\.loss\.kind=contrastive pairs each image with one caption"):
+        recipe_of("objective.loss=contrastive", "augment.mixup={}")
+    recipe_of("objective.loss=margin_softmax", "augment.mixup={}")
+
+
 def test_vrex_has_the_published_defaults():
     config = VRexConfig()
     assert (config.weight, config.anneal, config.in_ascent) == (10.0, 500, True)
@@ -76,6 +127,23 @@ def test_the_mean_follows_the_penalty_unless_it_is_set(settings, effective):
     [
         ("objective.loss.label_smoothing=1.0", r"objective.loss.label_smoothing: .*less than 1 \(given: 1.0\)"),
         ("objective.loss.label_smoothing=-0.1", "objective.loss.label_smoothing: .*greater than or equal to 0"),
+        ("objective.loss={kind: focal, gamma: -1}", "objective.loss.gamma: .*greater than or equal to 0"),
+        (
+            "objective.loss={kind: sigmoid, label_smoothing: 0.1}",
+            r"objective.loss: label_smoothing=0.1 has no meaning with kind: sigmoid \(each class is a yes or a no",
+        ),
+        (
+            "objective.loss={kind: contrastive, class_weights: balanced}",
+            "objective.loss: class_weights='balanced' has no meaning with kind: contrastive",
+        ),
+        ("objective.loss.class_weights=balancd", "objective.loss.class_weights: .*did you mean 'balanced'"),
+        ("objective.loss.class_weights={dog: -1}", "objective.loss.class_weights.dog: .*greater than or equal to 0"),
+        (
+            "objective.loss.class_weights={7: 2}",
+            "objective.loss.class_weights: the name 7 is no text; put it",
+        ),
+        ("objective.loss.class_weights={}", "objective.loss.class_weights: no class is named"),
+        ("objective.loss.class_weights_beta=1", "objective.loss.class_weights_beta: .*less than 1"),
         ("objective.loss.kind=hinge", "objective.loss.kind: (?=.*'cross_entropy')(?=.*'hinge')"),
         (
             "objective.penalties=[{kind: vrex, weight: -1}]",
