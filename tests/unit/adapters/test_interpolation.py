@@ -15,7 +15,7 @@ from disam_peft.adapters.registry import ADAPTERS
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.config.adapters import LinearProbeConfig, LoraAdapterConfig
 from disam_peft.errors import UserError
-from tests.helpers.adapter_cells import CELLS, FAMILIES, PEFT_CELLS, PROMPTS, pixels, tiny_backbone, tiny_classifier
+from tests.helpers.adapter_cells import CELLS, FAMILIES, MERGED_CELLS, PROMPTS, pixels, tiny_backbone, tiny_classifier
 
 REFERENCE = np.load(Path(__file__).parents[2] / "reference" / "averaging.npz")
 NOT_LINEAR = ("dora", "oft", "hra")
@@ -46,7 +46,7 @@ def test_both_ends_are_met_to_the_bit() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("cell", PEFT_CELLS)
+@pytest.mark.parametrize("cell", MERGED_CELLS)
 @torch.no_grad()
 def test_it_computes_with_the_interpolated_merged_weights(twins: tuple[str, str], family: str, cell: str) -> None:
     plain = tiny_backbone(twins, family)

@@ -15,10 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from disam_peft.adapters.manifest import read_manifest
+from disam_peft.backbones.families import load_backbone
+from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.saved_classifier import load_adapter
 from disam_peft.common.frontier_records import read_frontier
 from disam_peft.common.prediction_table import PREDICTIONS
 from disam_peft.common.records import RESULTS, read_results, write_results
+from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.recipe import Recipe
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.errors import UserError
@@ -222,6 +225,8 @@ def test_exports_are_at_the_alpha_and_say_so(run, tmp_path):
     assert torch.equal(load_adapter(tmp_path / "peft")(images), wanted)
     assert read_manifest(tmp_path / "peft").trained_with["alpha"] == 0.7
     export_run(run, "merged", tmp_path / "merged", alpha=0.7)
+    merged = load_backbone(BackboneConfig(name=f"local-dir:{tmp_path / 'merged'}"))
+    assert (ClipClassifier(merged, None, classifier.prompts)(images) - wanted).abs().max() <= 1e-4
     assert json.loads((tmp_path / "merged" / "disam_peft_export.json").read_text())["alpha"] == 0.7
     export_run(run, "merged", tmp_path / "plain")
     assert not (tmp_path / "plain" / "disam_peft_export.json").exists()
