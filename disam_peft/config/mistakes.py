@@ -111,7 +111,7 @@ class _Mistake:
         if kind == "missing" and where == "protocol":
             return "protocol: name the domain to hold out, protocol.held_out=DOMAIN, or train on all, protocol=all"
         message = self.details["msg"].removeprefix("Value error, ")
-        if not place.keys and message.startswith("name: "):  # of a name with fields, which needs the whole recipe
+        if not place.keys and re.match(r"(name|method\.\w+): ", message):  # of a setting that needs the whole recipe
             return message
         if kind in ("model_type", "model_attributes_type"):
             message = "Input should be keys and values"
@@ -224,7 +224,8 @@ def _is_called(member: Any, label: str) -> bool:
     annotation, _ = _unwrapped(member)
     origin = get_origin(annotation)
     if _is_union(annotation):
-        return label.startswith(("tagged-union[", "union["))
+        # a validator before it is part of the name: function-before[with_kind(), tagged-union[...]]
+        return label.startswith(("tagged-union[", "union[")) or ", tagged-union[" in label
     if origin in (list, tuple, dict):
         return label.startswith(f"{origin.__name__}[")
     return isinstance(annotation, type) and annotation.__name__ == label

@@ -69,6 +69,16 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _warmups_within_run(self) -> Recipe:
+        for key in ("rho", "variance_weight"):
+            warmup = getattr(getattr(self.method, key), "warmup_steps", 0)
+            if warmup >= self.train.steps:
+                raise ValueError(
+                    f"method.{key}: warmup_steps={warmup} must be less than train.steps={self.train.steps}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _name_without_fields(self) -> Recipe:
         object.__setattr__(self, "name", run_name(self.name, self))  # a recipe is frozen
         return self

@@ -5,35 +5,42 @@ that it does nothing."""
 
 from __future__ import annotations
 
-from disam_peft.config.method import LinearConfig, MethodConfig
+from disam_peft.config.base import Config
+from disam_peft.config.method import MethodConfig
 from disam_peft.config.recipe import Recipe
+from disam_peft.config.schedules import ScheduleConfig, in_words
+
+_OF_VARIANCE = tuple(f"method.variance_{name}" for name in ("weight", "over", "scale", "form"))
 
 
 def method_in_words(method: MethodConfig) -> str:
     """``disam (rho 0.05, lambda 0.1)``, with what it equals where its settings make it another method."""
     if method.name == "erm":
         return "erm"
-    rho = f"rho {_number(method.rho)}"
+    rho = f"rho {in_words(method.rho)}"
     if method.effective_rho == 0:
         return f"{method.name} ({rho}), which without a perturbation is erm"
-    if method.name == "sam":
-        return f"sam ({rho})"
-    same = ", which with lambda 0 is sam" if method.effective_variance_weight == 0 else ""
-    return f"disam ({rho}, lambda {_number(method.variance_weight)}){same}"
+    parts = [rho]
+    if method.has_variance:
+        relative = "relative " if method.variance_scale == "relative" else ""
+        tau = method.variance_form == "entropic"
+        parts.append(f"{'tau' if tau else f'{relative}lambda'} {in_words(method.variance_weight)}")
+    if method.descent != "sam":
+        parts.append(f"alpha {method.effective_alpha:g}")
+    if method.start > 0:
+        parts.append(f"from {method.start:.0%} of the steps on")
+    if method.every > 1:
+        parts.append(f"in every {_ordinal(method.every)} step")
+    same = ""
+    if method.has_variance and method.effective_variance_weight == 0:
+        same = f", which with lambda 0 is {method.descent}"
+    return f"{method.name} ({', '.join(parts)}){same}"
 
 
 def unused_settings(recipe: Recipe) -> list[str]:
     """``key=value (why)`` for every setting that was set, differs from its default, and has no effect here."""
-    method, train = recipe.method, recipe.train
-    reasons: dict[str, str] = {}
-    if method.name == "erm":
-        reasons |= dict.fromkeys(("method.rho", "method.variance_weight", "method.adaptive"), "erm perturbs no weights")
-        reasons["train.log_ascent_cosine"] = "erm has no ascent"
-    elif method.effective_rho == 0:
-        reasons |= dict.fromkeys(("method.variance_weight", "method.adaptive"), "rho 0 perturbs no weights")
-    elif method.name == "sam":
-        reasons["method.variance_weight"] = "sam has no variance term"
-        reasons["train.log_ascent_cosine"] = "of sam it is 1"
+    train = recipe.train
+    reasons = _unused_by_method(recipe.method)
     if train.optimizer == "adamw":
         reasons["train.momentum"] = "adamw has its own"
     if not recipe.features.store:
@@ -41,21 +48,48 @@ def unused_settings(recipe: Recipe) -> list[str]:
     return [f"{key}={_value(recipe, key)} ({why})" for key, why in reasons.items() if _is_set(recipe, key)]
 
 
+def _unused_by_method(method: MethodConfig) -> dict[str, str]:
+    rest = ("method.from", "method.every", "method.rho_factors")
+    if method.name == "erm":
+        every = ("method.rho", *_OF_VARIANCE, "method.adaptive", "method.alpha", *rest)
+        return dict.fromkeys(every, "erm perturbs no weights") | {"train.log_ascent_cosine": "erm has no ascent"}
+    if method.effective_rho == 0:
+        return dict.fromkeys((*_OF_VARIANCE, "method.adaptive", "method.alpha", *rest), "rho 0 perturbs no weights")
+    reasons: dict[str, str] = {}
+    if not method.has_variance:
+        reasons |= dict.fromkeys(_OF_VARIANCE, f"{method.name} has no variance term")
+        reasons["train.log_ascent_cosine"] = f"of {method.name} it is 1"
+    elif method.variance_form == "entropic":
+        reasons["method.variance_over"] = "the entropic form counts domains by their images"
+        reasons["method.variance_scale"] = "the entropic form is relative to the mean loss"
+    if method.descent == "sam":
+        reasons["method.alpha"] = f"{method.name} has no alpha, only gsam and sagm have one"
+    return reasons
+
+
 def _is_set(recipe: Recipe, key: str) -> bool:
-    section, name = key.split(".")
-    config = getattr(recipe, section)
-    return name in config.model_fields_set and getattr(config, name) != type(config).model_fields[name].default
+    config, name = _place(recipe, key)
+    return name in config.model_fields_set and getattr(config, name) != type(config).model_fields[name].get_default(
+        call_default_factory=True
+    )
 
 
 def _value(recipe: Recipe, key: str) -> str:
-    section, name = key.split(".")
-    value = getattr(getattr(recipe, section), name)
+    config, name = _place(recipe, key)
+    value = getattr(config, name)
     if isinstance(value, bool):
         return str(value).lower()
-    return _number(value) if isinstance(value, (int, float, LinearConfig)) else str(value)
+    return in_words(value) if isinstance(value, (int, float, ScheduleConfig)) else str(value)
 
 
-def _number(setting: float | LinearConfig) -> str:
-    if isinstance(setting, LinearConfig):
-        return f"{setting.start:g} to {setting.to:g}"
-    return f"{setting:g}"
+def _place(recipe: Recipe, key: str) -> tuple[Config, str]:
+    """The config that has a setting, and what the setting is called there."""
+    section, written = key.split(".")
+    config: Config = getattr(recipe, section)
+    names = {field.alias or name: name for name, field in type(config).model_fields.items()}
+    return config, names[written]
+
+
+def _ordinal(number: int) -> str:
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"

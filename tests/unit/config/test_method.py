@@ -1,10 +1,21 @@
-"""rho and lambda over the steps of a run: numbers, or schedules."""
+"""Methods, and rho and lambda over the steps of a run: numbers, or schedules."""
 
+import json
+import math
+
+import numpy as np
 import pytest
 
-from disam_peft.config.method import MethodConfig, value_in_step
+from disam_peft.config.identity import settings_hash
+from disam_peft.config.method import MethodConfig
 from disam_peft.config.recipe import load_recipe, save_recipe
+from disam_peft.config.schedules import following_value, value_in_step
+from disam_peft.config.training import TrainConfig
 from disam_peft.errors import UserError
+from disam_peft.training.optimizers import learning_rate_factor
+from tests.helpers import paths
+
+REFERENCE = np.load(paths.REFERENCE / "gsam_sagm.npz")
 
 RECIPE = """
 name: try
@@ -54,9 +65,147 @@ def test_a_schedule_is_written_as_it_is_read(recipe_of, tmp_path):
         ("method.rho={kind: linear, from: -1, to: 0}", r"method.rho\S*from: .*greater than or equal to 0"),
         ("method.rho={kind: linear, from: 1}", r"method.rho\S*to: Field required"),
         ("method.rho={kind: linear, form: 1, to: 0}", r"method.rho\S*form: unknown key; did you mean 'from'"),
-        ("method.rho={kind: cosine, from: 1, to: 0}", r"method.rho.*'linear'"),
+        ("method.rho={kind: sine, from: 1, to: 0}", r"method.rho.*'linear'"),
     ],
 )
 def test_row_26_mistakes_are_told(recipe_of, override, message):
     with pytest.raises(UserError, match=message):
         recipe_of(override)
+
+
+# -- methods -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "descent", "alpha", "has_variance"),
+    [
+        ("sam", "sam", 0.0, False),
+        ("disam", "sam", 0.0, True),
+        ("gsam", "gsam", 0.4, False),
+        ("sagm", "sagm", 0.001, False),
+        ("disam_gsam", "gsam", 0.4, True),
+        ("disam_sagm", "sagm", 0.001, True),
+    ],
+)
+def test_what_a_method_consists_of(recipe_of, name, descent, alpha, has_variance):
+    method = recipe_of(f"method.name={name}").method
+    assert (method.descent, method.effective_alpha) == (descent, alpha), "the published default"
+    assert method.effective_rho == 0.05 and method.rho_in_step(3, 10) == 0.05
+    assert method.effective_variance_weight == method.variance_weight_in_step(3, 10) == (0.1 if has_variance else 0.0)
+    given = recipe_of(f"method.name={name}", "method.alpha=0.25").method
+    assert given.effective_alpha == (0.25 if descent != "sam" else 0.0)
+    assert recipe_of(f"method.name={name}", "method.alpha=0").method.effective_alpha == 0
+
+
+# -- schedules -----------------------------------------------------------------------------------------------
+
+
+def test_a_cosine_falls_slowly_at_both_ends(recipe_of):
+    method = recipe_of("method.rho={kind: cosine, from: 0.2, to: 0.1}").method
+    wanted = [0.15 + 0.05 * math.cos(math.pi * step / 4) for step in range(5)]
+    assert [method.rho_in_step(step, 5) for step in range(5)] == pytest.approx(wanted, rel=1e-15)
+    assert method.rho_in_step(0, 1) == 0.2 and method.changes and method.effective_rho == 0.2
+
+
+def test_row_of_the_authors_schedules():
+    """The values of GSAM's own schedulers, of which ``until`` is T_max."""
+    cases = json.loads(str(REFERENCE["meta"]))["cases"]
+    settings = {
+        "linear": {"kind": "linear", "from": 0.2, "to": 0.02, "until": 6},
+        "cosine_warmup2": {
+            "kind": "cosine", "from": 0.2, "to": 0.02, "until": 6, "warmup_steps": 2, "warmup_from": 0.06
+        },
+        "proportional_to_cosine_lr": {"kind": "follow_lr", "max": 0.2, "min": 0.02},
+    }  # fmt: skip
+    seen = []
+    for name, about in cases.items():
+        if about["rho_schedule"] == "constant":
+            continue
+        seen.append(about["rho_schedule"])
+        method = MethodConfig.model_validate({"rho": settings[about["rho_schedule"]]})
+        train = TrainConfig(steps=6, learning_rate=0.1, schedule="cosine")
+        found = [method.rho_in_step(step, 6, learning_rate_factor(train, step)) for step in range(6)]
+        assert np.abs(np.array(found) - REFERENCE[f"{name}/rho"]).max() <= 1e-15
+    assert sorted(seen) == [
+        "cosine_warmup2",
+        "linear",
+        "linear",
+        "proportional_to_cosine_lr",
+        "proportional_to_cosine_lr",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        ("{kind: constant, value: 0.4, warmup_steps: 2}", [0.0, 0.2, 0.4, 0.4, 0.4]),
+        ("{kind: linear, from: 0.4, to: 0.2, warmup_steps: 2, warmup_from: 0.1}", [0.1, 0.25, 0.4, 0.3, 0.2]),
+        ("{kind: linear, from: 0.4, to: 0.2, until: 2}", [0.4, 0.3, 0.2, 0.2, 0.2]),
+        ("{from: 0.4, to: 0.0}", [0.4, 0.3, 0.2, 0.1, 0.0]),
+    ],
+)
+def test_warm_ups_and_ends(recipe_of, tmp_path, setting, values):
+    recipe = recipe_of(f"method.variance_weight={setting}")
+    assert [recipe.method.variance_weight_in_step(step, 5) for step in range(5)] == pytest.approx(values, abs=1e-15)
+    assert recipe.method.effective_variance_weight == 0.4 and recipe.method.changes
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert load_recipe(tmp_path / "saved.yaml") == recipe
+
+
+def test_a_setting_follows_the_learning_rate(recipe_of):
+    method = recipe_of("method.rho={kind: follow_lr, max: 0.1, min: 0.02}").method
+    assert [method.rho_in_step(3, 9, rate) for rate in (0.0, 0.5, 1.0)] == pytest.approx([0.02, 0.06, 0.1], rel=1e-15)
+    assert method.rho_in_step(3, 9) == 0.1, "of a constant one it is the largest"
+    assert following_value(0.3, 0.3, 0.3, 0.1, 0.02) == 0.1
+    assert (method.changes, method.effective_rho) == (True, 0.1)
+
+
+def test_weights_are_perturbed_in_a_part_of_the_steps_alone(recipe_of, tmp_path):
+    half = recipe_of("method.from=0.5").method
+    assert [half.rho_in_step(step, 5) > 0 for step in range(5)] == [False, False, False, True, True]
+    third = recipe_of("method.every=3", "method.from=0.25").method
+    assert [step for step in range(12) if third.rho_in_step(step, 12) > 0] == [3, 6, 9]
+    tenth = recipe_of("method.from=0.1").method
+    assert [step for step in range(30) if tenth.rho_in_step(step, 30) == 0] == [0, 1, 2], "0.1 * 30 is more than 3"
+    assert half.changes and third.changes and not recipe_of("method.every=1").method.changes
+    recipe = recipe_of("method.from=0.5", "method.every=2")
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert "from: 0.5" in (tmp_path / "saved.yaml").read_text() and load_recipe(tmp_path / "saved.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("method.rho={kind: follow_lr, min: 0.1}", r"method.rho\S*max: Field required"),
+        ("method.rho={kind: follow_lr, max: 0.1, from: 1}", r"method.rho\S*from: unknown key.*known: kind, max, min"),
+        ("method.rho={kind: cosine, from: 1, to: 0, until: 3, warmup_steps: 3}", "until=3 must be more than warmup_st"),
+        (
+            "method.rho={kind: constant, value: 1, warmup_steps: 1000}",
+            r"method.rho: warmup_steps=1000 must be less .*100",
+        ),
+        (
+            "method.variance_weight={from: 1, to: 0, warmup_steps: 5000}",
+            "  method.variance_weight: warmup_steps=5000 m",
+        ),
+        ("method.from=1", r"method.from: Input should be less than 1"),
+        ("method.every=0", r"method.every: Input should be greater than or equal to 1"),
+        ("method.alpha=-1", r"method.alpha: Input should be greater than or equal to 0"),
+        ("method.rho_factors={a: -1}", r"method.rho_factors.a: Input should be greater than or equal to 0"),
+        ("method.name=disam_gasm", "did you mean 'disam_gsam'"),
+        ("method.variance_scale=relativ", "did you mean 'relative'"),
+        ("method.start=0.5", "method.start: unknown key"),
+    ],
+)
+def test_mistakes_in_settings_of_methods_are_told(recipe_of, override, message):
+    with pytest.raises(UserError, match=message):
+        recipe_of(override)
+
+
+def test_new_settings_leave_the_name_of_a_run_as_it_was(recipe_of):
+    unset = settings_hash(recipe_of())
+    assert settings_hash(recipe_of("method.from=0", "method.every=1", "method.rho_factors={}")) == unset
+    others = [
+        "method.alpha=0.1", "method.from=0.5", "method.every=2", "method.rho_factors={a: 2}",
+        "method.variance_scale=relative", "method.variance_form=entropic", "method.name=disam_gsam",
+    ]  # fmt: skip
+    assert len({unset, *(settings_hash(recipe_of(other)) for other in others)}) == len(others) + 1

@@ -96,7 +96,8 @@ def test_keys_of_mappings_are_kept() -> None:
 
 def test_choices_get_the_nearest_name() -> None:
     assert of_recipe(method={"name": "sma"}) == [
-        "method.name: Input should be 'erm', 'sam' or 'disam'; did you mean 'sam' or 'disam'? (given: 'sma')"
+        "method.name: Input should be 'erm', 'sam', 'disam', 'gsam', 'sagm', 'disam_gsam' or 'disam_sagm'; did you "
+        "mean 'sam' or 'sagm' or 'gsam'? (given: 'sma')"
     ]
     assert of_recipe(train={"workers": "aut"}) == [
         "train.workers: Input should be a whole number or 'auto'; did you mean 'auto'? (given: 'aut')"
