@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_serializer, model_validator
@@ -11,8 +11,6 @@ from pydantic import BeforeValidator, Field, model_serializer, model_validator
 from disam_peft.config.base import Config
 
 NotNegative = Annotated[float, Field(ge=0)]
-Rate = Callable[[int], float]
-"""Step -> the learning rate of that step as a share of the highest one."""
 
 
 def linear_value(

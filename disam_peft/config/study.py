@@ -12,7 +12,8 @@ from disam_peft.config.base import Config
 Overrides = dict[str, Any]
 Seed = Annotated[int, Field(ge=0)]
 RECIPE = "recipe"
-PRESETS = ("erm", "erm_2x", "sam", "disam")
+DEFAULT_ARMS = ("erm", "erm_2x", "sam", "disam")
+PRESETS = (*DEFAULT_ARMS, "gsam", "sagm", "disam_gsam", "disam_sagm")
 """Arms that need no overrides."""
 
 
@@ -27,9 +28,9 @@ class Study(Config):
     recipe: Path | dict[str, Any] | None = None
     """The recipe that is varied, or the path of its file, relative to the study's folder. ``name`` and ``output`` may
     be left out. Unset: every arm has a recipe of its own."""
-    arms: list[str] | dict[str, Overrides | None] = Field(default=list(PRESETS), min_length=2)
-    """What is compared: name -> overrides. ``erm``, ``erm_2x``, ``sam`` and ``disam`` need none. ``erm_2x`` is ERM with
-    twice the steps, warm-up and schedule stretched likewise, so that it computes as much as SAM and DISAM. An arm with
+    arms: list[str] | dict[str, Overrides | None] = Field(default=list(DEFAULT_ARMS), min_length=2)
+    """What is compared: name -> overrides. ``erm_2x`` and the names of methods need none. ``erm_2x`` is ERM with twice
+    the steps, warm-up and schedule stretched likewise, so that it computes as much as SAM and DISAM. An arm with
     the key ``recipe`` varies that recipe in place of the study's, on the same data: ``{recipe: coop.yaml, method.name:
     sam}``; with this key alone it is the recipe as it is."""
     conditions: dict[str, Overrides] = Field(default={"": {}}, min_length=1)
@@ -45,7 +46,8 @@ class Study(Config):
     baseline: str | None = None
     """The arm that every other is compared with. Unset: the first."""
     comparisons: list[tuple[str, str]] | None = Field(default=None, min_length=1)
-    """The pairs of arms that are compared. Unset: every arm with the baseline, and disam with sam and erm_2x."""
+    """The pairs of arms that are compared. Unset: every arm with the baseline, disam with sam and erm_2x, disam_gsam
+    with gsam, and disam_sagm with sagm."""
     metric: str | list[str] = Field(default="top1", min_length=1)
     """The measures that are compared, one or several. Each is a family of tests of its own. Where nothing is held out
     (``protocol: all``) the default is ``source_top1``."""

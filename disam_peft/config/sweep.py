@@ -14,8 +14,8 @@ def check_sweep(
     """Pass if the recipe's adapter can be trained with all of these values side by side.
 
     Raises:
-        UserError: another adapter than a linear probe; another objective than the mean; mixup; a rho or lambda that
-            changes over the steps; values out of range.
+        UserError: another adapter than a linear probe; another objective than the mean; mixup; another method than erm,
+            sam and disam in every step; a rho or lambda that changes over the steps; values out of range.
     """
     if recipe.adapter.kind != "linear_probe":
         raise UserError(
@@ -30,6 +30,16 @@ def check_sweep(
     if recipe.augment.mixup is not None:
         raise UserError(
             "a sweep trains on single images, and this recipe has augment.mixup; remove it, or use disam-peft compare"
+        )
+    if recipe.method.descent != "sam":
+        raise UserError(
+            f"a sweep trains with erm, sam and disam, and method.name is {recipe.method.name!r}; use method.name=disam "
+            "here, or disam-peft compare for other methods"
+        )
+    if recipe.method.skips_steps or recipe.method.rho_factors:
+        raise UserError(
+            "a sweep perturbs all weights in every step, and this recipe does not; remove from, every and rho_factors "
+            "from method, or use disam-peft compare"
         )
     if recipe.method.changes and not (rhos and variance_weights):
         raise UserError(

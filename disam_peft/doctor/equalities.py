@@ -80,7 +80,7 @@ def sam(subject: Subject) -> CheckResult:
     """The gradient at lambda 0 must be the one that is computed here from SAM's formula (arXiv 2010.01412), bit for
     bit."""
     subject.use(torch.float32)
-    disam = subject.disam(variance_weight=0.0, adaptive=False)
+    disam = subject.disam(variance_weight=0.0, adaptive=False, descent="sam")
     disam.backward(subject.losses(), subject.domains_B)
     found_P = subject.gradient()
 

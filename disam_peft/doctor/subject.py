@@ -16,8 +16,9 @@ from torch import Tensor
 
 from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.method import MethodConfig, largest
+from disam_peft.config.method import MethodConfig
 from disam_peft.config.recipe import Recipe
+from disam_peft.config.schedules import largest
 from disam_peft.disam.disam import DISAM
 from disam_peft.experiments.build import load_pretrained
 from disam_peft.objectives.cross_entropy import cross_entropy
@@ -122,6 +123,10 @@ class Subject:
             "rho": largest(self.method.rho) or 0.05,
             "variance_weight": largest(self.method.variance_weight) or 0.1,
             "variance_over": self.method.variance_over,
+            "variance_scale": self.method.variance_scale,
+            "variance_form": self.method.variance_form,
+            "descent": self.method.descent,
+            "alpha": self.method.effective_alpha,
             "adaptive": self.method.adaptive,
             "num_domains": len(set(DOMAINS)),
         }

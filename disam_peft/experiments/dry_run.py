@@ -102,7 +102,7 @@ def _measure(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), warnings.catch_warnings():
         if recipe.domains.infer != "none":  # the domains of the data stand for those to come
-            warnings.filterwarnings("ignore", message="(disam|mixup) with one source domain")
+            warnings.filterwarnings("ignore", message=r"(disam\w*|mixup) with one source domain")
         found = measure(
             classifier,
             data.training,

@@ -264,7 +264,8 @@ class _Planner:
         if study.comparisons is not None:
             return study.comparisons
         baseline = study.baseline if study.baseline is not None else arms[0]
-        usual = [("disam", other) for other in ("sam", "erm_2x") if {"disam", other} <= set(arms)]
+        known = [("disam", "sam"), ("disam", "erm_2x"), ("disam_gsam", "gsam"), ("disam_sagm", "sagm")]
+        usual = [pair for pair in known if set(pair) <= set(arms)]
         pairs = [(arm, baseline) for arm in arms if arm != baseline] + usual
         return [pair for i, pair in enumerate(pairs) if not {pair, pair[::-1]} & set(pairs[:i])]
 

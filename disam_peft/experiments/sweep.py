@@ -183,7 +183,14 @@ def _sweep_sources(
         return _Score(selection.comparable(found.score), found.numbers["mean_top1"], -found.numbers["negative_nll"])
 
     trials = fit_probes(
-        ProbeStack(head, settings, adaptive=recipe.method.adaptive, variance_over=recipe.method.variance_over),
+        ProbeStack(
+            head,
+            settings,
+            adaptive=recipe.method.adaptive,
+            variance_over=recipe.method.variance_over,
+            variance_scale=recipe.method.variance_scale,
+            variance_form=recipe.method.variance_form,
+        ),
         probe_features(train_NE, head),
         torch.from_numpy(training.labels).repeat(views).to(device),
         torch.from_numpy(training.domain_ids).repeat(views).to(device),

@@ -21,7 +21,16 @@ from disam_peft.common.files import write_atomically
 from disam_peft.errors import UserError
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-METHOD_COLOURS = {"zero-shot": "#999999", "ERM": "#0072B2", "SAM": "#E69F00", "DISAM": "#D55E00"}
+METHOD_COLOURS = {
+    "zero-shot": "#999999",
+    "ERM": "#0072B2",
+    "SAM": "#E69F00",
+    "DISAM": "#D55E00",
+    "GSAM": "#009E73",
+    "DISAM + GSAM": "#CC79A7",
+    "SAGM": "#56B4E9",
+    "DISAM + SAGM": "#000000",
+}
 INK = "#1c2330"
 WIDE, NARROW = 7.6, 3.7
 """Inches: of a page, and of a phone. The font is 9 pt in both, so neither is shrunk until it cannot be read."""

@@ -11,7 +11,16 @@ from dataclasses import dataclass
 
 from disam_peft.common.records import RAW, ResultRow, pool_title
 
-METHOD_TITLES = {"zero_shot": "zero-shot", "erm": "ERM", "sam": "SAM", "disam": "DISAM"}
+METHOD_TITLES = {
+    "zero_shot": "zero-shot",
+    "erm": "ERM",
+    "sam": "SAM",
+    "disam": "DISAM",
+    "gsam": "GSAM",
+    "disam_gsam": "DISAM + GSAM",
+    "sagm": "SAGM",
+    "disam_sagm": "DISAM + SAGM",
+}
 Column = tuple[str, str]
 """A method and whose weights its numbers are of, as in ``ResultRow``: ``("disam", "ema")``."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Literal
@@ -169,7 +169,8 @@ class StepGradient:
 
     def __call__(self, batch: dict[str, Tensor]) -> StepReport:
         """The gradient of ``batch``, which is this process's part of a batch as a loader gives it."""
-        mode = self._micro_batches.mode
+        micro_batches = self._micro_batches_of_this_step
+        mode = micro_batches.mode
         # domains stay on the host: otherwise the step would ask the device which micro-batches hold a single domain
         domains_B, targets = batch["domains"], self._targets(batch)
         if self._objective.needs_captions:
@@ -185,7 +186,7 @@ class StepGradient:
             outputs = self._classifier.cached_outputs(frozen, captions=self._objective.needs_captions)
             forward = self._forward(outputs, targets, self._reference(frozen))
             return self._disam.backward(forward, domains_B, objective=self._objective)
-        indices = self._micro_batches.indices(domains_B)
+        indices = micro_batches.indices(domains_B)
         # Micro-batches are there to save memory: only the output of the frozen part is kept between the passes.
         frozen_of = [self._encoded(batch, rows) for rows in indices]
         compute: Callable[..., ForwardPass] = self._classifier.outputs
@@ -202,6 +203,14 @@ class StepGradient:
             mode="auto" if mode == "mean" else mode,
             objective=self._objective,
         )
+
+    @property
+    def _micro_batches_of_this_step(self) -> MicroBatches:
+        """A step that perturbs nothing descends a mean, whose weights need no losses: one pass over its micro-batches
+        is enough then."""
+        chosen = self._micro_batches
+        needs_losses = self._disam.rho > 0 or self._objective.has_penalty(in_ascent=False)
+        return chosen if needs_losses or chosen.mode == "whole" else replace(chosen, mode="mean")
 
     def _encoded_in_micro_batches(self, batch: dict[str, Tensor]) -> Tensor:
         outputs = [self._encoded(batch, rows) for rows in self._micro_batches.indices(batch["domains"])]

@@ -26,6 +26,7 @@ from disam_peft.data.loading.batches import make_sampler
 from disam_peft.data.loading.loader import make_eval_loader, make_train_loader
 from disam_peft.data.loading.mixup import MixedBatches, mixed
 from disam_peft.data.transforms.augment import TrainTransform
+from disam_peft.training.optimizers import learning_rate_factor
 from disam_peft.training.trainer import Trainer
 
 BATCHES = 4
@@ -41,7 +42,8 @@ class Rehearsal:
     Attributes:
         load_seconds: to read, decode and augment one training image, in one process.
         encode_seconds: of the frozen part for one training image.
-        step_seconds: of the passes of one step, without loading, and without the frozen part where ``stored``.
+        step_seconds: of the passes of one step, without loading, and without the frozen part where ``stored``; the
+            mean over all steps, of which some may perturb nothing.
         stored: whether the frozen part's output will come from a store, so that steps do not compute it.
         judge_load_seconds, judge_seconds: to load and to judge one image in evaluation.
         judge_start_seconds: what each evaluation costs besides, whatever its size, for example to start processes.
@@ -97,7 +99,9 @@ def rehearse(
     )
     transform = TrainTransform(classifier.backbone.preprocessing, augment, seed)
     classifier.train()
-    load, encode, step = [], [], []
+    perturbed = share_of_perturbed_steps(method, config)
+    load, encode = [], []
+    step: dict[bool, list[float]] = {is_perturbed: [] for is_perturbed in (True, False)}
     loader = make_train_loader(training, sampler, transform, workers=0)
     batches = mixed(loader, sampler) if isinstance(sampler, MixedBatches) else loader
     for seconds, batch in _timed(iter(batches), accelerator.device):
@@ -108,9 +112,12 @@ def rehearse(
             with accelerator.autocast():
                 batch["frozen"] = _encoded(classifier, batch.pop("pixels"))
         encode.append((_now(accelerator) - begin) / images)
-        begin = _now(accelerator)
-        trainer.rehearse_step(batch)
-        step.append(_now(accelerator) - begin)
+        for is_perturbed, share in ((True, perturbed), (False, 1 - perturbed)):
+            if share > 0:
+                begin = _now(accelerator)
+                trainer.disam.rho = method.effective_rho if is_perturbed else 0.0
+                trainer.rehearse_step(batch)
+                step[is_perturbed].append(_now(accelerator) - begin)
         for parameter in classifier.trainable().values():
             parameter.grad = None
     classifier.eval()
@@ -118,13 +125,24 @@ def rehearse(
     return Rehearsal(
         load_seconds=_typical(load),
         encode_seconds=_typical(encode),
-        step_seconds=_typical(step),
+        step_seconds=sum(
+            share * _typical(step[is_perturbed])
+            for is_perturbed, share in ((True, perturbed), (False, 1 - perturbed))
+            if share > 0
+        ),
         stored=stored,
         judge_load_seconds=judge_load,
         judge_seconds=judge,
         judge_start_seconds=judge_start,
         memory_bytes=_held(accelerator.device),
     )
+
+
+def share_of_perturbed_steps(method: MethodConfig, config: TrainConfig) -> float:
+    """The share of the run's steps that have a second pass."""
+    steps = range(config.steps)
+    radii = [method.rho_in_step(step, config.steps, learning_rate_factor(config, step)) for step in steps]
+    return sum(rho > 0 for rho in radii) / config.steps
 
 
 @torch.no_grad()

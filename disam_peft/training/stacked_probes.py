@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from disam_peft.adapters.linear_probe import LinearProbeAdapter
 from disam_peft.common.progress import track
 from disam_peft.config.training import TrainConfig
-from disam_peft.disam.ascent import VarianceOver, ascent_weights
+from disam_peft.disam.ascent import VarianceForm, VarianceOver, VarianceScale, ascent_weights, entropic_weights
 from disam_peft.errors import UserError
 from disam_peft.training.optimizers import build_optimizer, learning_rate_factor
 
@@ -56,7 +56,7 @@ class ProbeStack:
     Args:
         head: where they start; its trained parameters and its precision are theirs.
         settings: one for each probe.
-        adaptive, variance_over: as in ``DISAM``.
+        adaptive, variance_over, variance_scale, variance_form: as in ``DISAM``.
     """
 
     def __init__(
@@ -66,6 +66,8 @@ class ProbeStack:
         *,
         adaptive: bool = False,
         variance_over: VarianceOver = "domains",
+        variance_scale: VarianceScale = "absolute",
+        variance_form: VarianceForm = "variance",
     ) -> None:
         if not settings:
             raise UserError("no settings to train probes with; give at least one")
@@ -75,6 +77,7 @@ class ProbeStack:
             weight_CF = torch.cat([weight_CF, head.bias.detach()[:, None]], dim=1)
         self._fixed_bias_C = None if self._trains_bias else head.bias.detach()
         self.settings, self.adaptive, self.variance_over = tuple(settings), adaptive, variance_over
+        self.variance_scale, self.variance_form = variance_scale, variance_form
         # equal learning rates side by side: each is one parameter of the optimizer, and a slice of one tensor
         self._order = sorted(range(len(settings)), key=lambda s: settings[s].learning_rate)
         ordered = [settings[s] for s in self._order]
@@ -111,13 +114,24 @@ class ProbeStack:
             if self._pulls:
                 count_D = domain_BD.sum(dim=0)
                 mean_SD = losses_BS.T @ domain_BD / count_D
-                weight_SD = ascent_weights(mean_SD, count_D, self._variance_weight_S1, variance_over=self.variance_over)
+                weight_SD = self._ascent_weights(mean_SD, count_D)
                 surplus_BSC.mul_((domain_BD @ weight_SD.T)[..., None])
             ascent_SCF = self._product(surplus_BSC, features_BF)  # at any scale: only its direction counts
             weights_SCF = self._perturbed(ascent_SCF)
             surplus_BSC, _ = self._surplus(features_BF, labels_B, weights_SCF)
         self._product(surplus_BSC.mul_(1.0 / batch), features_BF)
         return losses_BS.mean(dim=0)
+
+    def _ascent_weights(self, mean_SD: Tensor, count_D: Tensor) -> Tensor:
+        if self.variance_form == "entropic":
+            return entropic_weights(mean_SD, count_D, self._variance_weight_S1)
+        return ascent_weights(
+            mean_SD,
+            count_D,
+            self._variance_weight_S1,
+            variance_over=self.variance_over,
+            variance_scale=self.variance_scale,
+        )
 
     def _surplus(self, features_BF: Tensor, labels_B: Tensor, weights_SCF: Tensor) -> tuple[Tensor, Tensor]:
         """Gradient of each sample's loss by its logits, (B, S, C), and the losses (B, S)."""

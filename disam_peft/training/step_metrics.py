@@ -35,6 +35,8 @@ class FinishedStep:
         report: of its gradient.
         gradient_norm: before clipping, at loss scale 1, shape ().
         learning_rate: of its update.
+        rho: radius of its perturbation; 0 where it took the plain gradient.
+        variance_weight: its lambda.
     """
 
     number: int
@@ -42,6 +44,8 @@ class FinishedStep:
     report: StepReport
     gradient_norm: Tensor
     learning_rate: float
+    rho: float
+    variance_weight: float
 
 
 class StepMetrics:
@@ -63,7 +67,6 @@ class StepMetrics:
     ) -> None:
         self._dataset, self._method, self._config = dataset, method, config
         self._on_event, self._accelerator = on_event, accelerator
-        self._has_ascent = method.effective_rho > 0
         self._steps, self.skipped, self._skipped_in_a_row = 0, 0, 0
         self._counts: Tensor | None = None  # in the order of COUNTED
         self._losses: Tensor | None = None  # of the first and the last step
@@ -88,16 +91,17 @@ class StepMetrics:
             raise Diverged(self._diverged(step.indices_B))
         loss = step.report.loss
         self._losses = torch.stack([loss if self._losses is None else self._losses[0], loss])
-        self._count(step.report, skipped)
+        self._count(step, skipped)
         if self.is_logged(step.number) or skipped:
             values = {"learning_rate": step.learning_rate, "skipped": skipped, **self._numbers(step)}
             self.recorded_loss = values["loss"]
             self._on_event("step", step=step.number, **values)
             self.track(step.number, {name: value for name, value in values.items() if name != "skipped"})
 
-    def _count(self, report: StepReport, skipped: bool) -> None:
+    def _count(self, step: FinishedStep, skipped: bool) -> None:
+        report = step.report
         present_D = report.domain_counts > 0
-        no_ascent = (report.ascent_norm == 0) & self._has_ascent
+        no_ascent = (report.ascent_norm == 0) & (step.rho > 0)
         seen = torch.stack(
             [
                 (present_D.sum() == 1).long(),
@@ -127,9 +131,7 @@ class StepMetrics:
             "gradient_norm": float(step.gradient_norm),
         }
         if self._method.changes:
-            about = (step.number - 1, self._config.steps)
-            values["rho"] = self._method.rho_in_step(*about)
-            values["variance_weight"] = self._method.variance_weight_in_step(*about)
+            values["rho"], values["variance_weight"] = step.rho, step.variance_weight
         if report.ascent_cosine is not None:
             values["ascent_cosine"] = float(report.ascent_cosine)
         return values
@@ -195,8 +197,9 @@ class StepMetrics:
             return
         totals = self.totals()
         weights, steps = max(1, totals["domain_weights"]), max(1, totals["steps"])
-        over_samples = self._method.variance_over == "samples"
-        bound = "L_d - mean(L) > 1 / (2 lambda)" if over_samples else "L_d - mean(L) > n_d K / (2 lambda N)"
+        over_samples, relative = self._method.variance_over == "samples", self._method.variance_scale == "relative"
+        apart = "(L_d - mean(L)) / mean loss" if relative else "L_d - mean(L)"
+        bound = f"{apart} > 1 / (2 lambda)" if over_samples else f"{apart} > n_d K / (2 lambda N)"
         if totals["negative_domain_weights"] > RARE * weights:
             warnings.warn(
                 f"{totals['negative_domain_weights'] / weights:.0%} of the domain weights were negative: the ascent "
@@ -206,7 +209,8 @@ class StepMetrics:
             )
         if len(self._dataset.present_domains) > 1 and totals["one_domain_steps"] > UNUSUAL * steps:
             warnings.warn(
-                f"{totals['one_domain_steps'] / steps:.0%} of the steps saw one domain only and were plain SAM; use "
+                f"{totals['one_domain_steps'] / steps:.0%} of the steps saw one domain only and were plain "
+                f"{self._method.descent.upper()}; use "
                 "train.sampling=balanced or a larger train.batch_size",
                 stacklevel=3,
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -22,13 +23,13 @@ from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.disam.disam import DISAM
-from disam_peft.errors import UserError
+from disam_peft.errors import UserError, did_you_mean
 from disam_peft.objectives.run_objective import build_objective
 from disam_peft.training.averages.weight_averages import WeightAverages
 from disam_peft.training.compiled_blocks import CompiledBlocks
 from disam_peft.training.guarded_optimizer import GuardedOptimizer
 from disam_peft.training.micro_batching import StepGradient, choose_micro_batches
-from disam_peft.training.optimizers import Schedule, build_optimizer
+from disam_peft.training.optimizers import Schedule, build_optimizer, learning_rate_factor
 from disam_peft.training.selection import same_tensors
 from disam_peft.training.step_metrics import FinishedStep, OnEvent, StepMetrics
 
@@ -85,6 +86,8 @@ class Trainer:
             classifier, dataset, config, method, accelerator.num_processes, self.objective
         )
         self.method, self.disam = method, _disam(params, method, config, dataset, accelerator)
+        if method.effective_rho > 0:
+            self.disam.rho_factors = rho_factors(self.trained, method.rho_factors)
         self.gradient = StepGradient(
             classifier, self.disam, self.micro_batches, accelerator, self.objective, config.batch_size
         )
@@ -109,8 +112,9 @@ class Trainer:
             UserError: ten steps in a row were skipped, or memory ran out.
         """
         step = self.steps_done + 1
-        self.disam.rho = self.method.rho_in_step(self.steps_done, self.config.steps)
-        self.disam.variance_weight = self.method.variance_weight_in_step(self.steps_done, self.config.steps)
+        about = self.steps_done, self.config.steps, learning_rate_factor(self.config, self.steps_done)
+        self.disam.rho = self.method.rho_in_step(*about)
+        self.disam.variance_weight = self.method.variance_weight_in_step(*about)
         try:
             with self.compiled:
                 report = self.gradient(batch)  # both passes: p.grad is the gradient at w + e, the weights are w again
@@ -118,11 +122,19 @@ class Trainer:
             raise self._out_of_memory(step, error) from error
         self.optimizer.flush()  # of the step before: while these passes run on a GPU, waiting for it costs nothing
         gradient_norm = self.optimizer.clip_gradients(self.config.clip_norm)
-        learning_rate = self.schedule.learning_rate
+        finished = FinishedStep(
+            step,
+            batch["indices"],
+            report,
+            gradient_norm,
+            self.schedule.learning_rate,
+            self.disam.rho,
+            self.disam.variance_weight,
+        )
         outcome = self.optimizer.step(report.is_finite & torch.isfinite(gradient_norm))
         self.schedule.step(outcome)
         self.averages.update(outcome)
-        self.metrics.record(FinishedStep(step, batch["indices"], report, gradient_norm, learning_rate), outcome)
+        self.metrics.record(finished, outcome)
         if self.metrics.is_logged(step):
             self.optimizer.flush()
         self.steps_done = step
@@ -174,10 +186,10 @@ def _disam(
     dataset: DomainDataset,
     accelerator: Accelerator,
 ) -> DISAM:
-    if method.name == "disam" and len(dataset.present_domains) == 1:
+    if method.has_variance and len(dataset.present_domains) == 1:
         warnings.warn(
-            f"disam with one source domain ({dataset.present_domains[0]!r}): the variance over domains is 0 and the "
-            "run equals sam bit for bit; add a domain, or use method.name=sam",
+            f"{method.name} with one source domain ({dataset.present_domains[0]!r}): the variance over domains is 0 "
+            f"and the run equals {method.descent} bit for bit; add a domain, or use method.name={method.descent}",
             stacklevel=3,
         )
     return DISAM(
@@ -185,6 +197,10 @@ def _disam(
         rho=method.effective_rho,
         variance_weight=method.effective_variance_weight,
         variance_over=method.variance_over,
+        variance_scale=method.variance_scale,
+        variance_form=method.variance_form,
+        descent=method.descent,
+        alpha=method.effective_alpha,
         adaptive=method.adaptive,
         num_domains=len(dataset.domains),
         backward=accelerator.backward,
@@ -193,3 +209,31 @@ def _disam(
         reduce_gradients=True,
         ascent_cosine=config.log_ascent_cosine,
     )
+
+
+def rho_factors(trained: Mapping[str, Tensor], factors: Mapping[str, float]) -> dict[Tensor, float]:
+    """Tensor -> factor on rho, from ``method.rho_factors``.
+
+    Args:
+        trained: the trained tensors by name.
+        factors: patterns of names, as on a command line (``*``, ``?``, ``[ab]``), and their factors.
+
+    Raises:
+        UserError: a pattern that matches no name, or a name that matches several.
+    """
+    found: dict[str, str] = {}
+    for pattern in factors:
+        names = [name for name in trained if fnmatchcase(name, pattern)]
+        if not names:
+            some = ", ".join(list(trained)[:6]) + (", ..." if len(trained) > 6 else "")
+            raise UserError(
+                f"method.rho_factors: no trained tensor has a name like {pattern!r}{did_you_mean(pattern, trained)}; "
+                f"the {len(trained)} names are {some}"
+            )
+        if twice := [name for name in names if name in found]:
+            raise UserError(
+                f"method.rho_factors: {twice[0]} matches {found[twice[0]]!r} and {pattern!r}; make the patterns such "
+                "that each tensor matches one of them"
+            )
+        found |= dict.fromkeys(names, pattern)
+    return {trained[name]: factors[pattern] for name, pattern in found.items() if factors[pattern] != 1}

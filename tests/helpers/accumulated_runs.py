@@ -39,6 +39,10 @@ METHODS = {
     "sam": MethodConfig(name="sam", rho=0.3),
     "disam": MethodConfig(rho=0.3, variance_weight=0.6),
     "adaptive": MethodConfig(rho=1.0, variance_weight=0.6, adaptive=True),
+    "disam_gsam": MethodConfig(name="disam_gsam", rho=0.3, variance_weight=0.6, variance_scale="relative"),
+    "disam_sagm": MethodConfig(name="disam_sagm", rho=0.3, variance_weight=0.6, alpha=0.5, variance_form="entropic"),
+    "second half": MethodConfig.model_validate({"rho": 0.3, "variance_weight": 0.6, "from": 0.5}),
+    "follows": MethodConfig.model_validate({"rho": {"kind": "follow_lr", "max": 0.3, "min": 0.1}, "name": "gsam"}),
 }
 OBJECTIVES = {
     "vrex": ObjectiveConfig(penalties=[VRexConfig(weight=3.0, anneal=1)], loss=CrossEntropyConfig(label_smoothing=0.1)),
@@ -143,6 +147,9 @@ ON_TWO = {
     "penalties": {"pieces": 2, "batch": 13, "objective": "penalties"},
     "penalties, one piece": {"pieces": 1, "batch": 13, "objective": "penalties"},
     "penalties of a head": {"pieces": 2, "batch": 13, "objective": "penalties", "cell": "probe-zero_shot"},
+    "gsam": {"pieces": 2, "batch": 13, "method": "disam_gsam"},
+    "sagm": {"pieces": 3, "batch": 18, "method": "disam_sagm", "scale": 1024.0},
+    "second half": {"pieces": 2, "batch": 13, "method": "second half"},
     "mixup": {"pieces": 2, "batch": 13, "objective": "vrex", "mixup": MixupConfig()},
     "mixup, balanced classes": {"pieces": 1, "batch": 7, "mixup": MixupConfig(), "class_sampling": "balanced"},
     "captions": {"pieces": 2, "batch": 13, "cell": "lora-both", "objective": "contrastive", "templates": CAPTIONS},

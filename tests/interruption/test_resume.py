@@ -232,6 +232,23 @@ def trained(openclip_name, domains_folder, tmp_path):
         {"save_every": 3, "mixed_precision": "bf16", "clip_norm": 0.1},
         {"save_every": 3, "adapter": LinearProbeConfig(), "method": MethodConfig(name="erm")},
         {"save_every": 2, "method": MethodConfig.model_validate({"rho": {"kind": "linear", "from": 0, "to": 0.5}})},
+        {
+            "save_every": 2,
+            "method": MethodConfig.model_validate(
+                {"name": "disam_gsam", "rho": {"kind": "follow_lr", "max": 0.5, "min": 0.1}, "from": 0.3, "every": 2}
+            ),
+        },
+        {
+            "save_every": 3,
+            "method": MethodConfig.model_validate(
+                {
+                    "name": "disam_sagm",
+                    "rho": {"kind": "cosine", "from": 0.5, "to": 0.1, "warmup_steps": 2},
+                    "variance_weight": {"kind": "linear", "from": 0.1, "to": 0.7},
+                    "variance_scale": "relative",
+                }
+            ),
+        },
         {"save_every": 100, "validate_every": 2},
         {"validate_every": 2},
         {"save_every": 2, "objective": ObjectiveConfig(penalties=[VRexConfig(weight=5.0, anneal=5)])},

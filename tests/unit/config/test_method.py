@@ -107,7 +107,7 @@ def test_a_cosine_falls_slowly_at_both_ends(recipe_of):
     assert method.rho_in_step(0, 1) == 0.2 and method.changes and method.effective_rho == 0.2
 
 
-def test_row_of_the_authors_schedules():
+def test_the_schedules_are_the_authors():
     """The values of GSAM's own schedulers, of which ``until`` is T_max."""
     cases = json.loads(str(REFERENCE["meta"]))["cases"]
     settings = {

@@ -72,8 +72,17 @@ def verdicts(subject):
     return {check.name: check.run(subject) for check in checks(subject)}
 
 
+METHODS = [
+    MethodConfig(),
+    MethodConfig(name="erm"),
+    MethodConfig(adaptive=True, rho=1.0),
+    MethodConfig(name="disam_gsam", variance_scale="relative"),
+    MethodConfig(name="disam_sagm", alpha=0.01, variance_form="entropic"),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [MethodConfig(), MethodConfig(name="erm"), MethodConfig(adaptive=True, rho=1.0)])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_sound_code_passes(subject, adapter, method):
     found = verdicts(subject(adapter, method=method))

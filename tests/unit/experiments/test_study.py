@@ -60,6 +60,12 @@ def test_erm_at_twice_the_steps_stretches_the_schedule(tmp_path):
     ]
 
 
+def test_a_method_needs_no_overrides_and_is_compared_with_what_it_is_without_domains(tmp_path):
+    found = plan(tmp_path, RECIPE + "arms: [erm, gsam, sagm, disam_gsam, disam_sagm]\n", seeds=1)
+    assert {cell.arm: cell.recipe.method.name for cell in found.cells} == {name: name for name in found.arms}
+    assert [pair for pair in found.pairs if "erm" not in pair] == [("disam_gsam", "gsam"), ("disam_sagm", "sagm")]
+
+
 def test_faults_spare_the_held_out_domain_of_each_cell(tmp_path):
     text = RECIPE + "conditions: {clean: {}, noisy: {data.shapes.wrong_labels: 0.5}}\nheld_out: all\nseeds: 1\n"
     found = plan(tmp_path, text)
@@ -123,7 +129,7 @@ def test_row_46_all_mistakes_of_a_study_at_once(tmp_path):
         plan(tmp_path, text, ["train.stepz=3"])
     message = str(caught.value)
     for part in (
-        "arms.erms: has no overrides and is none of erm, erm_2x, sam, disam",
+        "arms.erms: has no overrides and is none of erm, erm_2x, sam, disam, gsam, sagm, disam_gsam, disam_sagm",
         "no domain 'skech'; did you mean 'sketch'?",
         "metric: no measure 'top2'",
         "no arm 'erm' to compare with",
@@ -132,7 +138,7 @@ def test_row_46_all_mistakes_of_a_study_at_once(tmp_path):
         assert part in message
     with pytest.raises(UserError) as caught:
         plan(tmp_path, RECIPE + "arms: {sam: {method.rhoo: 1}, erm: }\n", ["train.stepz=3"])
-    assert "arm 'sam': method.rhoo: unknown key; did you mean 'rho'?" in str(caught.value)
+    assert "arm 'sam': method.rhoo: unknown key; did you mean 'rho' or 'rho_factors' or 'from'?" in str(caught.value)
     assert "train.stepz: unknown key" in str(caught.value)
     with pytest.raises(UserError, match="unknown key; did you mean 'conditions'"):
         plan(tmp_path, RECIPE + "condition: {}\nseeds: 3\n")

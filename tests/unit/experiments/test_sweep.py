@@ -103,6 +103,11 @@ def test_it_says_what_cannot_be_swept(recipe_path):
         sweep(load_recipe(recipe_path, ["augment.kind=standard"]))
     with pytest.raises(UserError, match=r"trains on single images, and this recipe has augment\.mixup"):
         sweep(load_recipe(recipe_path, ["augment.mixup={}"]))
+    with pytest.raises(UserError, match=r"trains with erm, sam and disam, and method\.name is 'disam_gsam'"):
+        sweep(load_recipe(recipe_path, ["method.name=disam_gsam"]))
+    for override in ("method.every=2", "method.from=0.5", "method.rho_factors={bias: 2}"):
+        with pytest.raises(UserError, match="perturbs all weights in every step, and this recipe does not"):
+            sweep(load_recipe(recipe_path, [override]), rhos=[0.1], variance_weights=[0.1])
     result = CliRunner().invoke(cli.app, ["sweep", str(recipe_path), "--rho", "0.1;0.2"])
     assert isinstance(result.exception, UserError) and "not a list of numbers" in str(result.exception)
 

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from dataclasses import replace
+from typing import get_args
 from xml.etree import ElementTree
 
 import pytest
@@ -20,9 +21,12 @@ from disam_peft.common.records import (
     write_list,
     write_results,
 )
+from disam_peft.config.method import MethodConfig
+from disam_peft.report.drawing import METHOD_COLOURS
 from disam_peft.report.figures import _smoothed, titles
 from disam_peft.report.groups import group_runs
 from disam_peft.report.page import build_report
+from disam_peft.report.result_tables import METHOD_TITLES
 from disam_peft.report.runs import read_runs
 from disam_peft.report.sharpness_tables import compare_sharpness
 from tests.helpers.report_pages import Reader, rows
@@ -199,3 +203,9 @@ def test_records_of_another_kind_are_refused(tmp_path):
     assert json.loads(path.read_text())[0]["losses"][0] == [2.0, 1.0, None]
     with pytest.raises(ValueError, match="not a list of rows with the keys confidence, key"):
         read_list(path, ExampleError)
+
+
+def test_every_method_has_a_title_and_a_colour():
+    names = get_args(MethodConfig.model_fields["name"].annotation)
+    assert len(names) == 7 and set(METHOD_TITLES) == {"zero_shot", *names}
+    assert set(METHOD_COLOURS) == set(METHOD_TITLES.values()) and len(set(METHOD_COLOURS.values())) == 8

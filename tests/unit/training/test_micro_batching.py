@@ -88,6 +88,36 @@ def test_every_method_in_pieces(run, method):
     assert (in_pieces - run(1, method=method)[0]).abs().max() <= 1e-12
 
 
+@pytest.mark.parametrize(
+    ("method", "mode"),
+    [("disam_gsam", "two_phase"), ("disam_sagm", "two_phase"), ("follows", "mean"), ("second half", "two_phase")],
+)
+def test_gsam_sagm_and_schedules_in_pieces(run, method, mode):
+    in_pieces, events = run(4, method=method)
+    whole = run(1, method=method)[0]
+    assert accumulation(events)["way"] == mode
+    assert (in_pieces - whole).abs().max() <= 1e-12
+    assert (run(1, method="disam")[0] - whole).abs().max() > 1e-4
+    assert torch.equal(run(1, method=method, scale=2.0**12)[0], whole), "whatever the loss scale"
+
+
+def test_a_step_that_perturbs_nothing_takes_one_pass_over_its_pieces(run, monkeypatch):
+    """Three steps, of which the last two perturb: of four pieces the first needs four forward passes, and the others
+    the seven of a gradient whose weights need all losses, and four more."""
+    forwards = []
+    outputs = gradient.ClipClassifier.outputs
+    monkeypatch.setattr(
+        gradient.ClipClassifier, "outputs", lambda self, frozen: forwards.append(len(frozen)) or outputs(self, frozen)
+    )
+    _, events = run(4, method="second half")
+    assert len(forwards) == 2 * 4 + 11
+    steps = [values for name, values in events if name == "step"]
+    assert [values["rho"] for values in steps] == [0, 0, 0.3]
+    assert [values["perturbed_loss"] == values["loss"] for values in steps] == [True, True, False]
+    trained = next(values for name, values in events if name == "trained")
+    assert trained["zero_ascent_steps"] == 0, "none was meant to have an ascent"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", sorted(accumulated_runs.CELLS))
 def test_every_adapter_in_pieces(run, cell):

@@ -33,15 +33,15 @@ def classifier(domains_folder, openclip_name):
     return load_pretrained(recipe, ("red", "green", "blue", "grey")).with_new_adapter()
 
 
-def measured(classifier, domains_folder, *, stored=False, batch_size=6, mixup=None):
+def measured(classifier, domains_folder, *, stored=False, batch_size=6, mixup=None, method=None, steps=1):
     dataset = load(DataConfig(root=domains_folder))
     return rehearse(
         classifier,
         dataset,
         dataset,
-        method=MethodConfig(),
+        method=method or MethodConfig(),
         objective=ObjectiveConfig(),
-        config=TrainConfig(steps=1, batch_size=batch_size, workers=0),
+        config=TrainConfig(steps=steps, batch_size=batch_size, workers=0),
         evaluation=EvaluationConfig(batch_size=8, workers=0),
         augment=AugmentConfig(mixup=mixup),
         stored=stored,
@@ -89,3 +89,22 @@ def test_memory_that_runs_out_is_told_as_in_training(classifier, domains_folder,
     monkeypatch.setattr("disam_peft.training.micro_batching.StepGradient.__call__", full)
     with pytest.raises(UserError, match=r"out of memory at step 1: no room.*gradient_accumulation_steps"):
         measured(classifier, domains_folder)
+
+
+def test_steps_that_perturb_nothing_are_measured_by_themselves(classifier, domains_folder, monkeypatch):
+    """And count by their share of the run: here one of four steps has two passes."""
+    method = MethodConfig.model_validate({"every": 4, "rho": 0.2})
+    assert rehearsal.share_of_perturbed_steps(method, TrainConfig(steps=8)) == 0.25
+    now, seen = [0.0], []
+
+    def step(self, batch):
+        seen.append(self.disam.rho)
+        now[0] += 8.0 if self.disam.rho > 0 else 4.0
+
+    monkeypatch.setattr(rehearsal.Trainer, "rehearse_step", step)
+    monkeypatch.setattr(rehearsal, "_now", lambda accelerator: now[0])
+    assert measured(classifier, domains_folder, method=method, steps=8).step_seconds == 0.25 * 8 + 0.75 * 4
+    assert set(seen) == {0.2, 0.0}
+    seen.clear()
+    assert measured(classifier, domains_folder, method=MethodConfig(name="erm")).step_seconds == 4
+    assert set(seen) == {0.0}

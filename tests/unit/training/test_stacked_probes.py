@@ -49,12 +49,23 @@ def draw(count, seed=1):
 
 
 def alone(
-    setting, features, labels, domains, *, adaptive=False, over="domains", bias=True, optimizer, batches, clip=None
+    setting,
+    features,
+    labels,
+    domains,
+    *,
+    adaptive=False,
+    over="domains",
+    bias=True,
+    optimizer,
+    batches,
+    clip=None,
+    **options,
 ):
     """The same by DISAM and autograd."""
     head = make_head(bias=bias)
     params = [p for p in head.parameters() if p.requires_grad]
-    disam = DISAM(params, setting.rho, setting.variance_weight, adaptive, num_domains=4, variance_over=over)
+    disam = DISAM(params, setting.rho, setting.variance_weight, adaptive, num_domains=4, variance_over=over, **options)
     steps = optimizer(params, setting.learning_rate)
     for rows in batches:
         disam.backward(
@@ -100,6 +111,25 @@ def test_every_probe_is_where_disam_would_have_taken_it(adaptive, bias, clip, ov
             torch.testing.assert_close(trial.state[name], tensor, rtol=0, atol=1e-12)
     # settings differ by far more than that
     assert (trials[4].state["weight"] - trials[8].state["weight"]).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("options", [{"variance_scale": "relative"}, {"variance_form": "entropic"}])
+def test_every_form_of_the_variance_is_that_of_disam(options):
+    features, labels, domains = draw(40)
+    batches = [torch.arange(start, start + 10) % 40 for start in range(0, 35, 7)]
+    stack = ProbeStack(make_head(), SETTINGS, **options)
+    config = TrainConfig(steps=len(batches), optimizer="sgd", momentum=0.0, weight_decay=0.0, schedule="constant")
+    trials = fit_probes(stack, probe_features(features, make_head()), labels, domains, batches, config)
+    plain = fit_probes(
+        ProbeStack(make_head(), SETTINGS), probe_features(features, make_head()), labels, domains, batches, config
+    )
+    differ = 0
+    for setting, trial, other in zip(SETTINGS, trials, plain, strict=True):
+        about = {"optimizer": torch.optim.SGD, "batches": batches}
+        expected = alone(setting, features, labels, domains, **about, **options)
+        torch.testing.assert_close(trial.state["weight"], expected["weight"], rtol=0, atol=1e-12)
+        differ += not torch.allclose(trial.state["weight"], other.state["weight"], rtol=0, atol=1e-8)
+    assert differ == sum(setting.rho > 0 and setting.variance_weight > 0 for setting in SETTINGS) > 0
 
 
 def test_a_frozen_bias_counts_and_stays():

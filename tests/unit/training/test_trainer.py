@@ -17,6 +17,7 @@ from disam_peft.config.adapters import LinearProbeConfig, LoraAdapterConfig
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.data import AugmentConfig, DataConfig
 from disam_peft.config.method import MethodConfig
+from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
 from disam_peft.errors import Diverged, UserError
@@ -24,6 +25,7 @@ from disam_peft.evaluation.protocols import Score
 from disam_peft.objectives.cross_entropy import cross_entropy
 from disam_peft.training.accelerator import check_precision, start_accelerator
 from disam_peft.training.fit import fit
+from disam_peft.training.trainer import Trainer, rho_factors
 from tests.helpers.losses import replace_loss
 
 SETTINGS = {"steps": 3, "batch_size": 6, "workers": 0, "log_every": 1}
@@ -107,6 +109,12 @@ def test_workers_do_not_change_the_result(trained):
         {"method": MethodConfig(rho=0.5)},
         {"method": MethodConfig(variance_weight=0.7)},
         {"method": MethodConfig(adaptive=True, rho=1.0)},
+        {"method": MethodConfig(variance_scale="relative")},
+        {"method": MethodConfig(variance_form="entropic")},
+        {"method": MethodConfig(name="disam_gsam")},
+        {"method": MethodConfig(name="disam_sagm")},
+        {"method": MethodConfig(rho_factors={"*lora_A*": 0.5})},
+        {"method": MethodConfig(every=2)},
         {"augment": AugmentConfig(kind="none")},
     ],
     ids=str,
@@ -134,6 +142,12 @@ def test_row_25_erm_sam_and_disam_agree_where_they_must(trained):
     assert torch.equal(erm, trained(method=MethodConfig(name="disam", rho=0.0))[0])
     sam = trained(method=MethodConfig(name="sam", variance_weight=0.5))[0]
     assert torch.equal(sam, trained(method=MethodConfig(name="disam", variance_weight=0.0))[0])
+    assert torch.equal(sam, trained(method=MethodConfig(name="gsam", alpha=0.0))[0])
+    for name in ("gsam", "sagm"):
+        plain = trained(method=MethodConfig(name=name))[0]
+        assert torch.equal(plain, trained(method=MethodConfig(name=f"disam_{name}", variance_weight=0.0))[0])
+        assert not torch.equal(plain, trained(method=MethodConfig(name=f"disam_{name}"))[0])
+        assert not torch.equal(plain, trained(method=MethodConfig(name=name, alpha=0.7))[0]), "the alpha"
     assert not torch.equal(erm, sam)
 
 
@@ -325,3 +339,44 @@ def test_a_schedule_of_rho_and_lambda_takes_its_values_step_by_step(trained):
     assert torch.equal(trained(method=MethodConfig.model_validate(same))[0], constant)
     falling = {"rho": 0.2, "variance_weight": {**linear, "from": 0.6, "to": 0.0}}
     assert not torch.equal(trained(method=MethodConfig.model_validate(falling))[0], constant)
+
+
+def test_steps_without_a_perturbation_are_erm(trained):
+    """The first half is that of a run of ERM, bit for bit."""
+    half = MethodConfig.model_validate({"from": 0.5, "rho": 0.3})
+    (_, events, _), (_, of_erm, _) = trained(method=half, steps=4), trained(method=MethodConfig(name="erm"), steps=4)
+    steps, erm = ([values for name, values in found if name == "step"] for found in (events, of_erm))
+    assert [values["rho"] for values in steps] == [0, 0, 0.3, 0.3] and "rho" not in erm[0]
+    assert [values["perturbed_loss"] > values["loss"] for values in steps] == [False, False, True, True]
+    assert [a["loss"] == b["loss"] for a, b in zip(steps, erm, strict=True)] == [True, True, True, False]
+    trained_events = dict(event for event in events if event[0] == "trained")
+    assert trained_events["trained"]["zero_ascent_steps"] == 0
+
+
+def test_rho_follows_the_learning_rate_of_the_step_to_be_taken(trained):
+    method = MethodConfig.model_validate({"rho": {"kind": "follow_lr", "max": 0.3, "min": 0.1}})
+    _, events, _ = trained(method=method, steps=4, learning_rate=2e-3, warmup_steps=1)
+    steps = [values for name, values in events if name == "step"]
+    assert [values["rho"] for values in steps] == pytest.approx(
+        [0.1 + 0.2 * values["learning_rate"] / 2e-3 for values in steps], rel=1e-14
+    )
+    assert steps[0]["rho"] == pytest.approx(0.3) and steps[-1]["rho"] < 0.2
+
+
+def test_patterns_of_names_give_factors_on_rho():
+    tensors = {name: torch.ones(1) for name in ("visual.0.lora_A", "visual.0.lora_B", "text.0.lora_A")}
+    found = rho_factors(tensors, {"visual.*_A": 0.5, "text.*": 0.0, "*_B": 1.0})
+    assert found == {tensors["visual.0.lora_A"]: 0.5, tensors["text.0.lora_A"]: 0.0}
+    with pytest.raises(UserError, match=r"no trained tensor has a name like 'vision\.\*'.*the 3 names are visual\.0"):
+        rho_factors(tensors, {"vision.*": 0.5})
+    with pytest.raises(UserError, match=r"text\.0\.lora_A matches 'text\.\*' and '\*_A'"):
+        rho_factors(tensors, {"text.*": 0.5, "*_A": 2.0})
+
+
+def test_factors_on_rho_are_those_of_the_step(make_classifier, dataset):
+    classifier = make_classifier()
+    names = list(classifier.trainable())
+    method = MethodConfig(rho_factors={names[0]: 0.25})
+    config = TrainConfig(**SETTINGS)
+    trainer = Trainer(classifier, dataset, method, ObjectiveConfig(), config, (), start_accelerator(), print)
+    assert trainer.disam.rho_factors == {classifier.trainable()[names[0]]: 0.25}
