@@ -42,7 +42,7 @@ class MMD(Penalty):
 
     A kernel compares samples, so that this is no function of sums over domains. The features of all samples are
     collected one by one in their places instead: a sum over micro-batches and processes of tensors (P, E), which are 0
-    where others have the sample. What follows, some twenty tensors (P, P) of float64, is computed by every process.
+    where others have the sample. What follows, about a dozen tensors (P, P) of float64, is computed by every process.
     """
 
     num_statistics = 2

@@ -27,16 +27,21 @@ ADAPTERS: dict[str, tuple[AdapterConfig, int]] = {
 }
 """Each with its number of classes."""
 
+PENALTIES: dict[str, dict[str, object]] = {
+    kind: {"penalties": [{"kind": kind, "anneal": 0}]} for kind in ("vrex", "groupdro", "irm", "coral", "mmd", "fishr")
+}
 TERMS: dict[str, dict[str, dict[str, object]]] = {
     "LoRA last 4": {
         "anchor logits": {"anchors": [{"kind": "logits"}]},
         "anchor image_features": {"anchors": [{"kind": "image_features"}]},
         "anchor weights": {"anchors": [{"kind": "weights"}]},
+        **PENALTIES,
     },
     "LoRA all 12": {"anchor logits": {"anchors": [{"kind": "logits"}]}},
     "CoOp 65 classes": {
         "anchor logits": {"anchors": [{"kind": "logits"}]},
         "anchor class_features": {"anchors": [{"kind": "class_features"}]},
+        "fishr": PENALTIES["fishr"],
     },
 }
 """Adapter -> name of a term -> ``objective`` as a recipe has it."""

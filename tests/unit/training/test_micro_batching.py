@@ -135,6 +135,18 @@ def test_every_source_in_pieces(run, source, cell):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("source", ["pixel store", "feature store"])
+@pytest.mark.parametrize("cell", ["lora-image", "coop-shared", "probe-zero_shot"])
+def test_penalties_from_every_source_in_pieces(run, source, cell):
+    options = {"cell": cell, "batch": 13, "objective": "penalties", "steps": 2}
+    whole, in_pieces = (run(pieces, source=source, **options)[0] for pieces in (1, 4))
+    assert (in_pieces - whole).abs().max() <= 1e-12
+    assert (run(1, source=source, **{**options, "objective": None})[0] - whole).abs().max() > 1e-6, "they matter"
+    if source == "feature store":
+        assert (run(1, **options)[0] - whole).abs().max() <= 1e-12, "as from images"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "cell", "of"),
     [
