@@ -72,6 +72,13 @@ _HOMES = {
     "SelectionConfig": "disam_peft.config.selection",
     "ShapesConfig": "disam_peft.config.shapes",
     "TrainConfig": "disam_peft.config.training",
+    # what is descended, in a loop of one's own
+    "Forward": "disam_peft.disam.domain_objective",
+    "Loss": "disam_peft.objectives.base",
+    "Penalty": "disam_peft.objectives.base",
+    "Reference": "disam_peft.objectives.base",
+    "class_weights": "disam_peft.objectives.class_weights",
+    "Objective": "disam_peft.objectives.objective",
     # data
     "DomainDataset": "disam_peft.data.dataset",
     "load_data": "disam_peft.data.load:load",
@@ -182,6 +189,7 @@ if TYPE_CHECKING:  # the same names, for type checkers; a test compares them wit
     from disam_peft.data.splits import split_train_validation as split_train_validation
     from disam_peft.data.transforms.augment import TrainTransform as TrainTransform
     from disam_peft.disam.disam import DISAM as DISAM
+    from disam_peft.disam.domain_objective import Forward as Forward
     from disam_peft.disam.step_report import StepReport as StepReport
     from disam_peft.errors import Notice as Notice
     from disam_peft.errors import Stopped as Stopped
@@ -196,6 +204,11 @@ if TYPE_CHECKING:  # the same names, for type checkers; a test compares them wit
     from disam_peft.experiments.run import train as train
     from disam_peft.export.merged import export_merged as export_merged
     from disam_peft.export.peft import export_peft as export_peft
+    from disam_peft.objectives.base import Loss as Loss
+    from disam_peft.objectives.base import Penalty as Penalty
+    from disam_peft.objectives.base import Reference as Reference
+    from disam_peft.objectives.class_weights import class_weights as class_weights
+    from disam_peft.objectives.objective import Objective as Objective
     from disam_peft.report.page import build_report as build_report
     from disam_peft.report.runs import read_runs as read_runs
     from disam_peft.training.accelerator import start_accelerator as start_accelerator

@@ -15,7 +15,7 @@ BLOCKS = [
     for page in PAGES
     for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S))
 ]
-GIVEN = {"params", "optimizer", "per_sample_loss", "domains", "folder"}
+GIVEN = {"params", "optimizer", "per_sample_loss", "domains", "folder", "loader", "body", "head"}
 """What the reader's own program has."""
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from tests.helpers.paths import ROOT
 
 
-@pytest.mark.parametrize("name", ["finetune_folder", "own_loop"])
+@pytest.mark.parametrize("name", ["finetune_folder", "own_loop", "own_objective"])
 def test_the_help_says_how_to_use_the_demo_backbone(name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     spec = importlib.util.spec_from_file_location(name, ROOT / f"recipes/{name}.py")
