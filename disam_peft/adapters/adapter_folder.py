@@ -114,7 +114,7 @@ def read_adapter(
     _require_size(directory, manifest, backbone)
     prompts = ClassPrompts(tuple(manifest.classes), tuple(manifest.templates))
     with torch.random.fork_rng(devices=[]):  # building draws initial weights that are overwritten at once
-        adapter = build_adapter(manifest.config, backbone, prompts)
+        adapter = build_adapter(manifest.config, backbone, prompts, to_train=False)
     try:
         adapter.load_state(state)
     except BaseException:

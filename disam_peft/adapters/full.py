@@ -73,11 +73,6 @@ class FullAdapter(Adapter):
             _register(frozen, name, base[name])
         backbone.model.add_module(_FROZEN, frozen)  # in the model, so that they move with it
         adapter._put_in(backbone)
-        try:
-            adapter._require_effect(backbone, chosen)
-        except BaseException:
-            adapter.detach(backbone)
-            raise
         return adapter
 
     def detach(self, backbone: ClipBackbone) -> None:
@@ -133,49 +128,6 @@ class FullAdapter(Adapter):
             "a 'full' adapter is the weights of the model itself, for which peft has no format; use --to merged, which "
             "writes a checkpoint that the model's own library loads"
         )
-
-    def _require_effect(self, backbone: ClipBackbone, chosen: dict[TowerName, list[TowerParameter]]) -> None:
-        """
-        Raises:
-            UserError: trained weights that no feature depends on, or that lie in the part that is taken as frozen.
-        """
-        trained = self._weights()
-        without: list[str] = []
-        for tower, parameters in chosen.items():
-            names = [one.name for one in parameters]
-            off = torch.autocast(backbone.device.type, enabled=False)
-            with torch.inference_mode(False), torch.enable_grad(), off:
-                total = self._probe(backbone, tower).sum()
-                tensors = [trained[name] for name in names]
-                known = total.requires_grad
-                gradients = torch.autograd.grad(total, tensors, allow_unused=True) if known else [None] * len(tensors)
-            without += [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
-        if without:
-            raise UserError(
-                f"{len(without)} of the {len(trained)} weights that would be trained cannot change any feature of "
-                f"{backbone.config.name}: {', '.join(without[:5])}{', ...' if len(without) > 5 else ''}; choose other "
-                "towers, blocks or parts"
-            )
-
-    def _probe(self, backbone: ClipBackbone, tower: TowerName) -> Tensor:
-        """Features of one image or one text, computed as training computes them."""
-        if tower == "text":
-            tokens_1L = backbone.tokenize(["a"])
-            if self.text_split == BEFORE_STEM:
-                return backbone.encode_text(tokens_1L)
-            assert self.text_split is not None
-            with torch.no_grad():
-                hidden = backbone.text_trunk(tokens_1L, self.text_split)
-            return backbone.text_head(hidden, tokens_1L, self.text_split)
-        height, width = backbone.preprocessing.size
-        generator = torch.Generator().manual_seed(0)
-        pixels_1CHW = torch.randn(1, 3, height, width, generator=generator).to(backbone.device, backbone.dtype)
-        if self.image_split == BEFORE_STEM:
-            return backbone.encode_image(pixels_1CHW)
-        assert self.image_split is not None
-        with torch.no_grad():
-            hidden = backbone.image_trunk(pixels_1CHW, self.image_split)
-        return backbone.image_head(hidden, self.image_split)
 
 
 def chosen_parameters(config: FullConfig, backbone: ClipBackbone) -> dict[TowerName, list[TowerParameter]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from disam_peft.adapters.base import Adapter
 from disam_peft.adapters.clip_adapter import ClipAdapter
 from disam_peft.adapters.coop.coop_adapter import CoOpAdapter
+from disam_peft.adapters.effect import require_effect
 from disam_peft.adapters.full import FullAdapter
 from disam_peft.adapters.linear_probe import LinearProbeAdapter
 from disam_peft.adapters.peft.peft_adapter import LoraAdapter, PeftAdapter
@@ -33,12 +34,17 @@ ADAPTERS: dict[type[Config], type[Adapter]] = {
 }
 
 
-def build_adapter(config: AdapterConfig, backbone: ClipBackbone, prompts: ClassPrompts) -> Adapter:
+def build_adapter(
+    config: AdapterConfig, backbone: ClipBackbone, prompts: ClassPrompts, *, to_train: bool = True
+) -> Adapter:
     """Build the adapter of a config on a backbone, for these classes. On an error the backbone is left as it was.
+
+    Args:
+        to_train: whether it will be trained. A saved one is built without the pass that finds weights without effect.
 
     Raises:
         UserError: the backbone already carries an adapter, the config asks for something that the backbone does not
-            have, a prompt cannot be used, or nothing would be trained.
+            have, a prompt cannot be used, nothing would be trained, or weights that cannot change any feature would.
     """
     fill_templates(prompts)
     _require_plain(backbone)
@@ -48,6 +54,12 @@ def build_adapter(config: AdapterConfig, backbone: ClipBackbone, prompts: ClassP
     if not adapter.trainable():
         adapter.detach(backbone)
         raise UserError(f"adapter '{config.kind}' has no trainable parameter with {config!r}; change its config")
+    if to_train:
+        try:
+            require_effect(adapter, backbone)
+        except BaseException:
+            adapter.detach(backbone)
+            raise
     return adapter
 
 

@@ -160,7 +160,7 @@ class _Pot:
         if len(runs) > 1:
             config, state = kind.soup([run.manifest.config for run in runs], [run.state for run in runs])
         prompts = ClassPrompts(tuple(manifest.classes), tuple(manifest.templates))
-        adapter = build_adapter(cast(AdapterConfig, config), self._backbone, prompts)
+        adapter = build_adapter(cast(AdapterConfig, config), self._backbone, prompts, to_train=False)
         adapter.load_state(state)
         return config, ClipClassifier(self._backbone, adapter, prompts)
 

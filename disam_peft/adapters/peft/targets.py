@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from disam_peft.backbones.base import ClipBackbone, Target, TowerName
+from disam_peft.backbones.base import BEFORE_STEM, ClipBackbone, Target, TowerName
 from disam_peft.config.adapters import Blocks, LastBlocks
 from disam_peft.errors import UserError, did_you_mean
 
@@ -76,7 +76,8 @@ def only_outside_blocks(chosen: Sequence[Target]) -> dict[TowerName, list[str]]:
 
 
 def frozen_blocks(backbone: ClipBackbone, chosen: Sequence[Target], tower: TowerName) -> int | None:
-    """How many leading blocks of the tower stay frozen; None where nothing of it is adapted."""
+    """How many leading blocks of the tower stay frozen; None where nothing of it is adapted, BEFORE_STEM where it is
+    something before the blocks."""
     touched = {target.name for target in chosen}
     here = [target for target in backbone.targets() if target.tower == tower]
     first = next((position for position, target in enumerate(here) if target.name in touched), None)
@@ -85,8 +86,9 @@ def frozen_blocks(backbone: ClipBackbone, chosen: Sequence[Target], tower: Tower
     block = here[first].block
     if block is not None:
         return block
+    count = tower_blocks(backbone, tower)
     behind_blocks = any(target.block is not None for target in here[:first])
-    return tower_blocks(backbone, tower) if behind_blocks else 0
+    return count if behind_blocks or count == 0 else BEFORE_STEM
 
 
 def block_indices(backbone: ClipBackbone, tower: TowerName, blocks: Blocks) -> list[int]:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from disam_peft.adapters.registry import build_adapter
-from disam_peft.backbones.base import ClipBackbone, TowerParameter
+from disam_peft.backbones.base import ClipBackbone
 from disam_peft.classification.classifier import ClipClassifier, zero_shot
 from disam_peft.classification.saved_classifier import load_adapter, save_adapter
 from disam_peft.config.adapters import FullConfig, LastBlocks, LoraAdapterConfig
@@ -181,32 +181,6 @@ def test_training_is_that_of_a_loop_on_the_raw_model(
     record_property("largest_difference", f"{largest:.1e}")
     assert compared == state.keys()
     assert largest <= 1e-10
-
-
-def test_row_79_weights_that_no_feature_depends_on_are_named(
-    twins: tuple[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backbone = tiny_backbone(twins, "open_clip", torch.float32)
-    before = {name: id(p) for name, p in backbone.model.named_parameters()}
-    known = backbone.tower_parameters("image")
-    stranger = TowerParameter("logit_scale", "end", None, is_norm=False)
-    monkeypatch.setattr(type(backbone), "tower_parameters", lambda self, tower: [*known, stranger])
-    with pytest.raises(UserError, match=r"1 of the \d+ weights .* cannot change any feature .*: logit_scale;"):
-        build_adapter(FullConfig(), backbone, PROMPTS)
-    assert {name: id(p) for name, p in backbone.model.named_parameters()} == before
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_row_79_a_frozen_part_that_holds_trained_weights_is_an_error(
-    twins: tuple[str, str], family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from disam_peft.adapters import full
-
-    monkeypatch.setattr(full, "_split", lambda backbone, chosen, tower: 1 if tower in chosen else None)
-    backbone = tiny_backbone(twins, family, torch.float32)
-    with pytest.raises(UserError, match=r"6 of the \d+ weights .* cannot change any feature"):
-        build_adapter(FullConfig(blocks="none", norms="all"), backbone, PROMPTS)  # of the stem and the first block
-    build_adapter(FullConfig(blocks=[1]), backbone, PROMPTS)  # the backbone is as it was, and this split is right
 
 
 @pytest.mark.parametrize(

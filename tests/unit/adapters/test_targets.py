@@ -14,7 +14,7 @@ import torch
 from disam_peft.adapters.peft.peft_adapter import PeftAdapter
 from disam_peft.adapters.peft.targets import frozen_blocks, select_targets
 from disam_peft.adapters.registry import build_adapter, planned_image_split
-from disam_peft.backbones.base import ClipBackbone
+from disam_peft.backbones.base import BEFORE_STEM, ClipBackbone
 from disam_peft.backbones.families import load_backbone
 from disam_peft.config.adapters import AdapterConfig, LastBlocks, LoraAdapterConfig
 from disam_peft.config.backbone import BackboneConfig
@@ -59,7 +59,7 @@ def test_the_adapted_modules_are_exactly_the_chosen_ones(backbone: ClipBackbone)
 def test_a_norm_outside_the_blocks_moves_the_split(backbone: ClipBackbone) -> None:
     loose = [t for t in backbone.targets() if t.tower == "image" and t.block is None and t.kind == "norm"]
     first, last = loose[0], loose[-1]
-    assert frozen_blocks(backbone, [first], "image") == 0
+    assert frozen_blocks(backbone, [first], "image") == BEFORE_STEM
     assert frozen_blocks(backbone, [last], "image") == 3
     assert frozen_blocks(backbone, [last], "text") is None
     chosen = select(backbone, projections=[last.projection, "norm1"], blocks=[1], kind="norm", method="ln_tuning")
