@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 
 from disam_peft.config.average import Averages, NoAverageConfig, kept_averages
 from disam_peft.config.base import Config
+from disam_peft.config.method import MethodConfig
 from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.training import TrainConfig
 
@@ -41,6 +42,9 @@ class Settings(Protocol):
     def average(self) -> Averages: ...
 
     @property
+    def method(self) -> MethodConfig: ...
+
+    @property
     def objective(self) -> ObjectiveConfig: ...
 
     @property
@@ -56,6 +60,8 @@ def effective(recipe: Settings) -> dict[str, Any]:
     averages = [average.model_dump(mode="json") for average in kept_averages(recipe.average)]
     none = NoAverageConfig().model_dump(mode="json")
     values["average"] = averages if len(averages) > 1 else next(iter(averages), none)
+    if recipe.method.descent != "sam":
+        values["method"]["alpha"] = recipe.method.effective_alpha
     values["objective"]["mean_over"] = recipe.objective.effective_mean_over
     values["train"]["validate_every"] = recipe.train.validation_interval
     return values
@@ -88,7 +94,10 @@ def settings_hash(recipe: Settings) -> str:
         told["average"] = averages
     else:
         told.pop("average", None)
-    objective, train = recipe.objective, recipe.train
+    method, objective, train = recipe.method, recipe.objective, recipe.train
+    if method.descent != "sam":
+        published = method.model_copy(update={"alpha": None}).effective_alpha
+        _set_or_drop(told, "method", "alpha", method.effective_alpha, published)
     unset = objective.model_copy(update={"mean_over": None}).effective_mean_over
     _set_or_drop(told, "objective", "mean_over", objective.effective_mean_over, unset)
     interval = train.model_copy(update={"validate_every": None}).validation_interval

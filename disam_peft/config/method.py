@@ -84,6 +84,11 @@ class MethodConfig(Config):
         published = PUBLISHED_ALPHA[self.descent]
         return published if self.alpha is None or self.descent == "sam" else self.alpha
 
+    def first_perturbed_step(self, steps: int) -> int:
+        """The first step that ``from`` allows to perturb, counted from 0; ``steps`` where it allows none."""
+        # rounded: 0.1 of 30 steps are 3, although 0.1 * 30 is a little more
+        return math.ceil(round(self.start * steps, 9))
+
     def rho_in_step(self, step: int, steps: int, rate: float = 1.0) -> float:
         """The radius in step ``step`` of ``steps``, which counts from 0; 0 for erm and in steps that perturb nothing.
 
@@ -92,8 +97,7 @@ class MethodConfig(Config):
         """
         if self.name == "erm":
             return 0.0
-        # rounded: 0.1 of 30 steps are 3, although 0.1 * 30 is a little more
-        first = math.ceil(round(self.start * steps, 9))
+        first = self.first_perturbed_step(steps)
         if step < first or (step - first) % self.every:
             return 0.0
         return value_in_step(self.rho, step, steps, rate)
@@ -102,13 +106,16 @@ class MethodConfig(Config):
         """The lambda in step ``step`` of ``steps``, which counts from 0; 0 for methods without a variance."""
         return value_in_step(self.variance_weight, step, steps, rate) if self.has_variance else 0.0
 
+    def changes_in(self, setting: Literal["rho", "variance_weight"]) -> bool:
+        """Whether the method uses this setting, and it changes over the run."""
+        is_used = self.has_variance if setting == "variance_weight" else self.name != "erm"
+        return is_used and isinstance(getattr(self, setting), ScheduleConfig)
+
     @property
     def changes(self) -> bool:
-        """Whether a setting that the method uses changes over the run."""
-        used = [self.rho, self.variance_weight] if self.has_variance else [self.rho]
-        if self.name == "erm":
-            return False
-        return self.skips_steps or any(isinstance(setting, ScheduleConfig) for setting in used)
+        """Whether what a step does changes over the run: its rho, its lambda, or whether it perturbs at all."""
+        skips = self.name != "erm" and self.skips_steps
+        return skips or self.changes_in("rho") or self.changes_in("variance_weight")
 
     @property
     def skips_steps(self) -> bool:

@@ -93,11 +93,6 @@ class Recipe(Config):
     def _loss_trains_the_adapter(self) -> Recipe:
         if conflict := head_conflict(self.objective.loss, self.adapter):
             raise ValueError(conflict)
-        if self.augment.mixup is not None and self.objective.loss.kind == "contrastive":
-            raise ValueError(
-                "objective.loss.kind=contrastive pairs each image with one caption, and augment.mixup makes images of "
-                "two classes; leave augment.mixup out, or take another loss"
-            )
         return self
 
     def folder(self, held_out: str | None) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from disam_peft.config.recipe import Recipe
 from disam_peft.errors import UserError
@@ -41,11 +42,13 @@ def check_sweep(
             "a sweep perturbs all weights in every step, and this recipe does not; remove from, every and rho_factors "
             "from method, or use disam-peft compare"
         )
-    if recipe.method.changes and not (rhos and variance_weights):
-        raise UserError(
-            "a sweep trains each probe with one rho and one lambda, and this recipe changes them over the steps; give "
-            "--rho and --variance-weight, or numbers in method"
-        )
+    key: Literal["rho", "variance_weight"]
+    for key, option, given in (("rho", "--rho", rhos), ("variance_weight", "--variance-weight", variance_weights)):
+        if not given and recipe.method.changes_in(key):
+            raise UserError(
+                f"a sweep trains each probe with one rho and one lambda, and method.{key} changes over the steps; give "
+                f"{option}, or a number in method.{key}"
+            )
     for name, values, least in (
         ("learning rates", learning_rates, "above 0"),
         ("rhos", rhos, "0 or more"),

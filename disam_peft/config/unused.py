@@ -40,7 +40,7 @@ def method_in_words(method: MethodConfig) -> str:
 def unused_settings(recipe: Recipe) -> list[str]:
     """``key=value (why)`` for every setting that was set, differs from its default, and has no effect here."""
     train = recipe.train
-    reasons = _unused_by_method(recipe.method)
+    reasons = _unused_by_method(recipe.method, train.steps)
     if train.optimizer == "adamw":
         reasons["train.momentum"] = "adamw has its own"
     if not recipe.features.store:
@@ -48,14 +48,17 @@ def unused_settings(recipe: Recipe) -> list[str]:
     return [f"{key}={_value(recipe, key)} ({why})" for key, why in reasons.items() if _is_set(recipe, key)]
 
 
-def _unused_by_method(method: MethodConfig) -> dict[str, str]:
-    rest = ("method.from", "method.every", "method.rho_factors")
+def _unused_by_method(method: MethodConfig, steps: int) -> dict[str, str]:
+    rest = (*_OF_VARIANCE, "method.adaptive", "method.alpha", "method.from", "method.every", "method.rho_factors")
     if method.name == "erm":
-        every = ("method.rho", *_OF_VARIANCE, "method.adaptive", "method.alpha", *rest)
-        return dict.fromkeys(every, "erm perturbs no weights") | {"train.log_ascent_cosine": "erm has no ascent"}
+        reasons = dict.fromkeys(("method.rho", *rest), "erm perturbs no weights")
+        return reasons | {"train.log_ascent_cosine": "erm has no ascent"}
     if method.effective_rho == 0:
-        return dict.fromkeys((*_OF_VARIANCE, "method.adaptive", "method.alpha", *rest), "rho 0 perturbs no weights")
-    reasons: dict[str, str] = {}
+        return dict.fromkeys(rest, "rho 0 perturbs no weights")
+    if method.first_perturbed_step(steps) >= steps:
+        why = f"method.from={method.start:g} of train.steps={steps} leaves no step that perturbs: the run is erm"
+        return dict.fromkeys(("method.rho", *rest), why)
+    reasons = {}
     if not method.has_variance:
         reasons |= dict.fromkeys(_OF_VARIANCE, f"{method.name} has no variance term")
         reasons["train.log_ascent_cosine"] = f"of {method.name} it is 1"

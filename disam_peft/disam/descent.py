@@ -19,6 +19,8 @@ from disam_peft.disam.sharding import largest_over_shards, local, summed_over_sh
 
 Descent = Literal["sam", "gsam", "sagm"]
 DESCENTS: tuple[str, ...] = get_args(Descent)
+PUBLISHED_ALPHA: dict[Descent, float] = {"sam": 0.0, "gsam": 0.4, "sagm": 0.001}
+"""What alpha is where nobody says: the example of GSAM's authors, and SAGM's code for PACS, VLCS and TerraIncognita."""
 
 
 def gsam_gradient(

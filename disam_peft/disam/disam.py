@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from disam_peft.disam.ascent import VarianceForm, VarianceOver, VarianceScale
-from disam_peft.disam.descent import Descent, FirstGradient, poison_unless_
+from disam_peft.disam.descent import PUBLISHED_ALPHA, Descent, FirstGradient, poison_unless_
 from disam_peft.disam.domain_objective import DomainObjective
 from disam_peft.disam.domain_sums import DomainSums, accumulation_dtype
 from disam_peft.disam.micro_batches import EffectiveBatch, PerSampleLoss
@@ -58,7 +58,8 @@ class DISAM(StepSettings):
             first one that is orthogonal to it, see ``gsam_gradient``. ``sagm``: their mean, and a perturbation that
             goes back along the gradient, see ``sagm_gradient`` and ``perturbations``. The first one is g, so that with
             lambda these are the paper's DISAM + GSAM and DISAM + SAGM.
-        alpha: of ``gsam`` and ``sagm``, which mean different things by it.
+        alpha: of ``gsam`` and ``sagm``, which mean different things by it. Unset: what their authors' code has, 0.4 and
+            0.001, see ``PUBLISHED_ALPHA``.
         adaptive: ASAM's perturbation, ``rho w^2 g / || |w| g ||``; rho is then usually 10 to 40 times larger.
         num_domains: the ids are 0..num_domains-1. Optional; with it a step needs no synchronisation with the device
             and, over several ranks, one collective less.
@@ -102,7 +103,7 @@ class DISAM(StepSettings):
         variance_scale: VarianceScale = "absolute",
         variance_form: VarianceForm = "variance",
         descent: Descent = "sam",
-        alpha: float = 0.0,
+        alpha: float | None = None,
     ) -> None:
         if num_domains is not None and num_domains < 1:
             raise ValueError(f"num_domains must be at least 1, not {num_domains}; leave it out if unknown")
@@ -110,7 +111,8 @@ class DISAM(StepSettings):
         self.params, self.rho_factors = trainable_with_rho(params, self.rho)
         self.variance_weight = variance_weight
         self.variance_over, self.variance_scale, self.variance_form = variance_over, variance_scale, variance_form
-        self.descent, self.alpha = descent, alpha
+        self.descent = descent
+        self.alpha = PUBLISHED_ALPHA[descent] if alpha is None else alpha
         self.adaptive = adaptive
         self.num_domains = num_domains
         self.reduce_gradients = reduce_gradients

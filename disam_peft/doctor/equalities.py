@@ -81,6 +81,7 @@ def sam(subject: Subject) -> CheckResult:
     bit."""
     subject.use(torch.float32)
     disam = subject.disam(variance_weight=0.0, adaptive=False, descent="sam")
+    disam.rho_factors = {}
     disam.backward(subject.losses(), subject.domains_B)
     found_P = subject.gradient()
 

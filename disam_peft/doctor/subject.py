@@ -22,6 +22,7 @@ from disam_peft.config.schedules import largest
 from disam_peft.disam.disam import DISAM
 from disam_peft.experiments.build import load_pretrained
 from disam_peft.objectives.cross_entropy import cross_entropy
+from disam_peft.training.trainer import rho_factors
 
 CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
 TEMPLATES = 2
@@ -130,7 +131,10 @@ class Subject:
             "adaptive": self.method.adaptive,
             "num_domains": len(set(DOMAINS)),
         }
-        return DISAM(self.params, **(options | changes))
+        disam = DISAM(self.params, **(options | changes))
+        if self.method.effective_rho > 0:
+            disam.rho_factors = rho_factors(self.classifier.trainable(), self.method.rho_factors)
+        return disam
 
     def gradient(self) -> Tensor:
         """The gradient (P,) that the last step left; the parameters have none afterwards."""

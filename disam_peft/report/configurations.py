@@ -167,7 +167,15 @@ def setting_text(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, Mapping):
+        return _group_text(value)
     return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _group_text(group: Mapping[str, Any]) -> str:
+    """``linear(from=0.1, to=0.02)``, or ``*lora_A*=0.5``."""
+    told = ", ".join(f"{key}={setting_text(value)}" for key, value in group.items() if key != "kind")
+    return f"{group['kind']}({told})" if "kind" in group else told or "-"
 
 
 def configuration_titles(found: Sequence[Configuration]) -> list[str]:

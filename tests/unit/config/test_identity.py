@@ -46,6 +46,21 @@ ANOTHER = [
     {"train": {"validate_every": 7}},
     {"data": {"root": "images", "pixel_store": 64}},
     {"protocol": {"held_out": "sketch", "validation_fraction": 0.1}},
+    {"method": {"name": "gsam"}},
+    {"method": {"name": "gsam", "alpha": 0.1}},
+    {"method": {"name": "disam_gsam"}},
+    {"method": {"name": "sagm"}},
+    {"method": {"rho": {"kind": "constant", "value": 0.05, "warmup_steps": 5}}},
+    {"method": {"rho": {"kind": "linear", "from": 0.1, "to": 0.02}}},
+    {"method": {"rho": {"kind": "linear", "from": 0.1, "to": 0.02, "until": 9}}},
+    {"method": {"rho": {"kind": "cosine", "from": 0.1, "to": 0.02}}},
+    {"method": {"rho": {"kind": "follow_lr", "max": 0.1, "min": 0.02}}},
+    {"method": {"variance_weight": {"kind": "linear", "from": 0.1, "to": 0.02}}},
+    {"method": {"from": 0.5}},
+    {"method": {"every": 2}},
+    {"method": {"rho_factors": {"*lora_A*": 0.5}}},
+    {"method": {"variance_scale": "relative"}},
+    {"method": {"variance_form": "entropic"}},
 ]
 
 
@@ -60,6 +75,17 @@ def test_every_other_setting_makes_another_run() -> None:
     assert len({settings_hash(each) for each in recipes}) == len(recipes)
     settings = [identifying_settings(each) for each in recipes]
     assert all(one not in settings[:number] for number, one in enumerate(settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "alpha"), [("gsam", 0.4), ("disam_gsam", 0.4), ("sagm", 0.001), ("disam_sagm", 0.001)]
+)
+def test_an_alpha_that_is_written_down_as_published_is_the_same_run(name: str, alpha: float) -> None:
+    unset, given = recipe(method={"name": name}), recipe(method={"name": name, "alpha": alpha})
+    assert identifying_settings(given) == identifying_settings(unset)
+    assert identifying_settings(unset)["method.alpha"] == alpha
+    assert settings_hash(given) == settings_hash(unset)
+    assert settings_hash(recipe(method={"name": name, "alpha": 0})) != settings_hash(unset)
 
 
 def test_a_seed_is_another_run_with_the_same_settings() -> None:

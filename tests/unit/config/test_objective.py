@@ -97,7 +97,7 @@ def test_a_loss_of_class_features_does_not_train_a_head(recipe_of, kind):
 
 
 def test_mixed_images_have_no_captions(recipe_of):
-    with pytest.raises(UserError, match=r"objective\.loss\.kind=contrastive pairs each image with one caption"):
+    with pytest.raises(UserError, match="the contrastive loss compares each image with one caption"):
         recipe_of("objective.loss=contrastive", "augment.mixup={}")
     recipe_of("objective.loss=margin_softmax", "augment.mixup={}")
 

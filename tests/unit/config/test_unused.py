@@ -54,6 +54,15 @@ def test_settings_of_the_other_methods_are_said():
     assert len(unused_settings(recipe(method={"rho": 0, **method}))) == 5
 
 
+def test_a_start_behind_the_last_step_is_said():
+    """Half of a step is none: 0.95 of 10 steps begin behind the tenth."""
+    method = {"name": "disam_gsam", "from": 0.95, "rho": 0.1}
+    for steps, number in ((10, 2), (20, 0)):
+        found = unused_settings(recipe(method=method, train={"steps": steps}))
+        assert len(found) == number
+        assert all("method.from=0.95 of train.steps=10 leaves no step that perturbs" in line for line in found)
+
+
 def test_defaults_are_not_told_even_where_a_resolved_recipe_has_them_all():
     whole = MethodConfig(name="erm").model_dump()
     assert unused_settings(recipe(method=whole)) == []

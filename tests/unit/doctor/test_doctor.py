@@ -35,6 +35,7 @@ from disam_peft.doctor.examine import Examination, checks, demo_recipe
 from disam_peft.doctor.examine import examine as examine_all
 from disam_peft.doctor.subject import build_subject
 from disam_peft.doctor.two_processes import PROCESSES, TwoProcesses
+from disam_peft.errors import UserError
 from tests.helpers.ranks import fork_ranks
 
 ADAPTERS = {
@@ -76,7 +77,7 @@ METHODS = [
     MethodConfig(),
     MethodConfig(name="erm"),
     MethodConfig(adaptive=True, rho=1.0),
-    MethodConfig(name="disam_gsam", variance_scale="relative"),
+    MethodConfig(name="disam_gsam", variance_scale="relative", rho_factors={"*": 0.5}),
     MethodConfig(name="disam_sagm", alpha=0.01, variance_form="entropic"),
 ]
 
@@ -114,6 +115,17 @@ def test_what_is_examined_can_tell(subject):
     assert torch.equal(again.weights(), tested.weights())
     before = tested.weights()
     assert torch.equal(tested.use(torch.float64).use(torch.float32).weights(), before)
+
+
+def test_the_step_that_is_examined_is_the_recipes(subject):
+    method = {"name": "disam_sagm", "alpha": 0.01, "variance_form": "entropic", "rho": {"from": 0.1, "to": 0.4}}
+    tested = subject(method=MethodConfig.model_validate({**method, "rho_factors": {"*lora_A*": 0.5}}))
+    disam = tested.disam()
+    assert (disam.descent, disam.alpha, disam.variance_form, disam.rho) == ("sagm", 0.01, "entropic", 0.4)
+    names = {p: name for name, p in tested.classifier.trainable().items()}
+    assert sorted(names[p] for p in disam.rho_factors) == sorted(name for name in names.values() if "lora_A" in name)
+    with pytest.raises(UserError, match=r"method\.rho_factors: no trained tensor has a name like 'lora_A'"):
+        subject(method=MethodConfig(rho_factors={"lora_A": 0.5})).disam()
 
 
 # -- faults --------------------------------------------------------------------------------------------------------

@@ -89,6 +89,14 @@ def test_what_it_says_to_type_trains_that_very_setting(recipe_path):
     assert str(recipe.data.root) == "a folder"
 
 
+def test_values_that_are_given_take_the_place_of_a_schedule(recipe_path):
+    """Of the other setting the recipe has a number, or its method does not use it."""
+    found = sweep(load_recipe(recipe_path, ["method.rho={from: 0.2, to: 0.1}"]), learning_rates=[1e-2], rhos=[0.03])
+    assert [(row.rho, row.variance_weight) for row in found] == [(0.03, 0.1)]
+    schedules = ["method.name=sam", "method.rho=0.03", "method.variance_weight={from: 0.2, to: 0.1}"]
+    assert [row.method for row in sweep(load_recipe(recipe_path, schedules), learning_rates=[1e-2])] == ["sam"]
+
+
 def test_it_says_what_cannot_be_swept(recipe_path):
     recipe = load_recipe(recipe_path)
     with pytest.raises(UserError, match="rhos: -1 is not 0 or more"):
@@ -108,6 +116,9 @@ def test_it_says_what_cannot_be_swept(recipe_path):
     for override in ("method.every=2", "method.from=0.5", "method.rho_factors={bias: 2}"):
         with pytest.raises(UserError, match="perturbs all weights in every step, and this recipe does not"):
             sweep(load_recipe(recipe_path, [override]), rhos=[0.1], variance_weights=[0.1])
+    for key, others in (("rho", {"variance_weights": [0.1]}), ("variance_weight", {"rhos": [0.1]})):
+        with pytest.raises(UserError, match=f"method.{key} changes over the steps; give --{key.replace('_', '-')}, or"):
+            sweep(load_recipe(recipe_path, [f"method.{key}={{from: 0.2, to: 0.1}}"]), **others)
     result = CliRunner().invoke(cli.app, ["sweep", str(recipe_path), "--rho", "0.1;0.2"])
     assert isinstance(result.exception, UserError) and "not a list of numbers" in str(result.exception)
 

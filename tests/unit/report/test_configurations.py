@@ -12,6 +12,7 @@ from matplotlib.container import BarContainer
 from disam_peft.common.finished import Finished, write_finished
 from disam_peft.common.records import append_event, read_results, write_results
 from disam_peft.config.evaluation import SharpnessConfig
+from disam_peft.config.recipe import load_recipe, save_recipe
 from disam_peft.errors import UserError
 from disam_peft.report.configurations import configuration_titles, configurations, data_titles, telling_apart
 from disam_peft.report.figures import accuracy_bars, configuration_dots, domain_curves
@@ -236,6 +237,58 @@ def test_titles_of_configurations_name_what_tells_them_apart(tmp_path):
     found = configurations(read_runs([tmp_path]))
     assert sorted(configuration_titles(found)) == ["ERM", "SAM (rho=0.1)", "SAM (rho=0.5)"]
     assert telling_apart(found) == ["method.rho"]
+
+
+SCHEDULES = {
+    "0.05": {},
+    "linear(from=0.1, to=0.02)": {"rho": {"kind": "linear", "from": 0.1, "to": 0.02}},
+    "linear(from=0.1, to=0.02, until=9)": {"rho": {"kind": "linear", "from": 0.1, "to": 0.02, "until": 9}},
+    "cosine(from=0.1, to=0.02)": {"rho": {"kind": "cosine", "from": 0.1, "to": 0.02}},
+    "follow_lr(max=0.1, min=0.02)": {"rho": {"kind": "follow_lr", "max": 0.1, "min": 0.02}},
+    "constant(value=0.05, warmup_steps=9, warmup_from=0)": {
+        "rho": {"kind": "constant", "value": 0.05, "warmup_steps": 9}
+    },
+}
+
+
+def test_runs_with_other_schedules_are_never_pooled_and_have_one_column_for_them(tmp_path):
+    for number, schedule in enumerate(SCHEDULES.values()):
+        method = {"name": "disam_gsam", **schedule}
+        write_run(tmp_path / f"{number}/sketch", method="disam_gsam", value=number / 10, recorded=images())
+        rewrite_method(tmp_path / f"{number}/sketch", method)
+    [table] = tables_of(tmp_path)
+    assert table.titles == ("rho", "sketch")
+    found = {texts[0]: texts[1] for name, texts in table.texts() if name == "DISAM + GSAM"}
+    assert found == {title: f"{10.0 * number:.1f}" for number, title in enumerate(SCHEDULES)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "title", "texts"),
+    [
+        ({"alpha": 0.1}, "alpha", {"0.4", "0.1"}),
+        ({"from": 0.5}, "from", {"0", "0.5"}),
+        ({"every": 2}, "every", {"1", "2"}),
+        ({"rho_factors": {"*lora_A*": 0.5, "visual.*": 0}}, "rho_factors", {"-", "*lora_A*=0.5, visual.*=0"}),
+        ({"variance_scale": "relative"}, "variance_scale", {"absolute", "relative"}),
+        ({"variance_form": "entropic"}, "variance_form", {"variance", "entropic"}),
+        ({"variance_weight": {"from": 0.1, "to": 0.7}}, "variance_weight", {"0.1", "linear(from=0.1, to=0.7)"}),
+    ],
+)
+def test_every_setting_of_a_method_tells_runs_apart_in_one_column(tmp_path, settings, title, texts):
+    for number, method in enumerate(({}, settings)):
+        folder = write_run(tmp_path / f"{number}/sketch", method="disam_gsam", value=number / 4, recorded=images())
+        rewrite_method(folder, {"name": "disam_gsam", **method})
+    found = configurations(read_runs([tmp_path]))
+    assert telling_apart(found) == [f"method.{title}"] and len(found) == 2
+    assert set(configuration_titles(found)) == {f"DISAM + GSAM ({title}={text})" for text in texts}
+    [table] = tables_of(tmp_path)
+    assert table.titles == (title, "sketch")
+    assert {cells[0] for name, cells in table.texts() if name == "DISAM + GSAM"} == texts
+
+
+def rewrite_method(folder, method):
+    recipe = load_recipe(folder / "recipe.yaml", [f"method={json.dumps(method)}"])
+    save_recipe(recipe, folder / "recipe.yaml")
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,13 @@ from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.config.adapters import LoraAdapterConfig
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.data import AugmentConfig, DataConfig
+from disam_peft.config.method import MethodConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
 from disam_peft.objectives.cross_entropy import cross_entropy
 from disam_peft.training.accelerator import start_accelerator
 from disam_peft.training.fit import fit
+from disam_peft.training.optimizers import learning_rate_factor
 from tests.helpers.losses import replace_loss
 from tests.helpers.overflow import Overflow
 
@@ -59,14 +61,26 @@ def same_bits(ours, theirs):
     return len(ours) == len(theirs) > 0 and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+FOLLOWS = {"name": "disam_gsam", "rho": {"kind": "follow_lr", "max": 0.1, "min": 0.02}}
+
+
 @pytest.mark.parametrize("bad_pass", [1, 2], ids=["pass 1", "pass 2"])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {},
+        pytest.param(FOLLOWS, marks=pytest.mark.slow),
+        pytest.param({"name": "disam_sagm", "variance_form": "entropic"}, marks=pytest.mark.slow),
+    ],
+    ids=["disam", "gsam", "sagm"],
+)
 def test_row_29_an_overflow_in_the_loop_changes_nothing_but_the_scale(
-    bad_pass, where, scaled, domains_folder, openclip_name, monkeypatch
+    bad_pass, where, method, scaled, domains_folder, openclip_name, monkeypatch
 ):
 
     accelerator, scaler = scaled
-    calls, rates = [], []
+    calls, steps = [], []
 
     def overflowing(logits, labels):
         calls.append(1)
@@ -83,11 +97,13 @@ def test_row_29_an_overflow_in_the_loop_changes_nothing_but_the_scale(
     result = fit(
         classifier,
         dataset,
+        method=MethodConfig.model_validate(method),
         config=TrainConfig(steps=STEPS, batch_size=6, workers=0, log_every=1),
         augment=AugmentConfig(kind="none"),
         accelerator=accelerator,
-        on_event=lambda name, **values: rates.append(values["learning_rate"]) if name == "step" else None,
+        on_event=lambda name, **values: steps.append(values) if name == "step" else None,
     )
+    rates = [values["learning_rate"] for values in steps]
     assert len(scaler.steps) == len(rates) == STEPS and result.skipped_steps == 1
     for step, ((weights, state, scale), (weights_after, state_after, scale_after)) in enumerate(scaler.steps, start=1):
         if step == BAD_STEP:
@@ -98,3 +114,6 @@ def test_row_29_an_overflow_in_the_loop_changes_nothing_but_the_scale(
             assert scale_after == scale
     kept = rates[BAD_STEP - 1]
     assert rates[BAD_STEP - 2] > kept == rates[BAD_STEP] > rates[BAD_STEP + 1], "the schedule waits for the step"
+    if method is FOLLOWS:
+        planned = [learning_rate_factor(TrainConfig(steps=STEPS), step) for step in range(STEPS)]
+        assert [values["rho"] for values in steps] == pytest.approx([0.02 + 0.08 * rate for rate in planned])
