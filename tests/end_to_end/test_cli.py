@@ -99,19 +99,22 @@ def test_soup(cli, arguments, tmp_path):
     assert code == 2 and "needs two runs or more" in err
 
 
-@pytest.mark.parametrize("name", ["coop_disam", "coop_erm", "linear_probe_sam", "lora_sam"])
+@pytest.mark.parametrize(
+    "name", ["paper/pacs/coop_disam", "paper/pacs/coop_erm", "pacs/linear_probe_sam", "pacs/lora_sam"]
+)
 def test_every_adapter_trains_and_reloads(cli, arguments, tmp_path, name):
-    adapter = [SMALL_LORA] if name.startswith("lora") else []
+    recipe = ROOT / f"recipes/{name}.yaml"
+    adapter = [SMALL_LORA] if recipe.stem.startswith("lora") else []
     code, _, err = cli(
         "train",
-        ROOT / f"recipes/pacs/{name}.yaml",
+        recipe,
         "protocol.held_out=art",
         *adapter,
         *arguments,
         "train.tracker=tensorboard",
     )
     assert code == 0, err
-    [folder] = find_runs(tmp_path / "runs" / f"pacs-{name.replace('_', '-')}")
+    [folder] = find_runs(tmp_path / "runs" / f"pacs-{recipe.stem.replace('_', '-')}")
     assert list((folder.parent / "tensorboard/art").iterdir())
     code, _, err = cli("evaluate", folder)
     assert code == 0, err

@@ -11,7 +11,7 @@ from disam_peft.cli.app import app
 from disam_peft.config.recipe import load_recipe
 from tests.helpers.paths import RECIPES, ROOT
 
-PAGES = sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), *sorted(RECIPES.rglob("*.md"))]
 RECIPE_FILES = sorted(RECIPES.rglob("*.yaml"))
 VERBS = typer.main.get_group(app).commands
 

@@ -7,9 +7,9 @@ from dataclasses import fields
 import pytest
 
 from disam_peft.common.records import ResultRow
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import RECIPES, ROOT
 
-PAGES = sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), *sorted(RECIPES.rglob("*.md"))]
 
 
 def paths(text: str) -> list[str]:
