@@ -48,43 +48,55 @@ def frontier(
 
 
 def print_frontier(frontiers: Sequence[Frontier], title: str, console: Console | None = None) -> None:
-    """One line per alpha: accuracies, NLL and ECE, each the mean over the domains; and the top-1 of every source domain
-    where there are several. Of several runs it has the means."""
-    from rich import box
+    """One line per alpha: accuracies, NLL and ECE, each the mean over the domains; below it the top-1 of every source
+    domain where there are several. Of several runs it has the means."""
     from rich.markup import escape
-    from rich.table import Table
 
     from disam_peft.cli.output import Terminal
     from disam_peft.common.frontier_records import mean_curve
 
     console = console or Terminal()
-    first = frontiers[0]
-    splits = ["source_validation", *([first.judged] if first.judged else [])]
+    first, alone = frontiers[0], len(frontiers) == 1
     names = {"source_validation": "source", "held_out": "held out", "test": "test"}
-    table = Table(title=f"{escape(title)} (accuracies in %)", box=box.SIMPLE, title_justify="left", pad_edge=False)
-    table.add_column("alpha", justify="right")
     columns = []
-    for split in splits:
+    for split in ("source_validation", *([first.judged] if first.judged else [])):
         for metric, short in (("top1", "top-1"), ("nll", "NLL"), ("ece", "ECE")):
-            table.add_column(f"{names[split]}\n{short}", justify="right", no_wrap=True)
-            columns.append((mean_curve(frontiers, split, metric), metric))
-    alone = len(frontiers) == 1
+            cells = [_cell(value, metric) for value in mean_curve(frontiers, split, metric)]
+            columns.append((f"{names[split]}\n{short}", cells))
+    chosen = first.recommended if alone else None
+    _print_over_alpha(console, f"{escape(title)} (accuracies in %)", first.alphas, columns, chosen)
     sources = first.domains("source_validation") if alone else []
     if len(sources) > 1:
-        for domain in sources:
-            table.add_column(f"{escape(domain)}\ntop-1", justify="right")
-            columns.append((first.curve("source_validation", "top1", domain), "top1"))
-    for number, alpha in enumerate(first.alphas):
-        cells = [_cell(curve[number], metric) for curve, metric in columns]
-        chosen = alone and alpha == first.recommended
-        table.add_row(f"{alpha:g}", *cells, style="bold" if chosen else None)
-    console.print(table)
+        of_each = [(domain, first.curve("source_validation", "top1", domain)) for domain in sources]
+        cells_of = [(escape(domain), [_cell(value, "top1") for value in curve]) for domain, curve in of_each]
+        _print_over_alpha(console, "source validation of each domain (top-1, %)", first.alphas, cells_of, chosen)
     for one in frontiers:
         where = "" if alone else f" without {one.held_out}" if one.held_out is not None else ""
         console.print(
             f"recommended{where}: alpha={one.recommended:g}, by source validation ({one.rule}, {one.metric}) alone",
             markup=False,
         )
+
+
+def _print_over_alpha(
+    console: Console,
+    title: str,
+    alphas: Sequence[float],
+    columns: Sequence[tuple[str, Sequence[str]]],
+    chosen: float | None,
+) -> None:
+    """A line for each alpha, that of ``chosen`` in bold."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE, title_justify="left", pad_edge=False)
+    table.add_column("alpha", justify="right", no_wrap=True, min_width=max(5, *(len(f"{alpha:g}") for alpha in alphas)))
+    for header, _ in columns:
+        table.add_column(header, justify="right", overflow="fold")
+    for number, alpha in enumerate(alphas):
+        cells = [of_column[number] for _, of_column in columns]
+        table.add_row(f"{alpha:g}", *cells, style="bold" if alpha == chosen else None)
+    console.print(table)
 
 
 def _cell(value: float | None, metric: str) -> str:

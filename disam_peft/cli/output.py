@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
@@ -58,7 +59,8 @@ def _print_by_domain(shown: list[ResultRow], title: str, corner: str, console: C
     """One line per domain, zero-shot beside the adapter; and their mean, if there are several.
 
     Weights are named where averages of them were kept. The columns after the accuracies are, for each domain,
-    of the last rows there, which are those of the weights that selection chose.
+    of the last rows there, which are those of the weights that selection chose. What is wider than the terminal is
+    turned: one line per column.
     """
     averaged = any(row.weights != RAW for row in shown)
 
@@ -69,16 +71,9 @@ def _print_by_domain(shown: list[ResultRow], title: str, corner: str, console: C
     values = {(row.domain, column(row), row.metric): row.value for row in shown}
     domains = list(dict.fromkeys(domain for domain, _, _ in values))
     methods = list(dict.fromkeys(method for _, method, _ in values))
-    table = Table(title=title, box=box.SIMPLE, title_justify="left")
-    table.add_column(corner)
-    for method in methods:
-        table.add_column(method, justify="right")
-    table.add_column("macro", justify="right")
-    table.add_column("NLL", justify="right")
-    table.add_column("ECE", justify="right")
     last = {row.domain: column(row) for row in shown if row.chosen is not False}  # of each domain the last row
 
-    def line(name: str, of: Iterable[str]) -> None:
+    def line(name: str, of: Iterable[str]) -> tuple[str, ...]:
         chosen = list(of)
 
         def mean(method: str | None, metric: str) -> float | None:
@@ -86,7 +81,7 @@ def _print_by_domain(shown: list[ResultRow], title: str, corner: str, console: C
             numbers = [value for value in found if value is not None]
             return sum(numbers) / len(numbers) if len(numbers) == len(chosen) else None
 
-        table.add_row(
+        return (
             escape(name),
             *(_percent(mean(method, "top1")) for method in methods),
             _percent(mean(None, "macro_accuracy")),
@@ -94,11 +89,23 @@ def _print_by_domain(shown: list[ResultRow], title: str, corner: str, console: C
             _number(mean(None, "ece")),
         )
 
-    for domain in domains:
-        line(domain, [domain])
-    if len(domains) > 1:
+    header = (corner, *methods, "macro", "NLL", "ECE")
+    lines = [line(domain, [domain]) for domain in domains]
+    of_mean = [line(pool_title("mean", domains), domains)] if len(domains) > 1 else []
+    is_wide = (
+        sum(max(map(cell_len, column)) + 3 for column in zip(header, *lines, *of_mean, strict=True)) > console.width
+    )
+    if is_wide:  # several averages: a line for each of them
+        header, *lines = zip(header, *lines, *of_mean, strict=True)
+        of_mean = []
+    table = Table(title=title, box=box.SIMPLE, title_justify="left", min_width=len(title) if is_wide else None)
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number else "left")
+    for cells in lines:
+        table.add_row(*cells)
+    if of_mean:
         table.add_section()
-        line(pool_title("mean", domains), domains)
+        table.add_row(*of_mean[0])
     console.print(table)
 
 

@@ -95,6 +95,11 @@ def frontier(
 
 
 def _along_the_line(one: Reloaded, run: Path, alphas: Sequence[float]) -> Frontier:
+    if "source_validation" not in one.splits:
+        raise UserError(
+            f"{run} has no source validation, by which alone an alpha is recommended: its runs have seen each other's "
+            "held-back images; average runs of one seed, or look at single alphas with disam-peft evaluate --alpha"
+        )
     predictions: dict[str, list[Predictions]] = {}
     with one.classifier.interpolation() as move_to:
         for split, dataset in one.splits.items():

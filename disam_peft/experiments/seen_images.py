@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from disam_peft.common.run_images import IMAGES, RunImages, read_images, size_as_content
+from disam_peft.common.run_images import IMAGES, Part, RunImages, read_images, size_as_content
+from disam_peft.common.soup_record import read_soup
 from disam_peft.config.recipe import Recipe
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.load import load
@@ -47,7 +48,14 @@ class RunsImages:
         elif not self._are_the_unread(recipe, dataset):
             return None
         data = split_data(self.recipe, dataset)
-        return data.by_split() if _parts(images_of(data)) == _parts(self.recorded) else None
+        found, recorded = _parts(images_of(data)), _parts(self.recorded)
+        if found == recorded:
+            return data.by_split()
+        # A soup of runs with other seeds: what one of them held back, another one was trained on.
+        changed = {(part, recorded[key]) for key, part in found.items() if recorded[key] != part}
+        if read_soup(self.run) is None or changed != {("validation", "training")}:
+            return None
+        return held_back_by_all(data.by_split(), [recorded])
 
     def _are_the_unread(self, recipe: Recipe, used: DomainDataset) -> bool:
         """Whether ``used`` are the images of a run that did not read them: the very files, or files of the same content
@@ -140,6 +148,24 @@ class RunsImages:
         return images
 
 
+def held_back_by_all(
+    splits: Mapping[str, DomainDataset], parts: Sequence[Mapping[str, Part]]
+) -> dict[str, DomainDataset]:
+    """The splits with source validation over the images that every run held back; without it where a domain has none.
+
+    Args:
+        parts: of each run, its images and what it used them for.
+    """
+    others = {name: split for name, split in splits.items() if name != "source_validation"}
+    held_back = splits.get("source_validation")
+    if held_back is None:
+        return others
+    shared = [n for n, key in enumerate(held_back.keys) if all(found[key] == "validation" for found in parts)]
+    if {held_back.domain_ids[n] for n in shared} != set(held_back.domain_ids):
+        return others
+    return {"source_validation": held_back.select(shared), **others}
+
+
 def _places(recipe: Recipe) -> tuple[str, str]:
     """Where the data of a recipe come from."""
     place = getattr(recipe.data, recipe.data.source)
@@ -151,7 +177,7 @@ def _rows(images: RunImages) -> tuple[list[tuple[str, ...]], dict[str, str]]:
     return sorted(rows), dict(images.class_words)
 
 
-def _parts(images: RunImages) -> dict[str, str]:
+def _parts(images: RunImages) -> dict[str, Part]:
     return dict(zip(images.key, images.part, strict=True))
 
 

@@ -33,7 +33,7 @@ from disam_peft.errors import UserError
 from disam_peft.evaluation.metrics import metrics_of_domains
 from disam_peft.evaluation.results import Evaluator, Identity, prediction_table, result_rows, write_mistakes
 from disam_peft.experiments.run_folder import ADAPTER, RECIPE, finish, is_finished
-from disam_peft.experiments.seen_images import RunsImages
+from disam_peft.experiments.seen_images import RunsImages, held_back_by_all
 from disam_peft.training.accelerator import start_accelerator
 from disam_peft.training.selection import comparable, validation
 
@@ -274,21 +274,20 @@ def _splits(runs: Sequence[_Run]) -> tuple[dict[str, DomainDataset], DomainDatas
     parts = [_parts(run) for run in runs]
     if all(found == parts[0] for found in parts):
         return own, dataset
-    held_back = own.pop("source_validation")
-    common = [number for number, key in enumerate(held_back.keys) if all(found[key] == "validation" for found in parts)]
-    shared = held_back.select(common) if common else None
-    complete = shared is not None and set(shared.present_domains) == set(held_back.present_domains)
+    found = held_back_by_all(own, parts)
+    before, shared = (len(splits.get("source_validation", ())) for splits in (own, found))
     warnings.warn(
-        f"these runs split their data otherwise, as their seeds differ: of {len(held_back)} images that "
-        f"{first.folder} held back, {len(common)} were held back by all. "
-        + ("Source validation is over these" if complete else "The soup has no source validation"),
+        f"these runs split their data otherwise, as their seeds differ: of {before} images that {first.folder} held "
+        + (
+            f"back, {shared} were held back by all. Source validation is over these"
+            if shared
+            else "back, some domain has none that all held back. The soup has no source validation"
+        ),
         stacklevel=3,
     )
-    if shared is not None and complete:
-        own = {"source_validation": shared, **own}
-    if not own:
+    if not found:
         raise UserError("no image is left on which this soup can be judged; average runs of one seed")
-    return own, dataset
+    return found, dataset
 
 
 def _joint_images(runs: Sequence[_Run]) -> RunImages:

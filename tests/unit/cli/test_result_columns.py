@@ -5,14 +5,16 @@ from dataclasses import replace
 
 from rich.console import Console
 
+from disam_peft.cli.frontier_verb import print_frontier
 from disam_peft.cli.output import print_evaluation, print_held_out
+from disam_peft.common.frontier_records import Frontier, FrontierRow
 from disam_peft.common.records import ResultRow
 from tests.helpers.report_pages import rows
 
 
-def printed(found):
+def printed(found, width=120):
     text = io.StringIO()
-    print_held_out(found, Console(file=text, width=120))
+    print_held_out(found, Console(file=text, width=width))
     lines = [line.split("  ") for line in text.getvalue().splitlines()]
     return [[text.strip() for text in line if text.strip()] for line in lines]
 
@@ -25,6 +27,39 @@ def test_weights_are_named_only_where_an_average_was_kept():
     [line] = [line for line in averaged if line and line[0] == "art"]
     assert line[1:4] == ["25.0", "50.0", "75.0"]
     assert line[5] == "0.250", "of the weights that selection chose"
+
+
+def test_many_averages_are_lines_where_columns_would_not_fit_a_terminal():
+    names = ("raw", "ema", "ema_2", "swa", "bma", "swad", "swad_2")
+    found = rows("zero_shot", "art", 0, 0.25)
+    for number, name in enumerate(names, start=1):
+        found += rows("disam", "art", 0, number / 8, weights=name)
+    lines = [line for line in printed(found, width=80) if len(line) == 2]
+    assert lines == [
+        ["held out", "art"],
+        ["zero-shot", "25.0"],
+        *([f"disam, {name}", f"{100 * number / 8:.1f}"] for number, name in enumerate(names, start=1)),
+        *([name, value] for name, value in (("macro", "n/a"), ("NLL", "0.125"), ("ECE", "n/a"))),
+    ]
+
+
+def test_a_frontier_over_six_domains_fits_a_terminal():
+    alphas, domains = (0.0, 0.5, 1.0), ("blueprint", "cartoon", "photo", "silhouette", "sketch", "painting")
+    found = []
+    for alpha in alphas:
+        for number, domain in enumerate(domains):
+            split = "held_out" if domain == "painting" else "source_validation"
+            for metric in ("top1", "nll", "ece"):
+                found.append(FrontierRow(alpha, split, domain, metric, alpha / 2 + number / 100, 8))
+                if number in (0, 5):
+                    found.append(FrontierRow(alpha, split, "mean", metric, alpha / 4, 8, "mean"))
+    text = io.StringIO()
+    one = Frontier("b", "lora", "disam", "painting", 0, "raw", "source_validation", "accuracy", 0.5, found)
+    print_frontier([one], "runs/a/painting", Console(file=text, width=80))
+    cells = [line.split() for line in text.getvalue().splitlines()]
+    assert "…" not in text.getvalue()
+    assert ["0.5", "12.5", "0.125", "0.125", "12.5", "0.125", "0.125"] in cells
+    assert ["alpha", *domains[:-1]] in cells and ["0.5", "25.0", "26.0", "27.0", "28.0", "29.0"] in cells
 
 
 def test_each_held_out_domain_shows_the_weights_that_were_chosen_there():

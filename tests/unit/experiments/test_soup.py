@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,13 +13,16 @@ import torch
 from disam_peft.adapters.manifest import read_manifest
 from disam_peft.classification.saved_classifier import load_adapter
 from disam_peft.common.records import read_results
+from disam_peft.common.run_images import read_images, write_images
 from disam_peft.common.soup_record import read_soup
 from disam_peft.config.recipe import Recipe
 from disam_peft.errors import UserError
+from disam_peft.evaluation.metrics import METRIC_NAMES
 from disam_peft.experiments import run
 from disam_peft.experiments import soup as soups
 from disam_peft.experiments.evaluate import evaluate
 from disam_peft.experiments.export_run import export_run
+from disam_peft.experiments.frontier import frontier
 from disam_peft.experiments.run_list import list_runs, told_apart_by
 from disam_peft.experiments.soup import make_soup
 from disam_peft.report.configurations import configurations
@@ -142,9 +147,38 @@ def test_runs_of_other_seeds_share_no_split(train, runs, tmp_path):
     assert {row.split for row in trained if row.split != "source_validation"} == {"held_out"}
     images = json.loads((tmp_path / "mixed" / "soup.json").read_text())["ingredients"]
     assert [one["seed"] for one in images] == [0, 1]
-    with pytest.warns(UserWarning, match="is no longer what"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         [again] = evaluate(tmp_path / "mixed")
-    assert {row.split for row in again.rows} >= {"seen_training"}
+    assert again.rows == trained, "validated on what all of them held back"
+    [one] = frontier(tmp_path / "mixed", [1])
+    whole = {(row.split, row.domain, row.metric): row.value for row in trained if row.metric in METRIC_NAMES}
+    assert {(row.split, row.domain, row.metric): row.value for row in one.frontier.rows} == whole
+    with pytest.warns(UserWarning, match=r"of 3 images that .*mixed held back, 3 were held back by all"):
+        twice = make_soup([tmp_path / "mixed", runs[1]], tmp_path / "twice")
+    counts = {(row.split, row.domain): row.n for row in twice.rows if row.pooled is None and row.weights == "soup"}
+    assert counts == {("source_validation", "art"): 1, ("source_validation", "cartoon"): 2, ("held_out", "photo"): 32}
+    assert evaluate(tmp_path / "twice")[0].rows == [row for row in twice.rows if row.method != "zero_shot"]
+
+
+@pytest.mark.slow
+def test_without_an_image_that_all_held_back_a_domain_takes_source_validation_with_it(train, runs, tmp_path):
+    other = train("e", seed=1)
+    images = read_images(other / "images.parquet")
+    trained = {key for key, part in zip(images.key, images.part, strict=True) if part == "training"}
+    parts = [
+        "training" if domain == "art" and part == "validation" else part
+        for domain, part in zip(images.domain, images.part, strict=True)
+    ]
+    write_images(other / "images.parquet", replace(images, part=tuple(parts)))
+    with pytest.warns(UserWarning, match="some domain has none that all held back. The soup has no source validation"):
+        made = make_soup([runs[0], other], tmp_path / "mixed")
+    assert made.record.score is None and {row.split for row in made.rows} == {"held_out"}
+    assert evaluate(tmp_path / "mixed")[0].rows == [row for row in made.rows if row.method != "zero_shot"]
+    with pytest.raises(UserError, match="mixed has no source validation, by which alone an alpha is recommended"):
+        frontier(tmp_path / "mixed", [0, 1])
+    recorded = read_images(tmp_path / "mixed" / "images.parquet")
+    assert trained < {key for key, part in zip(recorded.key, recorded.part, strict=True) if part == "training"}
 
 
 @pytest.mark.slow
