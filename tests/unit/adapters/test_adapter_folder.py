@@ -233,6 +233,7 @@ def test_a_probe_exports_its_head(twins: tuple[str, str], tmp_path: Path) -> Non
 # -- what is refused -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_row_40_another_backbone(folder: Path, tmp_path: Path) -> None:
     other = load_backbone(BackboneConfig(family="transformers", name=tiny_transformers(tmp_path / "other", seed=9)))
     expected = read_manifest(folder).backbone.sha256

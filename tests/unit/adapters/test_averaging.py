@@ -67,6 +67,7 @@ PEFT_LORA = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("configs", [LORA, PEFT_LORA], ids=["lora", "peft lora"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=str)
 def test_the_product_of_concatenated_factors_is_the_mean_of_the_products(openclip_name, configs, dtype, bound):

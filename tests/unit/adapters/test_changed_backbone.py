@@ -129,6 +129,7 @@ def test_row_53_what_no_weight_says(originals: Path, tmp_path: Path, family: str
         load_adapter(originals / "adapters" / family, load(tmp_path / family))
 
 
+@pytest.mark.slow
 def test_row_53_statistics_of_batch_norms(tmp_path: Path) -> None:
     folder = tmp_path / "open_clip"
     tiny_openclip(folder, vision_cfg={"layers": [1, 1, 1, 1], "width": 8, "patch_size": None}, embed_dim=16)
@@ -142,6 +143,7 @@ def test_row_53_statistics_of_batch_norms(tmp_path: Path) -> None:
         load_adapter(adapter)
 
 
+@pytest.mark.slow
 def test_row_53_weights_are_said_with_what_else_differs(originals: Path, tmp_path: Path) -> None:
     folder = tmp_path / "open_clip"
     shutil.copytree(originals / "open_clip", folder)

@@ -78,6 +78,7 @@ def test_features_and_gradients_are_those_of_whole_prompts(
     assert relative(gradient(ours, context), wanted) <= TOLERANCE[dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("class_specific", [False, True])
 def test_a_tower_that_sees_both_ways_gets_whole_prompts(tmp_path: Path, class_specific: bool) -> None:
     text = {"context_length": 30, "no_causal_mask": True}

@@ -21,6 +21,7 @@ REFERENCE = np.load(Path(__file__).parents[2] / "reference" / "averaging.npz")
 NOT_LINEAR = ("dora", "oft", "hra")
 WITHOUT = ("coop-shared", "coop-class", "coop-scale", "clip_adapter")
 ALPHAS = (0.3, 1.2)
+BOTH_FAMILIES = (FAMILIES[0], pytest.param(FAMILIES[1], marks=pytest.mark.slow))
 
 
 def reference(case: str, key: str) -> torch.Tensor:
@@ -45,7 +46,7 @@ def test_both_ends_are_met_to_the_bit() -> None:
     assert torch.equal(wise_ft(theta0, theta1, 0), theta0) and torch.equal(wise_ft(theta0, theta1, 1), theta1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOTH_FAMILIES)
 @pytest.mark.parametrize("cell", MERGED_CELLS)
 @torch.no_grad()
 def test_it_computes_with_the_interpolated_merged_weights(twins: tuple[str, str], family: str, cell: str) -> None:
@@ -104,7 +105,7 @@ def test_a_probe_lies_between_the_zero_shot_head_and_its_own(
     assert torch.equal(classifier(pixels()), trained) and (trained - zero_shot).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BOTH_FAMILIES)
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell not in (*NOT_LINEAR, *WITHOUT)])
 @torch.no_grad()
 def test_an_adapter_that_is_written_at_an_alpha_computes_the_same_elsewhere(

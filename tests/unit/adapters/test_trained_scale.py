@@ -80,6 +80,7 @@ def test_a_model_beyond_the_bound_starts_as_it_is(twins: tuple[str, str]) -> Non
     assert torch.equal(scale.scale_and_bias()[0], backbone.logit_scale)
 
 
+@pytest.mark.slow
 def test_a_bias_is_trained_saved_and_merged_too(tmp_path: Path) -> None:
     name = tiny_openclip(tmp_path / "siglip", init_logit_bias=-3.0)
     load = BackboneConfig(family="open_clip", name=name)

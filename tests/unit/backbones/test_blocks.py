@@ -24,7 +24,9 @@ from tests.helpers.towers import assert_same, pixels, whole_image, whole_text
 
 TEXTS = ["a dog", "a sketch of an elephant, isn't it?", "the interior of a very small guitar shop", "x"]
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-12}
-dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+dtypes = pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float64], ids=["float32", "float64"]
+)
 
 
 @pytest.fixture(params=["open_clip", "transformers"])

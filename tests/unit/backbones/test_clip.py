@@ -124,6 +124,7 @@ def test_the_same_weights_give_the_same_logits_in_both_families(tmp_path: Path, 
     assert openclip.preprocessing == hf.preprocessing
 
 
+@pytest.mark.slow
 def test_hash_is_that_of_the_weights(transformers_dir: str, tmp_path: Path) -> None:
     first = load(transformers_dir)
     assert load(transformers_dir).base_hash == first.base_hash == first.current_hash()
@@ -134,6 +135,7 @@ def test_hash_is_that_of_the_weights(transformers_dir: str, tmp_path: Path) -> N
     assert load(folder).base_hash != first.base_hash
 
 
+@pytest.mark.slow
 def test_random_weights_warn_and_follow_the_seed(transformers_dir: str) -> None:
     hashes = []
     for seed in (0, 0, 1):

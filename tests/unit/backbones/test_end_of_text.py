@@ -41,6 +41,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(tiny_transformers(tmp_path_factory.mktemp("clip") / "transformers", context_length=16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [100, START, None, [100, START], [3], []], ids=str)
 def test_row_56_an_end_that_prompts_do_not_have_is_taken_from_the_tokenizer(original: Path, end: Any) -> None:
     with_end(original, END)
@@ -55,6 +56,7 @@ def test_row_56_an_end_that_prompts_do_not_have_is_taken_from_the_tokenizer(orig
     assert (projected - backbone.encode_text(tokens)).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [END, [END], [100, END], 2], ids=str)
 def test_row_56_an_end_that_prompts_have_is_kept(original: Path, end: Any, tmp_path: Path) -> None:
     with_end(original, END)
@@ -68,6 +70,7 @@ def test_row_56_an_end_that_prompts_have_is_kept(original: Path, end: Any, tmp_p
     assert saved == (2 if end == 2 else END)
 
 
+@pytest.mark.slow
 def test_row_56_open_clip_looks_for_an_end_as_well(tmp_path: Path) -> None:
     text = {"context_length": 16, "pool_type": "eos", "eos_id": END}
     right = load_backbone(folder_config("open_clip", Path(tiny_openclip(tmp_path / "a", text_cfg=text)[10:])))

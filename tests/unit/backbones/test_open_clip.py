@@ -106,6 +106,7 @@ def test_image_transform_is_open_clips(openclip_name: str, size: tuple[int, int]
     assert torch.equal(ours, transform(picture(size)))
 
 
+@pytest.mark.slow
 def test_hash_is_that_of_the_weights(openclip_name: str, tmp_path: Path) -> None:
     first = load(openclip_name)
     assert load(openclip_name).base_hash == first.base_hash == first.current_hash()
@@ -212,6 +213,7 @@ def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
         load("local-dir:")
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit_are_refused(registered: Path) -> None:
     weights = registered / "open_clip_model.safetensors"
     state = load_file(weights)

@@ -174,6 +174,7 @@ def test_settings_of_a_file_are_refused_where_there_is_none(config: dict[str, An
 # -- random weights ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["open_clip", "transformers"])
 def test_random_is_a_word_in_both_families(family: Any, tmp_path: Path) -> None:
     name = f"local-dir:{tmp_path}" if family == "open_clip" else str(tmp_path)

@@ -37,6 +37,7 @@ def test_clusters_follow_the_style_and_not_the_class():
         clusters(features_N2, labels_N, 81, seed=0)
 
 
+@pytest.mark.slow
 def test_kmeans_tells_two_styles_of_images_apart(backbone, dataset):
     found = infer_domains(DomainsConfig(infer="kmeans", k=2), backbone, dataset, seed=0, workers=0)
     assert found.dataset.domains == ("cluster 0", "cluster 1")
@@ -79,6 +80,7 @@ def test_row_46_mistakes_in_the_key(tmp_path, given, message):
         load_recipe(_recipe(tmp_path, given))
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_inferred_domains_and_is_judged_by_the_true_ones(tmp_path):
     [outcome] = run.train(load_recipe(_recipe(tmp_path, "{infer: kmeans, k: 3}")))
     [found] = read_events(outcome.folder / METRICS, "inferred_domains")

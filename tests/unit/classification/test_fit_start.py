@@ -106,6 +106,7 @@ def test_a_start_that_is_not_finite_is_an_error(openclip_name: str, dataset: Dom
         start(class_means(openclip_name, dataset), dataset.select([]))
 
 
+@pytest.mark.slow
 def test_training_starts_from_the_features_and_a_resumed_run_does_not_start_again(
     openclip_name: str, dataset: DomainDataset, tmp_path: Path
 ) -> None:

@@ -111,6 +111,7 @@ def test_training_from_a_store_is_training_from_images(make_classifier, dataset,
     assert torch.equal(weights[1], weights[2])
 
 
+@pytest.mark.slow
 def test_row_59_training_goes_on_over_a_damaged_store_to_the_same_bits(make_classifier, dataset, stored, monkeypatch):
     monkeypatch.setattr(features, "CHUNK", 12)
     settings = TrainConfig(steps=6, batch_size=9, workers=0)

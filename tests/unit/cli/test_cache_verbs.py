@@ -216,6 +216,7 @@ def test_a_cache_that_cannot_be_written_notes_nothing_and_goes_on(tmp_path):
     use(tmp_path / "file" / "pixels" / "x", "data")
 
 
+@pytest.mark.slow
 def test_the_cache_is_shown_without_anything_heavy(own_cache):
     for words in (["cache", "ls"], ["cache", "--help"], ["cache", "prune", "--unused-for", "1d"]):
         done = answer(*words)

@@ -223,6 +223,7 @@ def test_suffixes_lead_to_settings_that_are_there() -> None:
     assert set(SOURCE_OF_SUFFIX.values()) <= set(SOURCE_SETTINGS)
 
 
+@pytest.mark.slow
 def test_data_are_judged_without_loading_torch() -> None:
     """It takes seconds and several hundred megabytes."""
     code = "import sys, disam_peft.experiments.data_verdict; sys.exit('torch' in sys.modules)"

@@ -53,6 +53,7 @@ def test_help_and_version_import_nothing_heavy(words: list[str]) -> None:
     assert done.stdout.strip() == f"disam-peft {disam_peft.__version__}" if words == ["--version"] else done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -71,6 +72,7 @@ def test_a_mistake_in_a_recipe_is_found_before_anything_heavy_is_imported(words:
     assert done.stderr.strip().splitlines()[-1] == "heavy: []"
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_overrides_of_evaluate_is_found_as_early(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     text = (ROOT / "recipes/pacs/lora_disam.yaml").read_text(encoding="utf-8")
@@ -81,6 +83,7 @@ def test_a_mistake_in_the_overrides_of_evaluate_is_found_as_early(tmp_path: Path
     assert done.stderr.strip().splitlines()[-1] == "heavy: []"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -22,6 +22,7 @@ from tests.helpers.paths import environment
 COUNT = 500
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Pillow's remarks on broken EXIF blocks and the like
 @pytest.mark.timeout(120)
 def test_row_12_mutated_images_are_defined_or_bad(tmp_path):

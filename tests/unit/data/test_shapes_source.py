@@ -33,6 +33,7 @@ def test_loads_like_any_other_source():
     assert (len(sources), len(target)) == (24, 24)
 
 
+@pytest.mark.slow
 def test_folders_hold_what_the_source_gives(tmp_path: Path):
     config = ShapesConfig(images_per_class=1, seed=1, target="photo", wrong_labels=0.5, wrong_domains=0.3)
     assert write_shapes(config, tmp_path / "tree") == config.total == 72
@@ -52,6 +53,7 @@ def _content(data) -> Counter:
     )
 
 
+@pytest.mark.slow
 def test_the_fingerprint_knows_the_faults():
     plain, again, noisy = (
         load(DataConfig(shapes={"images_per_class": 1, **more}, classes="union", verify=False)).fingerprint
@@ -109,6 +111,7 @@ def test_spurious_colour_tells_the_class_in_the_sources_only():
     assert coloured > grey + 40
 
 
+@pytest.mark.slow
 def test_full_overlap_makes_one_style_of_two():
     def brightness(domain: str, share: float) -> float:
         overlap = OverlapConfig(first="sketch", second="silhouette", share=share) if share else None

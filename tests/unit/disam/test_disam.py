@@ -90,6 +90,7 @@ def test_weights_are_restored_when_pass_2_raises(error):
     assert all(p.grad is None for p in model.parameters()), "half a gradient must not reach an optimizer"
 
 
+@pytest.mark.slow
 def test_weights_are_restored_by_an_interrupt_at_any_line_of_pass_2():
     """Ctrl-C after the n-th line traced since the perturbation, for every n: 0 differing bits."""
     model, loss, domains = small_problem()

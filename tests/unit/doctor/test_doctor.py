@@ -105,6 +105,7 @@ def test_sound_code_passes_in_float32(subject, adapter):
     assert "float32" in found[equalities.ACCUMULATED].what
 
 
+@pytest.mark.slow
 def test_what_is_examined_can_tell(subject):
     """Domains with losses apart, and a rank without the first: equalities that hold of anything would show nothing."""
     tested = subject()
@@ -322,6 +323,7 @@ def test_a_whole_examination_from_the_command_line(recipe, tmp_path):
     assert "11 ok, 1 not available" in result.output
 
 
+@pytest.mark.slow
 def test_a_failure_is_an_exit_code_and_a_broken_check_stops_no_other(recipe, monkeypatch, tmp_path):
     def broken(self, *args, **options):
         raise RuntimeError("[no] kernel")

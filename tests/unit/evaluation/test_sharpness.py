@@ -167,6 +167,7 @@ def test_gradient_variance_of_a_known_set():
     assert fours is None, "one full group and a rest: no variance"
 
 
+@pytest.mark.slow
 def test_groups_estimate_the_variance_of_single_samples():
     surface, _ = quadratic(torch.eye(4).double(), ZERO, START, samples=3000)
     single, grouped = gradient_variance(surface), gradient_variance(surface, group=10)

@@ -167,6 +167,7 @@ def test_a_run_records_mistakes_and_on_request_sharpness(recipe, tmp_path, monke
     assert json.loads((asked.folder / "evaluation.json").read_text())
 
 
+@pytest.mark.slow
 def test_sharpness_on_data_without_the_held_out_domain_is_refused(recipe, domains_folder):
     [outcome] = run.train(load_recipe(recipe))
     with pytest.raises(UserError, match="sharpness is measured on the run's own data, which those given here are not"):

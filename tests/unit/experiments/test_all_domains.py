@@ -123,6 +123,7 @@ def test_a_run_on_all_domains_goes_on_after_a_kill_to_the_same_bits(make_recipe,
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_foreign_data_are_evaluated_whole(make_recipe, tmp_path):
     run.train(make_recipe())
     other = write_domains(tmp_path / "other", count=2, domains=("art", "clay"))
@@ -159,6 +160,7 @@ def test_a_domain_called_all_and_a_run_on_all_domains_have_folders_of_their_own(
     assert {row.held_out for row in evaluate(alone.folder)[0].rows} == {"all"}
 
 
+@pytest.mark.slow
 def test_the_recipe_in_the_folder_of_a_run_trains_this_very_run_also_for_a_domain_called_all(make_recipe, tmp_path):
     root = write_domains(tmp_path / "named", count=4, domains=("all", "art"))
     [outcome] = run.train(make_recipe(data={"root": root}, protocol={"held_out": "domain:all"}))
@@ -212,6 +214,7 @@ def test_which_domains_are_held_out():
         held_out_domains("photo", ("photo",))
 
 
+@pytest.mark.slow
 def test_one_domain_trains_as_sam_with_a_warning(make_recipe, tmp_path):
     root = write_domains(tmp_path / "one", domains=("scan",))
     found = {}

@@ -157,6 +157,7 @@ def test_the_numbers_of_a_dry_run_are_plain(make_recipe):
     assert json.dumps(vars(estimate))
 
 
+@pytest.mark.slow
 def test_no_warning_of_one_domain_where_domains_will_be_inferred(make_recipe, domains_folder):
     one = {"root": domains_folder, "domains": ["art"]}
     inferred = make_recipe(data=one, protocol="all", domains={"infer": "kmeans", "k": 2})

@@ -94,6 +94,7 @@ def test_what_was_passed_over_is_said(make_recipe, domains_folder, tmp_path):
     assert lines[1] == "  passed over: 2 .txt"
 
 
+@pytest.mark.slow
 def test_where_the_frozen_part_ends_is_said_for_other_adapters(make_recipe):
     probe = told(make_recipe(adapter={"kind": "linear_probe"}, name="probe"))
     assert (

@@ -90,6 +90,7 @@ def test_row_37_half_a_run_is_continued_or_overwritten_when_told_to(make_recipe,
     assert (again.folder / "results.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_resumed_run_tracks_every_step_once(make_recipe, cut):
     recipe = make_recipe(train={"tracker": "json_lines", "log_every": 1})
     cut(recipe)
@@ -106,6 +107,7 @@ def test_a_resumed_run_tracks_every_step_once(make_recipe, cut):
     assert validated == [(e["step"], e["mean_top1"]) for e in events]
 
 
+@pytest.mark.slow
 def test_after_a_mistake_that_stops_a_run_before_its_first_step_the_corrected_one_starts(make_recipe):
     with pytest.raises(UserError, match="batch_size=1 cannot hold a sample of each of the 2 domains"):
         run.train(make_recipe(train={"batch_size": 1}))
@@ -219,6 +221,7 @@ def test_an_adapter_that_is_not_the_runs_result_is_said_or_refused(make_recipe, 
         evaluate(folder)
 
 
+@pytest.mark.slow
 def test_a_comparison_keeps_runs_of_its_data_only(make_recipe, images):
     recipe = make_recipe(data=images)
     assert not is_finished(recipe, RunCache())
@@ -232,6 +235,7 @@ def test_a_comparison_keeps_runs_of_its_data_only(make_recipe, images):
     assert not is_finished(recipe, RunCache()), "data that are gone cannot be compared"
 
 
+@pytest.mark.slow
 def test_processes_that_share_the_work_look_for_kept_runs_together(make_recipe, monkeypatch):
     recipe = make_recipe()
     run.train(recipe)
@@ -243,6 +247,7 @@ def test_processes_that_share_the_work_look_for_kept_runs_together(make_recipe, 
             assert kept_runs(recipe, RunCache()) is None
 
 
+@pytest.mark.slow
 def test_resume_where_nothing_is_starts_with_a_notice(make_recipe):
     recipe = make_recipe()
     with pytest.warns(Notice, match="nothing to go on with in .*photo; it is started"):
@@ -318,6 +323,7 @@ CHANGED = (
 )
 
 
+@pytest.mark.slow
 def test_row_38_changed_data_are_refused_with_the_difference(make_recipe, cut, images):
     recipe = make_recipe(data=images)
     cut(recipe)
@@ -351,6 +357,7 @@ def test_row_38_where_images_were_not_recorded_the_checkpoint_knows_their_conten
     assert run.train(recipe)[0].fit is None
 
 
+@pytest.mark.slow
 def test_row_53_a_run_goes_on_with_the_same_backbone_only(make_recipe, cut, openclip_name, tmp_path):
     folder = tmp_path / "clip"
     shutil.copytree(openclip_name.removeprefix("local-dir:"), folder)
@@ -394,6 +401,7 @@ def test_row_53_a_finished_run_is_kept_for_its_own_backbone_only(
     assert run.train(recipe)[0].fit is None, "an older version did not record the backbone"
 
 
+@pytest.mark.slow
 def test_a_run_may_look_closer_at_its_images_when_it_goes_on(make_recipe, cut, domains_folder, tmp_path):
     cut(make_recipe(data={"root": domains_folder, "verify": False}))
     with pytest.warns(Notice, match="going on after step 2"):
@@ -425,6 +433,7 @@ def test_a_finished_run_is_not_the_result_for_other_data(make_recipe, images, op
     assert run.train(recipe, overwrite=True)[0].fit is not None
 
 
+@pytest.mark.slow
 def test_the_same_images_elsewhere_are_the_same_run_and_others_are_not(make_recipe, images, domains_folder, tmp_path):
     assert run.train(make_recipe())[0].fit is not None
     elsewhere = make_recipe(data=images)
@@ -493,6 +502,7 @@ def test_row_65_a_replaced_image_is_noticed_though_its_size_and_time_are_the_sam
         assert run.train(make_recipe(data={"root": images, "verify": "full"}))[0].fit is None
 
 
+@pytest.mark.slow
 def test_a_damaged_record_of_the_images_is_an_error_that_names_it(make_recipe):
     recipe = make_recipe()
     run.train(recipe)
@@ -501,6 +511,7 @@ def test_a_damaged_record_of_the_images_is_an_error_that_names_it(make_recipe):
         run.train(recipe)
 
 
+@pytest.mark.slow
 def test_row_63_a_finished_run_that_recorded_no_images_is_kept_with_a_note_where_its_data_lie(make_recipe, images):
     recipe = make_recipe()
     run.train(recipe)

@@ -164,6 +164,7 @@ def test_the_list_fits_eighty_columns(runs: Path) -> None:
     assert "\x1b" not in text and "[red]half" in text
 
 
+@pytest.mark.slow
 def test_the_verb_prints_json_and_loads_no_torch(runs: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["disam-peft", "runs", str(runs), "--json", "--sort", "steps"])
     with pytest.raises(SystemExit) as caught:

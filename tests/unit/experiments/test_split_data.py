@@ -119,6 +119,7 @@ def test_a_run_trains_on_the_training_part_alone(make_recipe, monkeypatch):
     assert training.keys == split_data(recipe, load(recipe.data)).training.keys
 
 
+@pytest.mark.slow
 def test_the_seed_of_the_recipe_draws_the_first_weights_of_the_adapter(make_recipe):
     def first_weights(seed):
         recipe = make_recipe(seed=seed, adapter={"kind": "lora", "blocks": {"last": 1}, "rank": 2})

@@ -36,6 +36,7 @@ def recipe_path(tmp_path, domains_folder, openclip_name):
     return path
 
 
+@pytest.mark.slow
 def test_the_best_setting_scores_what_training_it_records(recipe_path, tmp_path):
     recipe = load_recipe(recipe_path)
     held_out = "photo"

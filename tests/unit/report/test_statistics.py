@@ -106,6 +106,7 @@ def test_many_comparisons_cost_certainty():
     assert among[0].words == "not distinguishable"
 
 
+@pytest.mark.slow
 def test_a_family_of_nothing_but_chance_is_rarely_wrong():
     rng = np.random.default_rng(0)
     wrong = 0

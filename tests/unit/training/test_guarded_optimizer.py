@@ -162,6 +162,7 @@ def test_row_11_ten_in_a_row_name_the_files_of_the_tenth(trained, first, log_eve
     assert repr(same_events) == repr(events)
 
 
+@pytest.mark.slow
 def test_row_31_out_of_memory_does_not_lose_the_step_before(trained):
     def full(number):
         if number == 2 * 4 + 1:

@@ -72,6 +72,7 @@ def test_pieces_train_as_the_whole_batch_does(run, pieces, batch, way):
             assert values["domain_weight"] == pytest.approx(others["domain_weight"], abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces", [3, 6])
 def test_both_ways_give_the_same(run, pieces, monkeypatch):
     per_domain, events = run(pieces)
@@ -88,6 +89,7 @@ def test_every_method_in_pieces(run, method):
     assert (in_pieces - run(1, method=method)[0]).abs().max() <= 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "mode"),
     [("disam_gsam", "two_phase"), ("disam_sagm", "two_phase"), ("follows", "mean"), ("second half", "two_phase")],
@@ -165,6 +167,7 @@ def test_mixup_in_pieces(run, source, cell, of):
     assert (run(1, **unlike)[0] - whole).abs().max() > 1e-4, "by alpha"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", ["balanced", "proportional"])
 def test_proportional_batches_in_pieces_of_one_domain(run, sampling):
     """Domains of a batch vary in number and may be absent; the transformers family, for a change."""
@@ -174,6 +177,7 @@ def test_proportional_batches_in_pieces_of_one_domain(run, sampling):
     assert (in_pieces - run(1, **options)[0]).abs().max() <= 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "method", "pieces", "mode"),
     [
@@ -206,11 +210,13 @@ def test_every_objective_in_pieces(run, objective, method, pieces, mode):
             assert abs(ours["objective"] - ours["loss"]) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces", [3, 4])
 def test_a_loss_scaler_changes_no_bit(run, pieces):
     assert torch.equal(run(pieces, scale=2.0**10)[0], run(pieces)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces", [3, 4])
 def test_both_passes_see_the_same_dropout_in_each_piece(run, pieces, monkeypatch):
     """With rho near 0 the passes compute one function of the weights: the losses of both are the same."""
@@ -361,6 +367,7 @@ def test_row_31_the_remedy_for_too_little_memory_can_be_followed():
     assert MicroBatches(8, 1, "two_phase").memory_remedy == "Lower train.batch_size."
 
 
+@pytest.mark.slow
 def test_nobody_else_accumulates(run, monkeypatch):
     """``accelerate launch`` hands its own setting over in the environment; it would divide every loss."""
     wanted = run(3, scale=1.0)[0]

@@ -77,6 +77,7 @@ def alone(
     return head.state()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("clip", "over"), [(None, "domains"), (0.05, "domains"), (None, "samples")])
@@ -158,6 +159,7 @@ def test_a_probe_that_diverges_has_no_score_and_leaves_the_others_alone():
     torch.testing.assert_close(good.state["weight"], single.state["weight"], rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*domain weights were negative")
 def test_it_ends_and_chooses_as_the_training_loop_does(openclip_name, domains_folder):
     dataset = load(DataConfig(root=domains_folder))

@@ -78,6 +78,7 @@ def test_the_loss_on_the_sources_falls(trained):
     assert result.best_step == 60
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(trained):
     dropout = LoraAdapterConfig(seed=0, dropout=0.3)
     first, again, other = (trained(adapter=dropout, seed=seed)[0] for seed in (0, 0, 1))
@@ -85,6 +86,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(trained):
     assert not torch.equal(first, other)
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_the_result(trained):
     assert torch.equal(trained()[0], trained(workers=2)[0])
 
@@ -128,6 +130,7 @@ def test_every_setting_changes_the_weights(trained, change):
     assert not torch.equal(before, after)
 
 
+@pytest.mark.slow
 def test_a_pixel_store_feeds_the_same_samples_from_stored_images(trained, domains_folder):
     stored = load(DataConfig(root=domains_folder, pixel_store=36))
     weights, events, _ = trained(samples=stored)
@@ -151,6 +154,7 @@ def test_row_25_erm_sam_and_disam_agree_where_they_must(trained):
     assert not torch.equal(erm, sam)
 
 
+@pytest.mark.slow
 def test_row_02_one_source_domain_with_disam_warns_once_and_equals_sam(trained, dataset):
     art = dataset.with_domains(["art"])
     with pytest.warns(UserWarning, match=r"one source domain \('art'\).*equals sam bit for bit") as caught:
@@ -341,6 +345,7 @@ def test_a_schedule_of_rho_and_lambda_takes_its_values_step_by_step(trained):
     assert not torch.equal(trained(method=MethodConfig.model_validate(falling))[0], constant)
 
 
+@pytest.mark.slow
 def test_steps_without_a_perturbation_are_erm(trained):
     """The first half is that of a run of ERM, bit for bit."""
     half = MethodConfig.model_validate({"from": 0.5, "rho": 0.3})

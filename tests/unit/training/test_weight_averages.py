@@ -103,6 +103,7 @@ def small(classifier):
     return -float(vector(classifier.trainable()).norm())
 
 
+@pytest.mark.slow
 def test_an_average_does_not_change_what_is_trained(trained):
     plain, _, events, _ = trained([])
     beside, result, more, _ = trained([EmaConfig(decay=0.9)])
@@ -199,6 +200,7 @@ def test_a_run_with_averages_goes_on_in_the_same_bits(trained, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_row_38_a_checkpoint_with_other_averages_is_refused(trained):
     with pytest.raises(InterruptedError):
         trained([EmaConfig()], cut_at=5)
@@ -206,6 +208,7 @@ def test_row_38_a_checkpoint_with_other_averages_is_refused(trained):
         trained([], resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::disam_peft.errors.Notice")
 def test_what_was_saved_last_is_what_is_chosen_also_in_a_tie_and_after_a_resume(trained):
     """raw draws level with an earlier state of the average: the first of equals stays, on the disk as in the result."""
