@@ -86,6 +86,19 @@ def stored_views(augment: AugmentConfig, config: FeatureConfig) -> int:
     return config.views if is_augmented and config.views is not None else 1
 
 
+def require_frozen_part(image_split: int | None) -> None:
+    """
+    Raises:
+        UserError: nothing of the image tower is frozen, so that there is nothing to store.
+    """
+    if image_split == BEFORE_STEM:
+        raise UserError(
+            "features.store keeps the output of the frozen part of the image tower, and of this one nothing is frozen, "
+            "because its first layers are trained; set features.store=false, or adapt what comes later "
+            "(kind: full has adapter.stem=false and adapter.blocks)"
+        )
+
+
 @dataclass(frozen=True)
 class _Views:
     """How many views of each image are stored, and how they are made."""
@@ -105,12 +118,7 @@ def _store(
     autocast: Autocast,
     workers: int | Literal["auto"],
 ) -> FeatureStore:
-    if classifier.image_split == BEFORE_STEM:
-        raise UserError(
-            "features.store keeps the output of the frozen part of the image tower, and of this one nothing is frozen, "
-            "because its first layers are trained; set features.store=false, or adapter.stem=false and fewer "
-            "adapter.blocks"
-        )
+    require_frozen_part(classifier.image_split)
     like = next(classifier.model.parameters())
 
     def encode(pixels_BCHW: Tensor) -> Tensor:

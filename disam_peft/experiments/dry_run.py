@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.classification.frozen_features import stored_views
+from disam_peft.classification.frozen_features import require_frozen_part, stored_views
 from disam_peft.common.progress import duration
 from disam_peft.config.average import kept_averages, times_judged
 from disam_peft.config.recipe import Recipe
@@ -99,6 +99,8 @@ def _measure(
     if recipe.features.store:
         stored_views(recipe.augment, recipe.features)
     classifier = load_pretrained(recipe, dataset.prompt_names, device).with_new_adapter()
+    if recipe.features.store:
+        require_frozen_part(classifier.image_split)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), warnings.catch_warnings():
         if recipe.domains.infer != "none":  # the domains of the data stand for those to come

@@ -48,7 +48,8 @@ def recipe_for(domains: Path, model: str, output: Path, **changes) -> Recipe:
         "evaluation": {"workers": 0},
     }
     for key, value in changes.items():
-        values[key] = {**values[key], **value} if isinstance(values.get(key), dict) else value
+        joined = isinstance(values.get(key), dict) and "kind" not in value
+        values[key] = {**values[key], **value} if joined else value
     return Recipe.model_validate(values)
 
 

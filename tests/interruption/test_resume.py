@@ -118,6 +118,7 @@ def test_row_60_killed_before_any_write_at_the_end_of_a_run_it_is_completed(fini
 @pytest.mark.parametrize(
     "changes",
     [
+        {"adapter": {"kind": "full", "towers": ["image", "text"], "logit_scale": "trained"}},
         {"data": {"pixel_store": 36}, "train": {"workers": 2}},
         {"features": {"store": True, "views": 2}},
         {"augment": {"mixup": {}}, "train": {"class_sampling": "balanced", "workers": 2}},
@@ -132,6 +133,7 @@ def test_row_60_killed_before_any_write_at_the_end_of_a_run_it_is_completed(fini
         },
     ],
     ids=[
+        "full towers",
         "pixel store",
         "feature store",
         "mixup",

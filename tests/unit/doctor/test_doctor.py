@@ -18,6 +18,7 @@ from disam_peft.cli.output import print_examination
 from disam_peft.config.adapters import (
     ClipAdapterConfig,
     CoOpConfig,
+    FullConfig,
     LinearProbeConfig,
     LoraAdapterConfig,
     PeftAdapterConfig,
@@ -45,6 +46,8 @@ ADAPTERS = {
     "linear_probe": LinearProbeConfig(),
     "clip_adapter": ClipAdapterConfig(),
     "dora": PeftAdapterConfig(method="dora", options={"r": 2}),
+    "full": FullConfig(towers=["image", "text"]),
+    "full-norms": FullConfig(blocks="none", norms="all"),
 }
 
 

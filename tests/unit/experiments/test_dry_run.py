@@ -75,7 +75,13 @@ def test_what_train_would_refuse_a_dry_run_refuses(make_recipe, tmp_path):
         run.dry_run(make_recipe(protocol={"held_out": "photoo"}))
     with pytest.raises(UserError, match=r"choose features\.views, for example 8, or set augment\.kind=none"):
         run.dry_run(make_recipe(features={"store": True}))
+    stored = {"adapter": {"kind": "full"}, "augment": {"kind": "none"}, "features": {"store": True}}
+    nothing_frozen = "of this one nothing is frozen, because its first layers are trained"
+    with pytest.raises(UserError, match=nothing_frozen):
+        run.dry_run(make_recipe(**stored))
     assert not (tmp_path / "runs").exists()
+    with pytest.raises(UserError, match=nothing_frozen):
+        run.train(make_recipe(**stored))
 
 
 @pytest.mark.slow

@@ -233,11 +233,12 @@ def test_exports_are_at_the_alpha_and_say_so(run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter", ["dora", "linear_probe", "ln_tuning"])
+@pytest.mark.parametrize("adapter", ["dora", "linear_probe", "ln_tuning", "full"])
 def test_nothing_held_out_and_other_kinds(domains_folder, openclip_name, tmp_path, adapter):
-    config = (
-        {"kind": "linear_probe", "init": "random"} if adapter == "linear_probe" else {"kind": "peft", "method": adapter}
-    )
+    config = {
+        "linear_probe": {"kind": "linear_probe", "init": "random"},
+        "full": {"kind": "full", "towers": ["image", "text"]},
+    }.get(adapter, {"kind": "peft", "method": adapter})
     train(recipe(tmp_path, domains_folder, openclip_name, config, protocol="all"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -21,6 +21,9 @@ ADAPTERS = {
     "coop": {"kind": "coop", "context_tokens": 4},
     "linear_probe": {"kind": "linear_probe"},
     "clip_adapter": {"kind": "clip_adapter"},
+    "full-last": {"kind": "full", "blocks": {"last": 1}},
+    "full-projection": {"kind": "full", "blocks": "none", "projection": True},
+    "full-text": {"kind": "full", "towers": ["text"]},
 }
 every_adapter = pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
 IMAGES = 96
@@ -110,5 +113,6 @@ def test_zero_shot_numbers_are_kept_per_split(make_recipe, monkeypatch):
         [together] = run.train(recipe, cache=cache)
         [alone] = run.train(recipe, overwrite=True)
         assert together.rows == alone.rows
-    # lora (2), lora-all (0), ln_tuning (1), and one for the four that leave the whole tower as it is
-    assert judged.count("zero_shot") == 4 + len(ADAPTERS)
+    # lora and full-last (2), lora-all (0), ln_tuning (1), full-projection (3), and one for those that leave the whole
+    # tower as it is
+    assert judged.count("zero_shot") == 5 + len(ADAPTERS)

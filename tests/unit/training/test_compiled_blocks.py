@@ -63,13 +63,14 @@ def gradients(classifier: ClipClassifier, around: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", ["lora-image", "lora-both", "coop-shared"])
+@pytest.mark.parametrize("cell", ["lora-image", "lora-both", "coop-shared", "full-both", "full-last"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_is_the_same_and_blocks_are_eager_outside(twins: tuple[str, str], family: str, cell: str) -> None:
     classifier = tiny_classifier(tiny_backbone(twins, family), cell).double().train()
+    assert classifier.adapter is not None
     expected, counting = gradients(classifier, nullcontext()), Counting()
-    blocks = classifier.backbone.blocks("image") + classifier.backbone.blocks("text") * (cell == "lora-both")
-    compiled = CompiledBlocks(blocks, counting.backend)
+    text = classifier.backbone.blocks("text") * (classifier.adapter.text_split is not None)
+    compiled = CompiledBlocks(classifier.backbone.blocks("image") + text, counting.backend)
     for _ in range(2):
         ran = counting.ran
         found = gradients(classifier, compiled)
