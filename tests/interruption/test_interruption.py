@@ -291,7 +291,8 @@ def test_row_33_and_39_one_of_two_ranks_is_killed(finished, make_recipe, start_t
     """The other ends with an error, soon; resumed, both come to the bits of an uninterrupted pair."""
     swad = {"kind": "swad", "n_converge": 1, "n_tolerance": 2, "tolerance_ratio": 2.0}
     penalties = [{"kind": "groupdro", "eta": 0.5}, {"kind": "fishr", "weight": 1e6, "anneal": 5}, {"kind": "irm"}]
-    changes = {"average": ["bma", {"kind": "swa", "start": 0.25}, swad], "objective": {"penalties": penalties}}
+    averages = ["bma", "ema", {"kind": "swa", "start": 0.25}, swad, {**swad, "variant": "published"}]
+    changes = {"average": averages, "objective": {"penalties": penalties}}
     expected, recipe = finished(start_two, **changes), make_recipe(**changes)
     pids = start_two(recipe, lambda rank: rank == 1 and ends_itself(AscentDirection, "add_", 6)())
     assert ended(pids[1]) == -signal.SIGKILL

@@ -75,6 +75,7 @@ WITH_STATE = ObjectiveConfig(
     penalties=[GroupDROConfig(eta=0.5), FishrConfig(weight=1e6, anneal=5, ema=0.8), IRMConfig(weight=3.0, anneal=7)]
 )
 AVERAGES = [
+    {"kind": "ema", "decay": 0.8},
     {"kind": "swa", "start": 0.25, "every": 2, "judged": "always"},
     {"kind": "bma"},
     {"kind": "swad", "n_converge": 1, "n_tolerance": 2, "tolerance_ratio": 2.0},
