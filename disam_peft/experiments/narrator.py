@@ -16,6 +16,8 @@ from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.domain_inference import InferredDomains
 from disam_peft.common import progress
 from disam_peft.common.processes import is_main
+from disam_peft.config.average import kept_averages
+from disam_peft.config.base import Config
 from disam_peft.config.data import DomainsConfig
 from disam_peft.config.recipe import Recipe
 from disam_peft.config.unused import method_in_words, unused_settings
@@ -116,6 +118,10 @@ class Narrator:
             f"{_count(config.batch_size, 'image')} ({passes:.3g} times through the training images), validated every "
             f"{_count(config.validation_interval, 'step')}; {precision} on {where}{together}"
         )
+        if described := objective_in_words(recipe):
+            self.say(f"  objective: {described}")
+        if averages := kept_averages(recipe.average):
+            self.say(f"  averages of the weights: {', '.join(_with_settings(average) for average in averages)}")
         unused = unused_settings(recipe)
         if unused:
             self.say(f"  without effect: {'; '.join(unused)}")
@@ -151,6 +157,42 @@ class Narrator:
         return f"{progress.duration((now - begin) / (step - first_step) * (self._steps - step))} left"
 
 
+def objective_in_words(recipe: Recipe) -> str | None:
+    """What a step descends, such as ``cross_entropy + fishr (weight 1000 from step 1,501 on)``; None where it is the
+    plain cross entropy of images as they are."""
+    objective, mixup = recipe.objective, recipe.augment.mixup
+    if objective.is_plain_mean and mixup is None:
+        return None
+    terms = [_with_settings(objective.loss)]
+    for penalty in objective.penalties:
+        begin = f" from step {penalty.anneal + 1:,} on" if penalty.anneal else ""
+        terms.append(_with_settings(penalty, f"weight {penalty.weight:g}{begin}", "weight", "anneal"))
+    for anchor in objective.anchors:
+        kind, _, rest = _with_settings(anchor, f"weight {anchor.weight:g}", "weight").partition(" ")
+        terms.append(f"{kind} anchor {rest}")
+    words = " + ".join(terms)
+    if objective.effective_mean_over == "domains":
+        words += ", averaged over domains"
+    return words if mixup is None else f"{words}, of mixtures of two domains' {mixup.of} (mixup, alpha {mixup.alpha:g})"
+
+
+def _with_settings(config: Config, first: str | None = None, *told: str) -> str:
+    """The kind, and the settings that a recipe gives it: ``margin_softmax (margin 0.3)``.
+
+    Args:
+        first: said before them.
+        told: settings that it says already.
+    """
+    said = [] if first is None else [first]
+    for name in type(config).model_fields:
+        if name in config.model_fields_set and name not in ("kind", *told):
+            value = getattr(config, name)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            said.append(f"{name} {f'{value:g}' if is_number else 'as listed' if isinstance(value, dict) else value}")
+    kind = getattr(config, "kind", "")
+    return f"{kind} ({', '.join(said)})" if said else kind
+
+
 _JUDGED = {"held_out": "are held out", "held_out_test": "of these are its test part", "test": "are the test part"}
 
 
@@ -163,6 +205,8 @@ def frozen_part(classifier: ClipClassifier) -> str:
         image = "nothing of the image tower, whose first layers are trained"
     elif split == 0 and backbone.image_blocks == 0:
         image = "nothing of the image tower, which cannot be split"
+    elif split == 0:
+        image = "what comes before the blocks of the image tower, which runs once per batch"
     else:
         image = f"the first {split} of {backbone.image_blocks} blocks of the image tower, which run once per batch"
     if adapter is None or not (adapter.replaces_class_prompts or adapter.text_split is not None):
@@ -171,6 +215,8 @@ def frozen_part(classifier: ClipClassifier) -> str:
         return f"{image}; the weights of the text tower, which runs in every pass because its prompts are trained"
     if adapter.text_split == BEFORE_STEM:
         return f"{image}; nothing of the text tower, whose first layers are trained"
+    if adapter.text_split == 0:
+        return f"{image}; what comes before the blocks of the text tower, which runs once"
     return f"{image}; the first {adapter.text_split} of {backbone.text_blocks} blocks of the text tower, which run once"
 
 

@@ -12,7 +12,7 @@ from disam_peft.config.recipe import Recipe
 from disam_peft.errors import Notice
 from disam_peft.experiments import narrator as narration
 from disam_peft.experiments import run
-from disam_peft.experiments.narrator import Narrator
+from disam_peft.experiments.narrator import Narrator, objective_in_words
 
 
 @pytest.fixture
@@ -38,6 +38,39 @@ def told(recipe, *, verbose=False):
     lines = []
     run.train(recipe, narrator=Narrator(lines.append, verbose=verbose))
     return lines
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"objective": {"loss": {"label_smoothing": 0.1}}}, "cross_entropy (label_smoothing 0.1)"),
+        (
+            {
+                "objective": {
+                    "loss": {"kind": "margin_softmax", "margin": 0.2},
+                    "penalties": [{"kind": "coral"}, {"kind": "fishr", "ema": 0.5}],
+                    "anchors": [{"kind": "logits", "weight": 0.5}],
+                }
+            },
+            "margin_softmax (margin 0.2) + coral (weight 1) + fishr (weight 1000 from step 1,501 on, ema 0.5) + "
+            "logits anchor (weight 0.5), averaged over domains",
+        ),
+        ({"augment": {"mixup": {}}}, "cross_entropy, of mixtures of two domains' images (mixup, alpha 0.2)"),
+    ],
+)
+def test_what_a_step_descends_is_said_where_it_is_not_the_plain_cross_entropy(make_recipe, changes, words):
+    assert objective_in_words(make_recipe(**changes)) == words
+
+
+@pytest.mark.slow
+def test_a_run_says_its_objective_and_its_averages(make_recipe):
+    lines = told(make_recipe(objective={"loss": "margin_softmax"}, average=["ema", {"kind": "bma", "beta": 0.5}]))
+    place = next(i for i, line in enumerate(lines) if line.startswith("  training: "))
+    assert lines[place + 1 : place + 3] == [
+        "  objective: margin_softmax",
+        "  averages of the weights: ema, bma (beta 0.5)",
+    ]
 
 
 def test_a_run_says_what_it_found_splits_trains_and_validates(make_recipe, tmp_path):
@@ -106,6 +139,11 @@ def test_where_the_frozen_part_ends_is_said_for_other_adapters(make_recipe):
         "  frozen: nothing of the image tower, whose first layers are trained; nothing of the text tower, whose first "
         "layers are trained"
     ) in full
+    lora = told(make_recipe(adapter={"kind": "lora", "rank": 2, "towers": ["image", "text"]}, name="lora"))
+    assert (
+        "  frozen: what comes before the blocks of the image tower, which runs once per batch; what comes before the "
+        "blocks of the text tower, which runs once"
+    ) in lora
     coop = told(make_recipe(adapter={"kind": "coop", "context_tokens": 2}, name="coop"))
     assert any(
         "the weights of the text tower, which runs in every pass because its prompts are trained" in x for x in coop
