@@ -68,6 +68,11 @@ class Case:
     adapter: AdapterConfig = BOTH_TOWERS
     mixup: MixupConfig | None = None
 
+    @property
+    def source(self) -> str:
+        """Where its batches come from, unless something else is asked for."""
+        return "images" if self.mixup is None or self.mixup.of == "images" else "feature store"
+
 
 def words(annotation: Any) -> list[str]:
     """The words that a setting can be, also beside other values."""
@@ -111,10 +116,9 @@ def _cases() -> dict[str, Case]:
             found[name] = Case(ObjectiveConfig(**values))
     found["weights of named classes"] = Case(ObjectiveConfig(loss=CrossEntropyConfig(class_weights={"red": 5.0})))
     found["sagawa, adjusted"] = Case(ObjectiveConfig(penalties=[SAGAWA]))
-    found["mixup"] = Case(
-        ObjectiveConfig(penalties=[IRMConfig(weight=0.2, anneal=0), GroupDROConfig(weight=0.7, eta=0.5)]),
-        mixup=MixupConfig(),
-    )
+    read_labels = ObjectiveConfig(penalties=[IRMConfig(weight=0.2, anneal=0), GroupDROConfig(weight=0.7, eta=0.5)])
+    for word in words(MixupConfig.model_fields["of"].annotation):
+        found[f"mixup of={word}"] = Case(read_labels, mixup=MixupConfig.model_validate({"of": word}))
     found["trained scale"] = Case(ObjectiveConfig(loss=SigmoidConfig()), adapter=WITH_SCALE)
     found["combined"] = Case(COMBINED)
     return found
@@ -159,7 +163,11 @@ class Workplace:
 
     def batches(self, case: Case, source: str) -> list[dict[str, Tensor]]:
         """Those of this process."""
-        key = source, case.mixup is not None, case.adapter.model_dump_json() if source == "feature store" else ""
+        key = (
+            source,
+            case.mixup is not None and case.mixup.of,
+            case.adapter.model_dump_json() if source == "feature store" else "",
+        )
         if key not in self._batches:
             augment = AugmentConfig(kind="none", mixup=case.mixup)
             dataset: DomainDataset = self.stored if source == "pixel store" else self.dataset
@@ -189,19 +197,19 @@ class Workplace:
             )
 
     def train(
-        self, case: Case, method: str = "disam", pieces: int = 1, source: str = "images", around: Any = None
+        self, case: Case, method: str = "disam", pieces: int = 1, source: str = "", around: Any = None
     ) -> dict[str, Any]:
         """The trained weights, the objective in each step and the state of the penalties after ``STEPS`` steps."""
         trainer, values = self.trainer(case, method, pieces), []
         if around is not None:
             trainer.compiled = around(trainer.classifier)
-        for batch in self.batches(case, source):
+        for batch in self.batches(case, source or case.source):
             values.append(_step(trainer, batch))
         return found_in(trainer, values)
 
     def resumed(self, case: Case, method: str = "disam") -> dict[str, Any]:
         """As ``train``, but after the first step everything is saved, thrown away, built anew and loaded."""
-        first, *rest = self.batches(case, "images")
+        first, *rest = self.batches(case, case.source)
         trainer = self.trainer(case, method)
         values = [_step(trainer, first)]
         structure, tensors = to_json_and_tensors({n: c.state_dict() for n, c in components(trainer).items()})

@@ -33,6 +33,7 @@ from disam_peft.training.checkpoint.serialization import from_json_and_tensors, 
 from disam_peft.training.fit import fit
 from disam_peft.training.guarded_optimizer import GuardedOptimizer
 from tests.helpers.interrupted import ended, ends_itself, ends_itself_at_a_write, result, saved
+from tests.helpers.terms import COMBINED
 
 pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="processes are forked and killed as POSIX systems do it"),
@@ -132,6 +133,12 @@ def test_row_60_killed_before_any_write_at_the_end_of_a_run_it_is_completed(fini
             "objective": {"loss": {"kind": "contrastive"}},
             "prompts": {"templates": ["a photo of a {}.", "a {}."]},
         },
+        {
+            "objective": COMBINED.model_dump(mode="json"),
+            "method": {"name": "disam_gsam"},
+            "average": AVERAGES[2:],
+            "train": {"gradient_accumulation_steps": 2},
+        },
     ],
     ids=[
         "full towers",
@@ -144,6 +151,7 @@ def test_row_60_killed_before_any_write_at_the_end_of_a_run_it_is_completed(fini
         "anchors",
         "state per domain",
         "captions",
+        "combined",
     ],
 )
 def test_row_33_with_stores_and_accumulation(finished, make_recipe, start, changes):

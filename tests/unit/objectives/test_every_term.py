@@ -13,7 +13,7 @@ def test_every_class_and_every_word_of_a_setting_is_a_case() -> None:
     assert classes == {*LOSSES, *PENALTIES, *ANCHORS}
     assert {config.model_fields["kind"].default for config in classes} <= set(CASES), "each alone, too"
     assert {
-        *("groupdro variant=sagawa", "irm variant=v1", "logits distance=l1"),
+        *("mixup of=images", "mixup of=features", "groupdro variant=sagawa", "irm variant=v1", "logits distance=l1"),
         *(f"image_features distance={word}" for word in ("squared", "cosine")),
         *(f"class_features distance={word}" for word in ("l1", "cosine")),
         *(f"{loss} class_weights={word}" for loss in ("focal", "sigmoid") for word in ("balanced", "effective_number")),
