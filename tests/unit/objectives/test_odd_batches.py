@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from tests.helpers.objectives import DOMAINS, SCALE, Problem
 
 ONE_OF_EACH = torch.tensor([0, 1, 2])  # their domains are 0, 1 and 2
 OF_DOMAIN_0 = torch.tensor([0, 3, 4, 7])
-KINDS = {config().kind: config for config in PENALTIES}
+KINDS: dict[str, Any] = {config.model_fields["kind"].default: config for config in PENALTIES}
 
 
 def step(kind, rows, method="disam", **settings):
