@@ -29,6 +29,7 @@ from bench import (
     growth,
     lora,
     memory,
+    methods,
     objective_terms,
     probe,
     whole_run,
@@ -38,7 +39,9 @@ from bench.gpu_models import models as gpu_models
 from bench.measure import Row, machine, table
 from bench.models import vit_b_32, write_clip
 
-Section = Literal["bookkeeping", "lora", "coop", "memory", "probe", "growth", "accumulation", "objective", "run"]
+Section = Literal[
+    "bookkeeping", "lora", "coop", "memory", "probe", "growth", "accumulation", "objective", "methods", "run"
+]
 What = Literal["all", "gpu", Section]
 BLOCKS = 12
 
@@ -123,6 +126,7 @@ def _sections(
         ("growth", 5, lambda rounds: growth.rows(folder, rounds, device)),
         ("accumulation", 5, lambda rounds: accumulation.rows(folder, large_batch, rounds, device)),
         ("objective", 5, lambda rounds: objective_terms.rows(folder, batch, rounds, device)),
+        ("methods", 5, lambda rounds: methods.rows(folder, batch, rounds, device)),
     ]
 
 

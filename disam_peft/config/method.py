@@ -86,7 +86,7 @@ class MethodConfig(Config):
 
     def first_perturbed_step(self, steps: int) -> int:
         """The first step that ``from`` allows to perturb, counted from 0; ``steps`` where it allows none."""
-        # rounded: 0.1 of 30 steps are 3, although 0.1 * 30 is a little more
+        # rounded: 0.07 of 100 steps are 7, although 0.07 * 100 is a little more
         return math.ceil(round(self.start * steps, 9))
 
     def rho_in_step(self, step: int, steps: int, rate: float = 1.0) -> float:

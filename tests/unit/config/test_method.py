@@ -5,12 +5,16 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from disam_peft.config.identity import settings_hash
+from disam_peft.config.method import PUBLISHED_ALPHA as of_recipes
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.recipe import load_recipe, save_recipe
 from disam_peft.config.schedules import following_value, value_in_step
 from disam_peft.config.training import TrainConfig
+from disam_peft.disam.descent import PUBLISHED_ALPHA
+from disam_peft.disam.disam import DISAM
 from disam_peft.errors import UserError
 from disam_peft.training.optimizers import learning_rate_factor
 from tests.helpers import paths
@@ -97,6 +101,14 @@ def test_what_a_method_consists_of(recipe_of, name, descent, alpha, has_variance
     assert recipe_of(f"method.name={name}", "method.alpha=0").method.effective_alpha == 0
 
 
+def test_a_loop_of_ones_own_has_the_published_alpha_too():
+    w = torch.ones(2, requires_grad=True)
+    for descent, alpha in PUBLISHED_ALPHA.items():
+        assert DISAM([w], descent=descent).alpha == alpha == MethodConfig(name=descent).effective_alpha
+        assert DISAM([w], descent=descent, alpha=0.0).alpha == 0
+    assert of_recipes == PUBLISHED_ALPHA and set(PUBLISHED_ALPHA) == {"sam", "gsam", "sagm"}
+
+
 # -- schedules -----------------------------------------------------------------------------------------------
 
 
@@ -164,9 +176,10 @@ def test_weights_are_perturbed_in_a_part_of_the_steps_alone(recipe_of, tmp_path)
     half = recipe_of("method.from=0.5").method
     assert [half.rho_in_step(step, 5) > 0 for step in range(5)] == [False, False, False, True, True]
     third = recipe_of("method.every=3", "method.from=0.25").method
-    assert [step for step in range(12) if third.rho_in_step(step, 12) > 0] == [3, 6, 9]
-    tenth = recipe_of("method.from=0.1").method
-    assert [step for step in range(30) if tenth.rho_in_step(step, 30) == 0] == [0, 1, 2], "0.1 * 30 is more than 3"
+    assert [step for step in range(16) if third.rho_in_step(step, 16) > 0] == [4, 7, 10, 13]
+    assert 0.07 * 100 > 7
+    late = recipe_of("method.from=0.07").method
+    assert [step for step in range(100) if late.rho_in_step(step, 100) == 0] == [0, 1, 2, 3, 4, 5, 6]
     assert half.changes and third.changes and not recipe_of("method.every=1").method.changes
     recipe = recipe_of("method.from=0.5", "method.every=2")
     save_recipe(recipe, tmp_path / "saved.yaml")

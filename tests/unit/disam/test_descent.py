@@ -9,10 +9,7 @@ import torch
 from torch import nn
 
 from disam_peft import DISAM
-from disam_peft.config.method import PUBLISHED_ALPHA as of_recipes
-from disam_peft.config.method import MethodConfig
 from disam_peft.disam import gsam_gradient, perturbations, sagm_gradient
-from disam_peft.disam.descent import PUBLISHED_ALPHA
 from tests.helpers import paths
 
 REFERENCE = np.load(paths.REFERENCE / "gsam_sagm.npz")
@@ -342,15 +339,6 @@ def test_mistakes_in_groups_are_told(groups, rho, message):
     given = [{**g, "params": [tensors[g["params"]]]} if isinstance(g, dict) else tensors[g] for g in groups]
     with pytest.raises(ValueError, match=message):
         DISAM(given, rho)
-
-
-def test_alpha_is_the_published_one_unless_it_is_given():
-    """The same for whoever writes a loop as for a recipe."""
-    w = torch.ones(2, requires_grad=True)
-    for descent, alpha in PUBLISHED_ALPHA.items():
-        assert DISAM([w], descent=descent).alpha == alpha == MethodConfig(name=descent).effective_alpha
-        assert DISAM([w], descent=descent, alpha=0.0).alpha == 0
-    assert of_recipes == PUBLISHED_ALPHA and set(PUBLISHED_ALPHA) == {"sam", *DESCENTS}
 
 
 def test_settings_are_checked_at_any_time():

@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="mutants run in forked processes"),
 ]
 
+DESCENT, FORMS = "tests/unit/disam/test_descent.py", "tests/unit/disam/test_variance_forms.py"
 NORMS = "tests/unit/disam/test_masks_and_norms.py"
 STEP, MICRO_BATCHES, PRECISION = (
     f"tests/unit/disam/test_{name}.py" for name in ("disam", "micro_batches", "precision")
@@ -204,6 +205,70 @@ MUTANTS = {
         "            dist.all_reduce(value, group=mesh.get_group(mesh_dim))\n",
         "            pass\n",
         "tests/helpers/disam_rank_mutants.py::test_fsdp",
+    ),
+    "gsam takes all of g1 away": Mutant(
+        "descent.py",
+        "b - alpha * (a - along.to(b) * of_size_1)",
+        "b - alpha * a",
+        f"{DESCENT}::test_a_step_is_its_formula",
+    ),
+    "gsam's products of one tensor": Mutant(
+        "descent.py",
+        "torch.stack([product.to(products[0].device, widest) for product in products]).sum()",
+        "products[0]",
+        f"{DESCENT}::test_the_functions_give_the_authors_gradients",
+    ),
+    "gsam's products vanish": Mutant(
+        "descent.py",
+        "scaled_second = [b / second_size.to(b) for b in second]",
+        "second_size, scaled_second = torch.ones_like(second_size), list(second)",
+        f"{DESCENT}::test_products_neither_vanish_nor_overflow_in_float32",
+    ),
+    "sagm's sum": Mutant("descent.py", "0.5 * a + 0.5 * b", "a + b", f"{DESCENT}::test_a_step_is_its_formula"),
+    "sagm does not go back": Mutant(
+        "perturbation.py", "self._back * self._divisor", "0 * self._back", f"{DESCENT}::test_a_step_is_its_formula"
+    ),
+    "sagm goes back along the scaled gradient": Mutant(
+        "disam.py",
+        "back = self._scale.at_scale_1(torch.full(",
+        "back = torch.Tensor.detach(torch.full(",
+        f"{DESCENT}::test_a_loss_scale_changes_nothing_but_the_scale",
+    ),
+    "a gradient of pass 1 alone is lost": Mutant(
+        "descent.py",
+        "if p.grad is None and p in self._used:",
+        "if False:",
+        f"{DESCENT}::test_a_parameter_may_have_a_gradient_in_one_pass_or_in_none",
+    ),
+    "groups without a rho of their own": Mutant(
+        "perturbation.py",
+        "if any(p in self._rho_factors for p in group):",
+        "if False:",
+        f"{DESCENT}::test_groups_have_a_rho_of_their_own_and_one_norm",
+    ),
+    "a relative lambda that is not": Mutant(
+        "ascent.py",
+        'if variance_scale == "relative":',
+        "if False:",
+        f"{FORMS}::test_a_step_climbs_the_objective_with_the_term",
+    ),
+    "entropic weights without the shares": Mutant(
+        "ascent.py",
+        "torch.softmax(share_D.log() - temperature",
+        "torch.softmax(torch.where(share_D > 0, 0.0, share_D.log()) - temperature",
+        f"{FORMS}::test_entropic_weights_are_a_softmax_of_shares_and_losses",
+    ),
+    "entropic weights of losses that are not relative": Mutant(
+        "ascent.py",
+        "temperature * mean_D / batch_mean, dim=-1",
+        "temperature * mean_D, dim=-1",
+        f"{FORMS}::test_entropic_weights_are_a_softmax_of_shares_and_losses",
+    ),
+    "penalties are lost in the entropic form": Mutant(
+        "passes.py",
+        " + (wanted.loss_D - mean_D) * sums.present_D",
+        "",
+        f"{FORMS}::test_a_step_climbs_the_objective_with_the_term",
     ),
 }
 

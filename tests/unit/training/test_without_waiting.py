@@ -28,6 +28,9 @@ METHODS = {
     "sam": MethodConfig(name="sam", rho=0.3),
     "erm": MethodConfig(name="erm"),
     "adaptive": MethodConfig(rho=1.0, variance_weight=0.6, adaptive=True),
+    "gsam": MethodConfig(name="disam_gsam", rho=0.3, variance_scale="relative", rho_factors={"*": 0.5}),
+    "sagm": MethodConfig(name="disam_sagm", rho=0.3, variance_form="entropic"),
+    "changes": MethodConfig.model_validate({"rho": {"kind": "follow_lr", "max": 0.3}, "every": 2, "from": 0.2}),
 }
 
 
@@ -76,6 +79,9 @@ def run(twins, domains_folder, monkeypatch):
         {"clip_norm": 0.01},
         {"method": "adaptive"},
         {"method": "erm"},
+        {"method": "gsam"},
+        {"method": "sagm"},
+        {"method": "changes"},
         {"log_ascent_cosine": True},
         {"family": "transformers"},
         {"cell": "lora-dropout"},
@@ -111,6 +117,8 @@ def test_stored_features(run, strict, where, cell, monkeypatch):
         ("two_phase", {"pieces": 4, "batch": 13}),
         ("per_domain", {"pieces": 3}),
         ("mean", {"pieces": 3, "method": "sam"}),
+        ("two_phase", {"pieces": 4, "batch": 13, "method": "gsam"}),
+        ("two_phase", {"pieces": 4, "batch": 13, "method": "changes"}),
         ("whole", {"pieces": 4, "cell": "coop-shared"}),
     ],
 )
