@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="mutants run in forked processes"),
 ]
 
-DESCENT, FORMS = "tests/unit/disam/test_descent.py", "tests/unit/disam/test_variance_forms.py"
+DESCENT = "tests/unit/disam/test_descent.py"
 NORMS = "tests/unit/disam/test_masks_and_norms.py"
 STEP, MICRO_BATCHES, PRECISION = (
     f"tests/unit/disam/test_{name}.py" for name in ("disam", "micro_batches", "precision")
@@ -245,30 +245,6 @@ MUTANTS = {
         "if any(p in self._rho_factors for p in group):",
         "if False:",
         f"{DESCENT}::test_groups_have_a_rho_of_their_own_and_one_norm",
-    ),
-    "a relative lambda that is not": Mutant(
-        "ascent.py",
-        'if variance_scale == "relative":',
-        "if False:",
-        f"{FORMS}::test_a_step_climbs_the_objective_with_the_term",
-    ),
-    "entropic weights without the shares": Mutant(
-        "ascent.py",
-        "torch.softmax(share_D.log() - temperature",
-        "torch.softmax(torch.where(share_D > 0, 0.0, share_D.log()) - temperature",
-        f"{FORMS}::test_entropic_weights_are_a_softmax_of_shares_and_losses",
-    ),
-    "entropic weights of losses that are not relative": Mutant(
-        "ascent.py",
-        "temperature * mean_D / batch_mean, dim=-1",
-        "temperature * mean_D, dim=-1",
-        f"{FORMS}::test_entropic_weights_are_a_softmax_of_shares_and_losses",
-    ),
-    "penalties are lost in the entropic form": Mutant(
-        "passes.py",
-        " + (wanted.loss_D - mean_D) * sums.present_D",
-        "",
-        f"{FORMS}::test_a_step_climbs_the_objective_with_the_term",
     ),
 }
 
