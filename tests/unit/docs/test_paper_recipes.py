@@ -178,6 +178,8 @@ def test_headers_say_which_of_two_settings_they_take(data_set):
         assert f"rho 0.05 (section 4.5), not {other[0]} (" in header(data_set, f"{family}_sam")
         assert f"rho 0.05, lambda 0.1 (section 4.5), not {other[1]} (" in header(data_set, f"{family}_disam")
     assert f"SAGM's alpha {ALPHA.get(data_set, 0.001)}, " in header(data_set, "table1")
+    for study in ("table1", "table2"):
+        assert f"rho 0.05, lambda 0.1 (section 4.5), not {other[1]} (" in header(data_set, study)
     assert all("recipes/paper/README.md" in header(data_set, name) for name in (*ROWS, "lora", "table1", "table2"))
 
 
