@@ -95,7 +95,9 @@ class Narrator:
         """What is trained, and which part of the model is frozen."""
         trained = classifier.trainable()
         numbers = sum(p.numel() for p in trained.values())
-        every = {id(p): p.numel() for p in [*classifier.parameters(), *trained.values()]}
+        base = classifier.backbone.base_parameters()
+        replaced = {id(base[key]) for key in trained if key in base}  # weights of a full tower, kept beside the trained
+        every = {id(p): p.numel() for p in [*classifier.parameters(), *trained.values()] if id(p) not in replaced}
         name, tag = recipe.backbone.name, recipe.backbone.pretrained
         self.say(
             f"  trained: {recipe.adapter.kind} on {name if tag is None else f'{name}:{tag}'}, {numbers:,} of "

@@ -127,6 +127,12 @@ def test_what_was_passed_over_is_said(make_recipe, domains_folder, tmp_path):
     assert lines[1] == "  passed over: 2 .txt"
 
 
+def parameters(lines: list[str]) -> tuple[int, int]:
+    """How many are trained, and how many there are."""
+    [(trained, every)] = re.findall(r"([\d,]+) of ([\d,]+) parameters", "\n".join(lines))
+    return int(trained.replace(",", "")), int(every.replace(",", ""))
+
+
 @pytest.mark.slow
 def test_where_the_frozen_part_ends_is_said_for_other_adapters(make_recipe):
     probe = told(make_recipe(adapter={"kind": "linear_probe"}, name="probe"))
@@ -139,6 +145,8 @@ def test_where_the_frozen_part_ends_is_said_for_other_adapters(make_recipe):
         "  frozen: nothing of the image tower, whose first layers are trained; nothing of the text tower, whose first "
         "layers are trained"
     ) in full
+    (_, of_full), (head, of_probe) = parameters(full), parameters(probe)
+    assert of_full == of_probe - head, "weights that trained ones replace are not counted twice"
     lora = told(make_recipe(adapter={"kind": "lora", "rank": 2, "towers": ["image", "text"]}, name="lora"))
     assert (
         "  frozen: what comes before the blocks of the image tower, which runs once per batch; what comes before the "
