@@ -35,6 +35,8 @@ A penalty is one file, one config class, one line in a table, and its test.
    ``tests/unit/objectives/test_contract.py`` drives every member of the table, as its defaults make it, with every
    method and over unequal micro-batches. An entry of ``OBJECTIVES`` in ``tests/helpers/objectives.py``, its formula
    in ``definition`` there, adds masks, missing domains, ranks and saved state.
+   ``tests/matrix/test_terms.py`` trains it without a line of yours, in every variant that a setting names: processes,
+   micro-batches, stores, resume, autocast, loss scaling and compiled blocks.
 
 A penalty with state (an average over steps, weights of groups) moves it in ``begin_step`` and gives it to
 ``state_dict``. It is then saved, resumed and equal on all processes like the rest. A ``DomainState`` holds a value for

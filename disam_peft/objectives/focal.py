@@ -25,7 +25,7 @@ def focal(logits_BC: Tensor, labels_B: Tensor, gamma: float = 2.0, label_smoothi
 
 
 def _focal(log_p: Tensor, gamma: float) -> Tensor:
-    # 1 - p without cancellation; never 0, where a power below 1 has no derivative
+    # 1 - p from log p without another cancellation; never 0, where a power below 1 has no derivative
     not_p = (-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).tiny)
     return -(not_p**gamma) * log_p
 

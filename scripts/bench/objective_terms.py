@@ -22,6 +22,10 @@ from .steps import DOMAINS, RHO, VARIANCE_WEIGHT, Batch
 
 ADAPTERS: dict[str, tuple[AdapterConfig, int]] = {
     "LoRA last 4": (LoraAdapterConfig(blocks=LastBlocks(last=4), rank=4, alpha=8, seed=0), 7),
+    "LoRA last 4 of both": (
+        LoraAdapterConfig(towers=["image", "text"], blocks=LastBlocks(last=4), rank=4, alpha=8, seed=0),
+        7,
+    ),
     "LoRA all 12": (LoraAdapterConfig(rank=4, alpha=8, seed=0), 7),
     "CoOp 65 classes": (CoOpConfig(seed=0), 65),
 }
@@ -30,13 +34,18 @@ ADAPTERS: dict[str, tuple[AdapterConfig, int]] = {
 PENALTIES: dict[str, dict[str, object]] = {
     kind: {"penalties": [{"kind": kind, "anneal": 0}]} for kind in ("vrex", "groupdro", "irm", "coral", "mmd", "fishr")
 }
+LOSSES: dict[str, dict[str, object]] = {
+    f"loss {kind}": {"loss": kind} for kind in ("focal", "margin_softmax", "sigmoid", "contrastive")
+}
 TERMS: dict[str, dict[str, dict[str, object]]] = {
     "LoRA last 4": {
+        **LOSSES,
         "anchor logits": {"anchors": [{"kind": "logits"}]},
         "anchor image_features": {"anchors": [{"kind": "image_features"}]},
         "anchor weights": {"anchors": [{"kind": "weights"}]},
         **PENALTIES,
     },
+    "LoRA last 4 of both": {"anchor class_features": {"anchors": [{"kind": "class_features"}]}},
     "LoRA all 12": {"anchor logits": {"anchors": [{"kind": "logits"}]}},
     "CoOp 65 classes": {
         "anchor logits": {"anchors": [{"kind": "logits"}]},
@@ -45,14 +54,19 @@ TERMS: dict[str, dict[str, dict[str, object]]] = {
     },
 }
 """Adapter -> name of a term -> ``objective`` as a recipe has it."""
+IN_MICRO_BATCHES = "LoRA last 4"
+MICRO_BATCHES = 4
+"""This adapter is measured in so many micro-batches, too."""
 
 
 def rows(folder: Path, batch_size: int, rounds: int, device: torch.device) -> list[Row]:
-    """The section's part of the table: whole steps from pixels, in one micro-batch."""
+    """The section's part of the table: whole steps from pixels, in one micro-batch and in several."""
     found = []
+    divisions = [(name, MicroBatches(1, batch_size, "whole")) for name in TERMS]
+    divisions.append((IN_MICRO_BATCHES, MicroBatches(MICRO_BATCHES, -(-batch_size // MICRO_BATCHES), "two_phase")))
     accelerator = start_accelerator("no")
-    for adapter_name, terms in TERMS.items():
-        config, classes = ADAPTERS[adapter_name]
+    for adapter_name, micro_batches in divisions:
+        terms, (config, classes) = TERMS[adapter_name], ADAPTERS[adapter_name]
         backbone, prompts = our_backbone(folder, device), class_prompts(classes)
         classifier = ClipClassifier(backbone, build_adapter(config, backbone, prompts), prompts).to(device).train()
         params = list(classifier.trainable().values())
@@ -64,10 +78,9 @@ def rows(folder: Path, batch_size: int, rounds: int, device: torch.device) -> li
             objective = Objective(ObjectiveConfig.model_validate(settings))
             objective.remember_start(params)
             disam = DISAM(params, RHO, VARIANCE_WEIGHT, num_domains=DOMAINS)
-            whole = MicroBatches(1, batch_size, "whole")
-            variants[name] = partial(StepGradient(classifier, disam, whole, accelerator, objective), data)
+            gradient = StepGradient(classifier, disam, micro_batches, accelerator, objective)
+            variants[name] = partial(gradient, data)
         seconds = interleaved(variants, rounds, device)
-        found += [
-            Row(f"{adapter_name}: DISAM with {name} / DISAM", ratios(seconds[name], seconds["plain"])) for name in terms
-        ]
+        where = adapter_name if micro_batches.count == 1 else f"{adapter_name}, {micro_batches.count} micro-batches"
+        found += [Row(f"{where}: DISAM with {name} / DISAM", ratios(seconds[name], seconds["plain"])) for name in terms]
     return found

@@ -19,6 +19,7 @@ OF_THE_KINDS = (
     "tests/unit/adapters/test_registry.py",
     "tests/unit/config",
     "tests/unit/objectives/test_contract.py",
+    "tests/unit/objectives/test_every_term.py",
     "tests/unit/training/test_weight_averages.py",
     "tests/unit/training/test_selection.py",
     "tests/unit/training/test_trackers.py",
@@ -61,6 +62,15 @@ def test_the_new_adapter_keeps_the_contract_of_all_adapters(copy):
         copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/matrix", "-k", "feature_scale", "--full"
     )
     assert " passed" in printed and "failed" not in printed
+
+
+def test_the_new_penalty_is_trained_as_all_terms_are(copy):
+    printed = python(
+        copy,
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/matrix/test_terms.py", "--full", "-n", "0"),
+        *("-k", "mean_prediction and (acts or whole or bits)"),
+    )
+    assert "7 passed" in printed and "failed" not in printed
 
 
 def test_they_keep_the_house_style(copy):
