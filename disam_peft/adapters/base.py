@@ -83,7 +83,7 @@ class Adapter(nn.Module, ABC):
             UserError: the config asks for something that this backbone does not have.
         """
 
-    def fit_start(self, features_ME: Tensor, labels_M: Tensor, domains_M: Tensor) -> None:
+    def fit_start(self, features_ME: Tensor, labels_M: Tensor, domains_M: Tensor) -> Mapping[str, float] | None:
         """Set the initial weights from the training set, for example from a cache of features or a closed form.
 
         Called at most once, before step 1 of a fresh run, without a graph; never when a run is resumed, so whatever it
@@ -96,7 +96,11 @@ class Adapter(nn.Module, ABC):
             features_ME: features of all M training images, in the order of the data set, as the image tower gives them:
                 not normalised, before ``image_features``. At least float32, on the backbone's device.
             labels_M, domains_M: the class and the domain of each, int64, on the same device.
+
+        Returns:
+            Numbers that tell how it went, which are recorded and for which the start is validated; None: nothing.
         """
+        return None
 
     @classmethod
     def starts_from_features(cls) -> bool:

@@ -8,6 +8,7 @@ from disam_peft.adapters.coop.coop_adapter import CoOpAdapter
 from disam_peft.adapters.effect import require_effect
 from disam_peft.adapters.full import FullAdapter
 from disam_peft.adapters.linear_probe import LinearProbeAdapter
+from disam_peft.adapters.lp_ft import LpFtAdapter
 from disam_peft.adapters.peft.peft_adapter import LoraAdapter, PeftAdapter
 from disam_peft.adapters.prompts import ClassPrompts, fill_templates
 from disam_peft.adapters.trained_scale import TrainedScale
@@ -19,6 +20,7 @@ from disam_peft.config.adapters import (
     FullConfig,
     LinearProbeConfig,
     LoraAdapterConfig,
+    LpFtConfig,
     PeftAdapterConfig,
 )
 from disam_peft.config.base import Config
@@ -31,6 +33,7 @@ ADAPTERS: dict[type[Config], type[Adapter]] = {
     LinearProbeConfig: LinearProbeAdapter,
     ClipAdapterConfig: ClipAdapter,
     FullConfig: FullAdapter,
+    LpFtConfig: LpFtAdapter,
 }
 
 

@@ -5,8 +5,9 @@ Shapes in this file: M training images, B images of a batch, E embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -26,6 +27,17 @@ BATCH = 64
 """As many images at once as the feature store encodes, so that features are the same with and without a store."""
 
 
+@dataclass(frozen=True)
+class Start:
+    """An adapter has started from features.
+
+    Attributes:
+        numbers: what it tells of how that went; None: nothing.
+    """
+
+    numbers: Mapping[str, float] | None
+
+
 def start_from_features(
     classifier: ClipClassifier,
     dataset: DomainDataset,
@@ -33,7 +45,7 @@ def start_from_features(
     *,
     autocast: Autocast = nullcontext,
     workers: int | Literal["auto"] = "auto",
-) -> bool:
+) -> Start | None:
     """Call ``Adapter.fit_start`` with the features of the training set.
 
     Every process calls this before step 1 of a fresh run. A run that is resumed does not, because what ``fit_start``
@@ -51,7 +63,7 @@ def start_from_features(
         workers: processes that decode images.
 
     Returns:
-        whether the adapter starts from features.
+        What the adapter tells of its start; None where it does not start from features.
 
     Raises:
         UserError: an empty training set, or ``fit_start`` left weights that are not finite.
@@ -59,12 +71,12 @@ def start_from_features(
     """
     adapter = classifier.adapter
     if adapter is None or not adapter.starts_from_features():
-        return False
+        return None
     device = classifier.backbone.device
     features_ME = _features(classifier, dataset, features or FeatureConfig(), autocast, workers)
     labels_M, domains_M = (torch.from_numpy(ids).to(device) for ids in (dataset.labels, dataset.domain_ids))
     with torch.no_grad():
-        adapter.fit_start(features_ME, labels_M, domains_M)
+        numbers = adapter.fit_start(features_ME, labels_M, domains_M)
     state = adapter.state()
     broken = sorted(name for name, tensor in state.items() if not torch.isfinite(tensor).all())
     if broken:
@@ -76,7 +88,7 @@ def start_from_features(
         for _, tensor in sorted(state.items()):
             dist.broadcast(tensor, src=0)
         adapter.load_state(state)
-    return True
+    return Start(numbers)
 
 
 @torch.no_grad()

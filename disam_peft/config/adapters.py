@@ -193,8 +193,66 @@ class FullConfig(CosineConfig):
         return self
 
 
+class ProbeStartConfig(Config):
+    """The linear probe that LP-FT begins with: multinomial logistic regression on the normalised features of the
+    training images, as they are in evaluation. It minimises the mean cross entropy plus ``weight_decay / 2`` times the
+    squared distance of the weights from where they start, with L-BFGS on all images at once; it has no learning rate.
+    """
+
+    init: Literal["zero_shot", "zeros"] = "zero_shot"
+    """zero_shot: it starts from, and ``weight_decay`` pulls it to, the zero-shot head; zeros: to nothing, as usual."""
+    bias: bool = True
+    weight_decay: float = Field(default=1e-3, ge=0)
+    """0: no penalty. Classes that the features tell apart then have no minimum, and ``steps`` decides."""
+    steps: int = Field(default=200, ge=1)
+    """At most so many; it ends when it has come to the minimum."""
+
+
+def _below_a_head(value: Any) -> Any:
+    kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+    if kind == "coop":
+        raise ValueError("coop trains prompts, and with a head of its own the text has no part in the logits")
+    if kind in ("linear_probe", "lp_ft"):
+        raise ValueError(f"{kind} has a head of its own, and lp_ft has one already; choose lora, peft or full")
+    return value
+
+
+class LpFtConfig(Config):
+    """LP-FT: a linear probe first, then an adapter of the image tower from it, head and adapter together (Kumar et al.
+    2022, arXiv 2202.10054)."""
+
+    has_own_head: ClassVar[bool] = True
+    other_names: ClassVar[Mapping[str, str]] = {"lp-ft": "kind: lp_ft", "lpft": "kind: lp_ft"}
+
+    kind: Literal["lp_ft"] = "lp_ft"
+    probe: ProbeStartConfig = Field(default_factory=ProbeStartConfig)
+    """The first stage, before the first step."""
+    adapter: Annotated[
+        Annotated[LoraAdapterConfig | PeftAdapterConfig | FullConfig | ClipAdapterConfig, Field(discriminator="kind")],
+        BeforeValidator(_below_a_head),
+    ] = Field(default_factory=LoraAdapterConfig)
+    """What the steps train together with the head: ``lora``, ``peft``, ``full`` or ``clip_adapter``."""
+
+    @model_validator(mode="after")
+    def _of_the_image_side(self) -> LpFtConfig:
+        if "text" in getattr(self.adapter, "towers", []):
+            raise ValueError(
+                "adapter.towers has text, but with a head of its own the text has no part in the logits; use "
+                "towers: [image]"
+            )
+        if self.adapter.logit_scale == "trained":
+            raise ValueError("adapter.logit_scale is trained, but the head has no logit scale; leave it out")
+        return self
+
+
 AdapterConfig = Annotated[
-    LoraAdapterConfig | PeftAdapterConfig | CoOpConfig | LinearProbeConfig | ClipAdapterConfig | FullConfig,
+    LoraAdapterConfig
+    | PeftAdapterConfig
+    | CoOpConfig
+    | LinearProbeConfig
+    | ClipAdapterConfig
+    | FullConfig
+    | LpFtConfig,
     Field(discriminator="kind"),
 ]
 """The list of all adapters: recipes, ``compare --adapters``, the registry and the tests read it."""

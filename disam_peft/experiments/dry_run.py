@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from disam_peft.adapters.registry import ADAPTERS
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.frozen_features import require_frozen_part, stored_views
 from disam_peft.common.progress import duration
@@ -29,7 +30,8 @@ class Estimate:
 
     Attributes:
         steps_seconds: all optimizer steps, with the loading of their images.
-        store_seconds: building the feature stores; 0 without ``features.store``.
+        store_seconds: building the feature stores, and passes over the training images before the first step (inferred
+            domains, an adapter that starts from features); 0 without any.
         validation_seconds: all validations.
         judging_seconds: the zero-shot numbers and the evaluation at the end; sharpness is not counted.
         memory_bytes: of the main process, or on the GPU; None where the system does not tell.
@@ -154,8 +156,8 @@ def estimated(recipe: Recipe, data: SplitData, measured: Rehearsal, state_bytes:
     else:
         step = _overlapped(batch * measured.load_seconds, measured.step_seconds, workers)
         judge = _overlapped(measured.judge_load_seconds, measured.judge_seconds, judging_workers)
-    if recipe.domains.infer != "none":
-        store += len(data.training) / processes * (measured.judge_load_seconds + measured.judge_seconds)
+    passes_before = (recipe.domains.infer != "none") + ADAPTERS[type(recipe.adapter)].starts_from_features()
+    store += passes_before * len(data.training) / processes * (measured.judge_load_seconds + measured.judge_seconds)
     return Estimate(
         steps_seconds=config.steps * step,
         store_seconds=store,
@@ -174,7 +176,7 @@ def _overlapped(load: float, compute: float, workers: int) -> float:
 def _tell(estimate: Estimate, recipe: Recipe, plan: Plan, narrator: Narrator) -> None:
     parts = {
         "steps": estimate.steps_seconds,
-        "feature stores": estimate.store_seconds,
+        "feature stores and what comes before the steps": estimate.store_seconds,
         "validations": estimate.validation_seconds,
         "zero-shot and final evaluation": estimate.judging_seconds,
     }

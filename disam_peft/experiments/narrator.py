@@ -131,6 +131,12 @@ class Narrator:
 
     def event(self, event: str, **values: Any) -> None:
         """A record of ``metrics.jsonl``, of which those of steps and validations are told."""
+        if event == "start":
+            validated = f"; validation accuracy {100 * values['mean_top1']:.1f} %" if "mean_top1" in values else ""
+            self.say(
+                f"  start: the head was fitted to the training images, {_loss(values.get('training_loss'))}, accuracy "
+                f"{100 * values['training_top1']:.1f} %{validated}"
+            )
         if event not in ("step", "validation"):
             return
         step, now = int(values["step"]), time.monotonic()

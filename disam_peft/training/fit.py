@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.classification.fit_start import start_from_features
+from disam_peft.classification.fit_start import Start, start_from_features
 from disam_peft.classification.frozen_features import training_store
 from disam_peft.common.progress import track
 from disam_peft.config.average import KeptAverageConfig
@@ -27,7 +27,7 @@ from disam_peft.errors import UserError
 from disam_peft.training.accelerator import start_accelerator
 from disam_peft.training.averages.weight_averages import RAW
 from disam_peft.training.checkpoint.manager import CheckpointConfig, CheckpointManager, Stateful
-from disam_peft.training.selection import BestStates, KeptState
+from disam_peft.training.selection import BestStates, KeptState, Validation
 from disam_peft.training.step_metrics import OnEvent
 from disam_peft.training.trainer import Trainer
 
@@ -123,8 +123,13 @@ def fit(
     manager = CheckpointManager(checkpoints, components, list(trainer.trained.values()), config, accelerator)
     trainer.steps_done = resumed_after = manager.resume()
     if resumed_after == 0:
-        start_from_features(classifier, dataset, features, autocast=accelerator.autocast, workers=config.workers)
+        start = start_from_features(
+            classifier, dataset, features, autocast=accelerator.autocast, workers=config.workers
+        )
         trainer.objective.remember_start(list(trainer.trained.values()))
+        if start is not None:
+            trainer.averages.begin()
+            _tell(start, validate, emit)
     sampler = make_sampler(
         dataset,
         config,
@@ -180,6 +185,12 @@ def fit(
         weights=best.chosen,
         states=states,
     )
+
+
+def _tell(start: Start, validate: Callable[[], Any] | None, emit: OnEvent) -> None:
+    """Record how the start from features went, and how good it is on held-back source data."""
+    if start.numbers is not None:
+        emit("start", **start.numbers, **({} if validate is None else Validation.of(validate()).numbers))
 
 
 def _ignore(name: str, **values: Any) -> None:

@@ -141,6 +141,7 @@ ON_TWO = {
     "mean": {"pieces": 3, "batch": 7, "method": "sam"},
     "whole": {"pieces": 4, "batch": 9, "cell": "coop-shared"},
     "whole tower": {"pieces": 2, "batch": 13, "cell": "full"},
+    "probe first": {"pieces": 2, "batch": 13, "cell": "lp_ft-lora"},
     "one piece": {"pieces": 1, "batch": 13},
     "penalty": {"pieces": 2, "batch": 13, "objective": "vrex"},
     "penalty, one piece": {"pieces": 1, "batch": 13, "objective": "vrex"},

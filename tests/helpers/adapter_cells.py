@@ -22,7 +22,9 @@ from disam_peft.config.adapters import (
     LastBlocks,
     LinearProbeConfig,
     LoraAdapterConfig,
+    LpFtConfig,
     PeftAdapterConfig,
+    ProbeStartConfig,
 )
 from disam_peft.config.backbone import BackboneConfig
 
@@ -55,6 +57,8 @@ CELLS: dict[str, AdapterConfig] = {
     "full-both": FullConfig(towers=["image", "text"]),
     "full-last": FullConfig(towers=["image", "text"], blocks=LAST_TWO, projection=True),
     "full-norms": FullConfig(blocks="none", norms="all"),
+    "lp_ft-lora": LpFtConfig(adapter=LoraAdapterConfig(blocks=LAST_TWO, rank=2, seed=1)),
+    "lp_ft-full": LpFtConfig(probe=ProbeStartConfig(bias=False), adapter=FullConfig(blocks=[2])),
     "full-biases": FullConfig(towers=["image", "text"], blocks="none", biases=LAST_TWO),
 }
 # Every other kind as its defaults make it, so that a new adapter is in the matrix once its config is in the union.

@@ -1,4 +1,4 @@
-"""An adapter that starts from training features; run as a program, its start on two gloo processes."""
+"""An adapter that starts from training features; run as a program, its start on one, two and four gloo processes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from disam_peft.adapters.base import Adapter, parameter_dtype
 from disam_peft.adapters.prompts import ClassPrompts
+from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.families import load_backbone
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.fit_start import start_from_features
+from disam_peft.config.adapters import LoraAdapterConfig, LpFtConfig
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.base import Config
 from disam_peft.config.data import DataConfig, FeatureConfig
@@ -68,6 +70,14 @@ def class_means(name: str, dataset: DomainDataset, image_split: int | None = Non
     return ClipClassifier(backbone, adapter, prompts)
 
 
+def probe_first(name: str, dataset: DomainDataset) -> ClipClassifier:
+    """LP-FT before it has started."""
+    backbone = load_backbone(BackboneConfig(name=name))
+    prompts = ClassPrompts(dataset.prompt_names, ("a photo of a {}.",))
+    config = LpFtConfig(adapter=LoraAdapterConfig(rank=2, seed=1))
+    return ClipClassifier(backbone, build_adapter(config, backbone, prompts), prompts)
+
+
 def started(rank: int, world_size: int) -> dict[str, Any]:
     """The state after the start, from images and from a store, and how many images this rank encoded for the first."""
     dataset, seen, found = load(DataConfig(root=Path(sys.argv[2]), verify=False)), [], {}
@@ -87,6 +97,11 @@ def started(rank: int, world_size: int) -> dict[str, Any]:
         assert isinstance(classifier.adapter, ClassMeans)
         found |= {f"{name} {key}": tensor for key, tensor in classifier.adapter.state().items()}
         found[f"{name} seen"] = torch.tensor(sum(seen))
+        probe = probe_first(sys.argv[1], dataset)
+        start = start_from_features(probe, dataset, features, workers=0)
+        assert start is not None and start.numbers is not None and probe.adapter is not None
+        found |= {f"{name} probe {key}": torch.tensor(number) for key, number in start.numbers.items()}
+        found |= {f"{name} probe {key}": tensor for key, tensor in probe.adapter.state().items() if "head" in key}
         seen.clear()
     return found
 
@@ -95,6 +110,6 @@ if __name__ == "__main__":
     from tests.helpers.disam_ranks import fork_cases
 
     torch.set_num_threads(1)
-    for world in (1, 2):
+    for world in (1, 2, 4):
         (Path(sys.argv[3]) / str(world)).mkdir()
         fork_cases(world, f"{sys.argv[3]}/{world}", started)

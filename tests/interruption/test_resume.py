@@ -87,6 +87,8 @@ AVERAGES = [
 SMALL = {"samples": 2, "ascent_steps": 1, "hessian_iterations": 3, "slice_points": 3}
 """As little of sharpness as there can be."""
 
+LORA = {"kind": "lora", "blocks": {"last": 1}, "rank": 2, "dropout": 0.3}
+
 
 @pytest.mark.slow
 def test_row_60_killed_before_any_write_at_the_end_of_a_run_it_is_completed(finished, make_recipe, start):
@@ -121,6 +123,7 @@ def test_row_60_killed_before_any_write_at_the_end_of_a_run_it_is_completed(fini
     "changes",
     [
         {"adapter": {"kind": "full", "towers": ["image", "text"], "logit_scale": "trained"}},
+        {"adapter": {"kind": "lp_ft", "adapter": LORA}, "average": [{"kind": "bma"}, {"kind": "ema", "decay": 0.9}]},
         {"data": {"pixel_store": 36}, "train": {"workers": 2}},
         {"features": {"store": True, "views": 2}},
         {"augment": {"mixup": {}}, "train": {"class_sampling": "balanced", "workers": 2}},
@@ -142,6 +145,7 @@ def test_row_60_killed_before_any_write_at_the_end_of_a_run_it_is_completed(fini
     ],
     ids=[
         "full towers",
+        "probe first",
         "pixel store",
         "feature store",
         "mixup",
@@ -159,6 +163,19 @@ def test_row_33_with_stores_and_accumulation(finished, make_recipe, start, chang
     recipe = make_recipe(**changes)
     assert ended(start(recipe, ends_itself(AscentDirection, "add_", 6))) == -signal.SIGKILL
     assert saved(recipe) == ["step-000002", "step-000004"]
+    assert ended(start(recipe)) == 0
+    assert result(recipe) == expected
+
+
+def test_row_33_killed_after_the_probe_and_before_the_first_checkpoint(finished, make_recipe, start):
+    """The probe is fitted again, to the same bits."""
+    from disam_peft.adapters import lp_ft
+
+    changes = {"adapter": {"kind": "lp_ft", "adapter": LORA}}
+    expected, recipe = finished(**changes), make_recipe(**changes)
+    for where in ((lp_ft, "fit_head"), (AscentDirection, "add_")):
+        assert ended(start(recipe, ends_itself(*where, 1))) == -signal.SIGKILL
+        assert saved(recipe) == []
     assert ended(start(recipe)) == 0
     assert result(recipe) == expected
 

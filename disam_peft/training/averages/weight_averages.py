@@ -40,9 +40,14 @@ class WeightAverages:
     """
 
     def __init__(self, configs: Sequence[AverageConfig], params: Sequence[Tensor], steps: int) -> None:
-        self._params = list(params)
+        self._configs, self._params, self._steps = named(configs), list(params), steps
+        self._averages: dict[str, Average] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget all: every average begins with what the weights are now."""
         self._averages = {
-            name: AVERAGES[type(config)](config, params, steps) for name, config in named(configs).items()
+            name: AVERAGES[type(config)](config, self._params, self._steps) for name, config in self._configs.items()
         }
 
     @property

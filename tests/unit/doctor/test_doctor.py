@@ -21,6 +21,7 @@ from disam_peft.config.adapters import (
     FullConfig,
     LinearProbeConfig,
     LoraAdapterConfig,
+    LpFtConfig,
     PeftAdapterConfig,
 )
 from disam_peft.config.backbone import BackboneConfig
@@ -46,6 +47,7 @@ ADAPTERS = {
     "linear_probe": LinearProbeConfig(),
     "clip_adapter": ClipAdapterConfig(),
     "dora": PeftAdapterConfig(method="dora", options={"r": 2}),
+    "lp_ft": LpFtConfig(adapter=LoraAdapterConfig(rank=2)),
     "full": FullConfig(towers=["image", "text"]),
     "full-norms": FullConfig(blocks="none", norms="all"),
 }
@@ -91,7 +93,7 @@ METHODS = [
 def test_sound_code_passes(subject, adapter, method):
     found = verdicts(subject(adapter, method=method))
     expected = {precision.name_of("fp16")}
-    if adapter in ("coop", "linear_probe", "clip_adapter"):
+    if adapter in ("coop", "linear_probe", "clip_adapter", "lp_ft"):
         expected.add(derivatives.MERGED)
     if adapter == "dora":
         expected.add(derivatives.DERIVATIVES)
