@@ -23,6 +23,7 @@ import typer
 from bench import (
     accumulation,
     attention,
+    averages,
     bookkeeping,
     coop,
     gpu,
@@ -40,7 +41,17 @@ from bench.measure import Row, machine, table
 from bench.models import vit_b_32, write_clip
 
 Section = Literal[
-    "bookkeeping", "lora", "coop", "memory", "probe", "growth", "accumulation", "objective", "methods", "run"
+    "bookkeeping",
+    "lora",
+    "coop",
+    "memory",
+    "probe",
+    "growth",
+    "accumulation",
+    "objective",
+    "methods",
+    "averages",
+    "run",
 ]
 What = Literal["all", "gpu", Section]
 BLOCKS = 12
@@ -127,6 +138,7 @@ def _sections(
         ("accumulation", 5, lambda rounds: accumulation.rows(folder, large_batch, rounds, device)),
         ("objective", 5, lambda rounds: objective_terms.rows(folder, batch, rounds, device)),
         ("methods", 5, lambda rounds: methods.rows(folder, batch, rounds, device)),
+        ("averages", 5, lambda rounds: averages.rows(folder, batch, rounds, device)),
     ]
 
 

@@ -174,5 +174,8 @@ def _write(frontier: Frontier, folder: Path) -> None:
 
 def _draw(frontiers: Sequence[Frontier], folder: Path) -> None:
     of = "the mean over runs" if len(frontiers) > 1 else f"{frontiers[0].adapter}, {frontiers[0].method}"
-    alt = f"Accuracy against accuracy on source validation, and likelihood, from zero-shot to trained weights: {of}"
+    alt = (
+        "Accuracy against accuracy on source validation, and accuracy, likelihood and calibration over alpha, from "
+        f"zero-shot to trained weights: {of}"
+    )
     draw(Path(FRONTIER).stem, alt, partial(frontier_curves, [("", frontiers)])).save(folder)

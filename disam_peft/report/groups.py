@@ -158,8 +158,8 @@ def _group(number: int, members: list[Configuration], data: str) -> Group:
         else None,
         frontier=draw(
             f"{prefix}_frontier",
-            "Accuracy against accuracy on source validation, and likelihood, from zero-shot to trained weights, a line "
-            "per method",
+            "Accuracy against accuracy on source validation, and accuracy, likelihood and calibration over alpha, from "
+            "zero-shot to trained weights, a line per method",
             partial(frontier_curves, frontiers),
         )
         if frontiers

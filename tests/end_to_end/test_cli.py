@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from disam_peft.cli.app import main
+from disam_peft.common.frontier_records import read_frontier
 from disam_peft.common.prediction_table import read_predictions
 from disam_peft.common.records import read_events, read_results
 from disam_peft.common.run_images import read_images
@@ -81,18 +82,55 @@ def test_train_evaluate_export(cli, arguments, tmp_path):
     assert "is not empty" in err
 
 
-def test_soup(cli, arguments, tmp_path):
+def test_two_runs_with_averages_a_soup_its_frontier_and_exports_at_an_alpha(cli, arguments, tmp_path):
     recipe, output = ROOT / "recipes/pacs/lora_disam.yaml", tmp_path / "mixed"
-    for name in ("one", "two"):
-        rank = f"adapter.rank={len(name)}" if name == "one" else "adapter.rank=2"
-        assert cli("train", recipe, "protocol.held_out=photo", SMALL_LORA, rank, f"name={name}", *arguments)[0] == 0
+    averages = "average=[{kind: ema, decay: 0.5}, bma, {kind: swad, n_converge: 1, variant: published}]"
+    for number, name in enumerate(("one", "two"), start=1):
+        words = ["protocol.held_out=photo", SMALL_LORA, f"adapter.rank={number}", f"name={name}", averages]
+        code, out, err = cli("train", recipe, *words, *arguments)
+        assert code == 0, err
+        assert all(f"disam, {weights}" in out for weights in ("raw", "ema", "bma", "swad"))
     folders = [tmp_path / "runs" / name for name in ("one", "two")]
+    rows = [row for row in read_results(folders[0] / "photo/results.json") if row.method != "zero_shot"]
+    assert {row.weights for row in rows} == {"raw", "ema", "bma", "swad"}
+    assert len({row.weights for row in rows if row.chosen}) == 1
+
     code, out, err = cli("soup", *folders, "--held-out", "photo", "--method", "greedy", "--output", output)
     assert code == 0, err
     assert out.count("kept: ") + out.count("left out: ") == 2 and "kept: " in out and "held out" in out
-    assert cli("evaluate", output)[0] == 0
-    assert cli("export", output, "--to", "merged", "--output", tmp_path / "merged")[0] == 0
-    assert cli("report", tmp_path / "runs", output, "--output", tmp_path / "page.html")[0] == 0
+    code, out, err = cli("evaluate", output)
+    assert code == 0, err
+    assert json.loads((output / "evaluation.json").read_text()) == [
+        row.__dict__ for row in read_results(output / "results.json") if row.method != "zero_shot"
+    ]
+    code, out, err = cli("frontier", output, "--alphas", "0:1.2:0.4")
+    assert code == 0, err
+    assert [line.split()[0] for line in out.splitlines() if line[:6].strip() in ("0", "0.4", "0.8", "1.2")] == [
+        *("0", "0.4", "0.8", "1.2"),
+        *("0", "0.4", "0.8", "1.2"),
+    ]
+    assert "recommended: alpha=" in out and "by source validation" in out and "…" not in out
+    code, out, err = cli("evaluate", output, "--alpha", "0.4")
+    assert code == 0, err
+    found = read_frontier(output / "frontier.json")
+    at_alpha = {
+        (row.split, row.domain, row.metric, row.pooled): row.value for row in read_results(output / "evaluation.json")
+    }
+    assert {row.weights for row in read_results(output / "evaluation.json")} == {"soup, alpha=0.4"}
+    for row in found.rows:
+        if row.alpha == 0.4:
+            assert at_alpha[row.split, row.domain, row.metric, row.pooled] == row.value
+    for to in ("peft", "merged"):
+        code, _, err = cli("export", output, "--to", to, "--alpha", "0.4", "--output", tmp_path / to)
+        assert code == 0, err
+    code, _, err = cli("report", tmp_path / "runs", output, "--output", tmp_path / "page.html")
+    assert code == 0, err
+    page = (tmp_path / "page.html").read_text()
+    assert "soup" in page and "zero-shot to trained weights" in page
+    code, out, err = cli("runs", output)
+    assert code == 0 and "greedy of " in out
+    code, _, err = cli("soup", output, folders[1] / "photo", "--output", tmp_path / "of_a_soup")
+    assert code == 0, err
     code, _, err = cli("soup", *folders, "--method", "gready", "--output", tmp_path / "other")
     assert code == 2 and "did you mean 'greedy'" in err
     code, _, err = cli("soup", folders[0], "--output", tmp_path / "other")

@@ -28,11 +28,16 @@ ALPHAS = (0.0, 0.5, 1.0)
 
 def frontier(*, judged: str | None = "held_out", lift: float = 0.0, recommended: float = 0.5) -> Frontier:
     splits = {"source_validation": (0.5, 0.8, 0.75), **({judged: (0.4, 0.7, 0.6)} if judged else {})}
+    measures = {
+        "top1": lambda value: value + lift,
+        "nll": lambda value: 1 - value,
+        "ece": lambda value: (1 - value) / 2,
+    }
     rows = [
-        FrontierRow(alpha, split, "mean", metric, value + lift if metric == "top1" else 1 - value, 2, "mean")
+        FrontierRow(alpha, split, "mean", metric, of(value), 2, "mean")
         for split, values in splits.items()
         for alpha, value in zip(ALPHAS, values, strict=True)
-        for metric in ("top1", "nll")
+        for metric, of in measures.items()
     ]
     rows += [
         FrontierRow(alpha, "source_validation", "mean", "top1", 0.1, 9) for alpha in ALPHAS
@@ -50,7 +55,7 @@ def test_it_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert found == frontier() and found.alphas == list(ALPHAS) and found.judged == "held_out"
     assert found.curve("held_out", "top1") == [0.4, 0.7, 0.6]
     assert found.curve("source_validation", "top1", "mean") == [0.1, 0.1, 0.1]  # the domain, and not the mean
-    assert found.curve("held_out", "ece") == [None] * 3
+    assert found.curve("held_out", "macro_accuracy") == [None] * 3
 
 
 @pytest.mark.parametrize(
@@ -76,28 +81,36 @@ def test_means_are_over_runs_and_nothing_is_made_up() -> None:
 
 
 @pytest.mark.parametrize("width", [WIDE, NARROW])
-def test_accuracies_lie_against_each_other_and_likelihood_over_alpha(width: float) -> None:
-    left, right = frontier_curves([("", [frontier()])], width).axes
-    curve, hollow, full, ring = lines(left)
+def test_accuracies_lie_against_each_other_and_all_numbers_over_alpha(width: float) -> None:
+    panels = frontier_curves([("", [frontier()])], width).axes
+    curve, hollow, full, ring = lines(panels[0])
     assert list(curve.get_xdata()) == pytest.approx([50, 80, 75]) and list(curve.get_ydata()) == pytest.approx(
         [40, 70, 60]
     )
     assert [list(mark.get_xdata()) for mark in (hollow, full, ring)] == [pytest.approx([x]) for x in (50, 75, 80)]
-    sources, held_out = lines(right)
-    assert list(sources.get_xdata()) == list(held_out.get_xdata()) == list(ALPHAS)
-    assert list(held_out.get_ydata()) == pytest.approx([0.6, 0.3, 0.4])
-    assert "held out" in left.get_ylabel() and "source validation" in left.get_xlabel()
+    assert "held out" in panels[0].get_ylabel() and "source validation" in panels[0].get_xlabel()
+    wanted = {"accuracy": ([50, 80, 75], [40, 70, 60]), "NLL": ([0.5, 0.2, 0.25], [0.6, 0.3, 0.4])}
+    wanted["ECE"] = ([0.25, 0.1, 0.125], [0.3, 0.15, 0.2])
+    for panel, (name, (on_sources, on_held_out)) in zip(panels[1:], wanted.items(), strict=True):
+        sources, held_out = lines(panel)
+        assert panel.get_ylabel().startswith(name) and panel.get_xlabel().startswith("alpha")
+        assert list(sources.get_xdata()) == list(held_out.get_xdata()) == list(ALPHAS)
+        assert (sources.get_linestyle(), held_out.get_linestyle()) == (":", "-")
+        assert list(sources.get_ydata()) == pytest.approx(on_sources)
+        assert list(held_out.get_ydata()) == pytest.approx(on_held_out)
 
 
-def test_where_nothing_was_held_out_accuracy_stands_over_alpha() -> None:
-    left, right = frontier_curves([("", [frontier(judged=None)])], WIDE).axes
-    assert list(lines(left)[0].get_xdata()) == list(ALPHAS) and left.get_xlabel() == "alpha"
-    assert len(lines(right)) == 1
+@pytest.mark.parametrize("width", [WIDE, NARROW])
+def test_where_nothing_was_held_out_there_are_the_sources_alone(width: float) -> None:
+    accuracy, nll, ece = frontier_curves([("", [frontier(judged=None)])], width).axes
+    assert list(lines(accuracy)[0].get_xdata()) == list(ALPHAS) and len(lines(accuracy)) == 4
+    assert "source validation" in accuracy.get_ylabel()
+    assert (len(lines(nll)), len(lines(ece))) == (1, 1)
 
 
 def test_runs_that_recommend_different_alphas_have_no_ring_on_their_mean() -> None:
-    left, _ = frontier_curves([("", [frontier(), frontier(recommended=1.0)])], WIDE).axes
-    assert len(lines(left)) == 3
+    panels = frontier_curves([("", [frontier(), frontier(recommended=1.0)])], WIDE).axes
+    assert len(lines(panels[0])) == 3
 
 
 @pytest.mark.slow
