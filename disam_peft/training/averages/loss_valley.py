@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ class Segment:
         first_step, last_step: of the run.
         loss: validation loss of the weights after ``last_step``; infinity where it is not finite.
         count: number of iterates.
-        mean: of the iterates, as flat buffers on the host.
+        mean: of the iterates, as flat buffers on the host; empty where it is no longer of use.
         last: the weights after ``last_step``; empty where they are no longer of use.
     """
 
@@ -65,6 +65,9 @@ class LossValley(ABC):
         tolerance_ratio: the threshold is (1 + this) times the mean of the ``n_converge`` losses.
     """
 
+    _averages_iterates: ClassVar[bool]
+    """Whether the window begins with the last iterate of a segment; otherwise it is made of whole segments."""
+
     def __init__(self, n_converge: int, n_tolerance: int, tolerance_ratio: float) -> None:
         self._n_converge, self._n_tolerance, self._ratio = n_converge, n_tolerance, tolerance_ratio
         self._recent: list[Segment] = []
@@ -76,11 +79,15 @@ class LossValley(ABC):
     def close(self, segment: Segment) -> None:
         """The next segment has ended."""
         loss = segment.loss if math.isfinite(segment.loss) else math.inf
-        self._recent.append(replace(segment, loss=loss))
+        last = segment.last if self.threshold is None and self._averages_iterates else []
+        self._recent.append(replace(segment, loss=loss, last=last))
         if self.threshold is not None:
             self._goes_on(segment.last_step)
             return
         self._recent = self._recent[-max(self._n_converge, self._n_tolerance) :]
+        # In a segment before those the window of iterates cannot begin any more: its loss alone still counts.
+        for number, old in enumerate(self._recent[: -self._n_converge] if self._averages_iterates else []):
+            self._recent[number] = replace(old, mean=[], last=[])
         latest = self._recent[-self._n_converge :]
         losses = [found.loss for found in latest]
         if len(latest) == self._n_converge and math.isfinite(max(losses)) and losses[0] == min(losses):
@@ -135,6 +142,8 @@ class LossValley(ABC):
 class CleanValley(LossValley):
     """The paper's window: every iterate from the one with the lowest loss to the last before the loss had risen."""
 
+    _averages_iterates = True
+
     def _begins(self, latest: Sequence[Segment]) -> Window:
         lowest = latest[0]
         return Window(lowest.last, lowest.last_step, lowest.last_step, 1)
@@ -171,6 +180,8 @@ class PublishedValley(LossValley):
     The segment of the lowest loss is not averaged, unless nothing else ever is. While the queue of ``n_tolerance``
     segments is not full, its oldest stays where it is and is added again at each validation.
     """
+
+    _averages_iterates = False
 
     @property
     def _queue(self) -> list[Segment]:

@@ -134,14 +134,23 @@ def test_its_state_comes_back_to_the_bit(variant, cut):
     assert whole.about()["dead_at_step"] is not None
 
 
-def test_no_more_than_the_segments_that_decide_are_kept():
-    average = new(n_converge=3, n_tolerance=5)
+@pytest.mark.parametrize(
+    ("variant", "kept"), [("clean", [(5, 3, 3), (4, 4, 0)]), ("published", [(5, 5, 0), (5, 5, 0)])]
+)
+def test_no_more_than_the_segments_that_decide_are_kept(variant, kept):
+    """How many segments, how many of their means and how many last iterates: before the valley, in the window."""
+    average = new(variant, n_converge=3, n_tolerance=5)
+
+    def tensors():
+        recent = average.state_dict()["valley"]["recent"]
+        return len(recent), *(sum(bool(segment[name]) for segment in recent) for name in ("mean", "last"))
+
     run(average, [(float(n), True, 100.0 - n) for n in range(20)])
-    assert len(average.state_dict()["valley"]["recent"]) == 5
+    assert tensors() == kept[0]
     run(average, [(float(n), True, 100.0 + n / 100) for n in range(20)], begin=21)
-    assert len(average.state_dict()["valley"]["recent"]) == 4
+    assert tensors() == kept[1]
     run(average, [(float(n), True, 1e6) for n in range(6)], begin=41)
-    assert average.state_dict()["valley"]["recent"] == []
+    assert tensors() == (0, 0, 0)
 
 
 def test_it_is_judged_after_the_last_step_alone_and_holds_the_weights_before_any_validation():
