@@ -65,7 +65,7 @@ def _print_by_domain(shown: list[ResultRow], title: str, corner: str, console: C
     averaged = any(row.weights != RAW for row in shown)
 
     def column(row: ResultRow) -> str:
-        name = row.method.replace("_", "-")
+        name = "zero-shot" if row.method == "zero_shot" else row.method
         return f"{name}, {row.weights}" if averaged and row.method != "zero_shot" else name
 
     values = {(row.domain, column(row), row.metric): row.value for row in shown}

@@ -31,6 +31,7 @@ def method_in_words(method: MethodConfig) -> str:
         parts.append(f"from {method.start:.0%} of the steps on")
     if method.every > 1:
         parts.append(f"in every {_ordinal(method.every)} step")
+    parts += [f"{factor:g} rho for {pattern}" for pattern, factor in method.rho_factors.items()]
     same = ""
     if method.has_variance and method.effective_variance_weight == 0:
         same = f", which with lambda 0 is {method.descent}"

@@ -272,9 +272,12 @@ class _Planner:
 
 def preset(name: str, values: Mapping[str, Any]) -> Overrides:
     """The overrides of an arm that needs none. ``erm_2x`` stretches the whole schedule, that of penalties included, and
-    validates as often."""
+    validates as often. An ``alpha`` of GSAM is none of SAGM: such arms have the published one."""
     if name != "erm_2x":
-        return {"method.name": name}
+        given = values.get("method")
+        own = str(given.get("name")) if isinstance(given, Mapping) else ""
+        is_of_another = any(of in name and other in own for of, other in (("gsam", "sagm"), ("sagm", "gsam")))
+        return {"method.name": name, "method.alpha": None} if is_of_another else {"method.name": name}
     train = values.get("train") or {}
     stretched: Overrides = {"method.name": "erm"}
     for key in ("steps", "warmup_steps", "validate_every"):

@@ -22,6 +22,8 @@ def printed(found, width=120):
 def test_weights_are_named_only_where_an_average_was_kept():
     raw = rows("zero_shot", "art", 0, 0.25) + rows("disam", "art", 0, 0.5)
     assert ["held out", "zero-shot", "disam", "macro", "NLL", "ECE"] in printed(raw)
+    of_gsam = rows("zero_shot", "art", 0, 0.25) + rows("disam_gsam", "art", 0, 0.5)
+    assert ["held out", "zero-shot", "disam_gsam", "macro", "NLL", "ECE"] in printed(of_gsam), "as a recipe has it"
     averaged = printed(raw + rows("disam", "art", 0, 0.75, weights="ema"))
     assert ["held out", "zero-shot", "disam, raw", "disam, ema", "macro", "NLL", "ECE"] in averaged
     [line] = [line for line in averaged if line and line[0] == "art"]

@@ -98,6 +98,7 @@ def test_other_settings_without_effect_are_said():
             {"rho": {"kind": "follow_lr", "max": 0.1}, "variance_form": "entropic", "every": 12},
             "disam (rho 0 to 0.1 with the learning rate, tau 0.1, in every 12th step)",
         ),
+        ({"name": "sam", "rho_factors": {"*lora_A*": 0.5}}, "sam (rho 0.05, 0.5 rho for *lora_A*)"),
         ({"name": "sam", "rho": {"kind": "constant", "value": 0.2, "warmup_steps": 9}}, "sam (rho 0.2)"),
     ],
 )

@@ -66,6 +66,15 @@ def test_a_method_needs_no_overrides_and_is_compared_with_what_it_is_without_dom
     assert [pair for pair in found.pairs if "erm" not in pair] == [("disam_gsam", "gsam"), ("disam_sagm", "sagm")]
 
 
+def test_an_alpha_of_gsam_is_none_of_sagm(tmp_path):
+    arms = "arms: [sam, gsam, sagm, disam_gsam, disam_sagm]\n"
+    for own, kept in (("disam_gsam", "gsam"), ("sagm", "sagm")):
+        found = plan(tmp_path, RECIPE + arms, [f"method.name={own}", "method.alpha=0.25"], seeds=1)
+        alphas = {cell.arm: cell.recipe.method.effective_alpha for cell in found.cells}
+        published = {"gsam": 0.4, "sagm": 0.001} | {kept: 0.25}
+        assert alphas == {"sam": 0, **published, **{f"disam_{name}": alpha for name, alpha in published.items()}}
+
+
 def test_faults_spare_the_held_out_domain_of_each_cell(tmp_path):
     text = RECIPE + "conditions: {clean: {}, noisy: {data.shapes.wrong_labels: 0.5}}\nheld_out: all\nseeds: 1\n"
     found = plan(tmp_path, text)
