@@ -225,12 +225,12 @@ class LpFtConfig(Config):
     other_names: ClassVar[Mapping[str, str]] = {"lp-ft": "kind: lp_ft", "lpft": "kind: lp_ft"}
 
     kind: Literal["lp_ft"] = "lp_ft"
-    probe: ProbeStartConfig = Field(default_factory=ProbeStartConfig)
+    probe: ProbeStartConfig = ProbeStartConfig()
     """The first stage, before the first step."""
     adapter: Annotated[
         Annotated[LoraAdapterConfig | PeftAdapterConfig | FullConfig | ClipAdapterConfig, Field(discriminator="kind")],
         BeforeValidator(_below_a_head),
-    ] = Field(default_factory=LoraAdapterConfig)
+    ] = LoraAdapterConfig()
     """What the steps train together with the head: ``lora``, ``peft``, ``full`` or ``clip_adapter``."""
 
     @model_validator(mode="after")

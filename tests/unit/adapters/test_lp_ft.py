@@ -44,6 +44,7 @@ def normalised(count: int = 40, width: int = 6, seed: int = 0) -> Tensor:
     return nn.functional.normalize(torch.randn(count, width, generator=generator, dtype=torch.float64), dim=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train_bias", [True, False])
 @pytest.mark.parametrize("weight_decay", [1e-3, 1e-1])
 def test_the_head_is_the_minimum_that_scipy_finds(
@@ -107,6 +108,7 @@ def started(twins: tuple[str, str], family: str, config: LpFtConfig) -> tuple[Cl
     return classifier, adapter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("below", ["lora", "dora", "full"])
 def test_the_first_logits_are_those_of_the_probe_to_the_bit(twins: tuple[str, str], family: str, below: str) -> None:
@@ -162,6 +164,7 @@ def test_zeros_start_from_equal_logits(twins: tuple[str, str]) -> None:
     assert "head.bias" not in classifier.trainable()
 
 
+@pytest.mark.slow
 def test_the_fit_sees_what_stands_behind_the_tower(twins: tuple[str, str]) -> None:
     """CLIP-Adapter's bottleneck is random at the start; the head is fitted to its output, not to the tower's."""
     classifier, adapter = started(twins, "open_clip", LpFtConfig(adapter=BELOW["clip_adapter"]))

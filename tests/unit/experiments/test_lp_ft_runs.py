@@ -28,6 +28,7 @@ from disam_peft.experiments.soup import make_soup
 from disam_peft.experiments.split_data import split_data
 from disam_peft.report.page import build_report
 from disam_peft.report.runs import read_runs
+from tests.helpers.accumulated_runs import fresh_accelerator
 
 LORA = {"kind": "lora", "blocks": {"last": 1}, "rank": 2, "dropout": 0.2}
 
@@ -77,7 +78,7 @@ def test_the_first_stage_is_fitted_to_source_training_images_and_recorded(make_r
     found = {}
     for name, dataset in (("training", data.training), ("validation", data.validation)):
         pixels = torch.stack([plain.backbone.image_transform(dataset.image(i)) for i in range(len(dataset))])
-        logits, labels = by_hand(pixels), torch.from_numpy(dataset.labels)
+        logits, labels = by_hand(pixels).detach(), torch.from_numpy(dataset.labels)
         found[f"{name}_loss"] = float(nn.functional.cross_entropy(logits, labels))
         right = (logits.argmax(1) == labels).double()
         of_domain = [right[torch.from_numpy(dataset.domain_ids == d)].mean() for d in set(dataset.domain_ids)]
@@ -133,3 +134,30 @@ def test_a_dry_run_counts_the_pass_over_the_training_images(make_recipe: Any) ->
     [probed] = run.dry_run(make_recipe())
     [plain] = run.dry_run(make_recipe(adapter=LORA))
     assert probed.store_seconds > 0 == plain.store_seconds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("below", ["lora", "full"])
+def test_stored_features_give_the_bits_of_images(make_recipe: Any, below: str, tmp_path: Path) -> None:
+    adapter = {"kind": "lp_ft", "adapter": LORA if below == "lora" else {"kind": "full", "blocks": {"last": 1}}}
+    [images] = run.train(make_recipe("images", adapter=adapter))
+    [stored] = run.train(make_recipe("stored", adapter=adapter, features={"store": True, "folder": tmp_path / "f"}))
+    states = [load_adapter(outcome.folder / "adapter").adapter for outcome in (images, stored)]
+    assert states[0] is not None and states[1] is not None
+    found, wanted = states[1].state(), states[0].state()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    assert events(images.folder)[0] == events(stored.folder)[0]
+
+
+@pytest.mark.slow
+def test_bfloat16_starts_from_nearly_the_same_probe(make_recipe: Any) -> None:
+    told = []
+    for precision in ("no", "bf16"):
+        fresh_accelerator(precision)
+        [outcome] = run.train(make_recipe(precision, train={"mixed_precision": precision}))
+        told.append(events(outcome.folder))
+    fresh_accelerator()
+    wide, narrow = ([event for event in found if event["event"] == "step"] for found in told)
+    assert told[1][0]["training_loss"] == pytest.approx(told[0][0]["training_loss"], rel=0.05)
+    assert [step["loss"] for step in narrow] == pytest.approx([step["loss"] for step in wide], rel=0.1)
+    assert not any(step["skipped"] for step in narrow) and narrow[0]["loss"] != wide[0]["loss"]
