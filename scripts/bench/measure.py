@@ -34,18 +34,22 @@ class Row:
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, cold_rounds: int = 1
+    variants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    cold_rounds: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each variant in each round, A B A B ..., after ``cold_rounds`` that are not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(cold_rounds + rounds):
         for name, run in variants.items():
             finish(device)
-            start = time.perf_counter()
+            start = clock()
             run()
             finish(device)
             if number >= cold_rounds:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

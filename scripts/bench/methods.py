@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,13 @@ without a perturbation."""
 
 
 def rows(folder: Path, batch_size: int, rounds: int, device: torch.device) -> list[Row]:
-    """The section's part of the table: the gradients of whole steps from pixels, in one micro-batch."""
+    """The section's part of the table: the gradients of whole steps from pixels, in one micro-batch.
+
+    On a CPU with one thread it is CPU time, which other programs disturb less; otherwise time on the wall.
+    """
     found = []
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
     accelerator = start_accelerator("no")
     for adapter_name, (config, classes) in ADAPTERS.items():
         backbone, prompts = our_backbone(folder, device), class_prompts(classes)
@@ -54,7 +60,7 @@ def rows(folder: Path, batch_size: int, rounds: int, device: torch.device) -> li
                 disam.rho_factors = dict.fromkeys(params[::2], 0.5)
             whole = MicroBatches(1, batch_size, "whole")
             variants[name] = partial(StepGradient(classifier, disam, whole, accelerator), data)
-        seconds = interleaved(variants, rounds, device)
+        seconds = interleaved(variants, rounds, device, clock=clock)
         found += [
             Row(f"{adapter_name}: step of {name} / step of disam", ratios(seconds[name], seconds["disam"]))
             for name in METHODS
