@@ -11,7 +11,7 @@ from disam_peft.config.recipe import Recipe, as_dict, differences, load_recipe, 
 from disam_peft.errors import UserError
 from tests.helpers.paths import RECIPES
 
-STUDIES = [*RECIPES.glob("studies/*.yaml"), *RECIPES.glob("*/table*.yaml")]  # which have tests of their own
+STUDIES = [*RECIPES.glob("studies/*.yaml"), *RECIPES.rglob("table*.yaml")]  # which have tests of their own
 PATHS = sorted(set(RECIPES.rglob("*.yaml")) - set(STUDIES))
 GOOD = """
 name: try
