@@ -72,8 +72,8 @@ class SwadConfig(Config):
     variant: Literal["clean", "published"] = "clean"
     """``clean``: every iterate of the window counts once, from the step of the lowest loss on, whatever the interval of
     validations, as the paper defines it. ``published``: as the code of its authors does it, to reproduce its scores:
-    segments between validations count alike, the window begins later, and segments may count several times where the
-    loss stops to fall early."""
+    segments between validations count alike, the window begins some segments before that of the lowest loss, or after
+    it, and segments may count several times where the loss stops to fall early."""
     n_converge: int = Field(default=3, ge=1)
     """The window begins at a validation whose loss none of the following ``n_converge - 1`` validations undercuts."""
     n_tolerance: int = Field(default=6, ge=1)

@@ -177,8 +177,10 @@ class CleanValley(LossValley):
 class PublishedValley(LossValley):
     """What the published code does (khanrc/swad, ``LossValley``): means of segments, each with weight 1.
 
-    The segment of the lowest loss is not averaged, unless nothing else ever is. While the queue of ``n_tolerance``
-    segments is not full, its oldest stays where it is and is added again at each validation.
+    The window begins up to ``n_tolerance - n_converge - 1`` segments before that of the lowest loss, but after each one
+    above the threshold. Where ``n_tolerance`` is not larger than ``n_converge`` it begins with the segment after it,
+    and that of the lowest loss is averaged only if nothing else ever is. While the queue of ``n_tolerance`` segments is
+    not full, its oldest stays where it is and is added again at each validation.
     """
 
     _averages_iterates = False
