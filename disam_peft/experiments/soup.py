@@ -228,6 +228,12 @@ def _require_fitting(runs: Sequence[_Run], method: SoupMethod) -> None:
             )
         elif first.images.identity != run.images.identity:
             faults.append(f"{pair} were trained on other data; average runs of the same images, classes and domains")
+        elif not _are_the_same_files(first.images, run.images):
+            faults.append(
+                f"{pair} did not read their images (data.verify=false), and their files are not the same ones: whether "
+                "one was trained on what the other held back is unknown. Average runs of the same files, or train with "
+                "data.verify=true"
+            )
         elif method == "greedy" and _parts(first) != _parts(run):
             faults.append(
                 f"{pair} split their data otherwise (seeds {first.recipe.seed} and {run.recipe.seed}): what one held "
@@ -238,6 +244,14 @@ def _require_fitting(runs: Sequence[_Run], method: SoupMethod) -> None:
         raise UserError("\n  ".join(faults))
     # What the adapters themselves refuse, before anything is loaded.
     ADAPTERS[type(first.manifest.config)].soup([r.manifest.config for r in runs], [r.state for r in runs])
+
+
+def _are_the_same_files(ours: RunImages, theirs: RunImages) -> bool:
+    """Whether images of equal identity are the same: by their content, or where nobody read it by what the file system
+    noted about them. True also where it noted nothing."""
+    if ours.is_hashed or ours.state is None or theirs.state is None:
+        return True
+    return dict(zip(ours.key, ours.state, strict=True)) == dict(zip(theirs.key, theirs.state, strict=True))
 
 
 def _named(run: _Run) -> str:

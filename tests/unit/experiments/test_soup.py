@@ -48,7 +48,7 @@ def train(domains_folder, openclip_name, tmp_path_factory):
             "evaluation": {"workers": 0},
         }
         for key, value in changes.items():
-            joined = isinstance(values.get(key), dict) and "kind" not in value
+            joined = isinstance(values.get(key), dict) and isinstance(value, dict) and "kind" not in value
             values[key] = {**values[key], **value} if joined else value
         [outcome] = run.train(Recipe.model_validate(values), overwrite=False)
         return outcome.folder
@@ -183,7 +183,7 @@ def test_without_an_image_that_all_held_back_a_domain_takes_source_validation_wi
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::disam_peft.errors.Notice")
-def test_what_does_not_fit_together_is_refused(train, runs, tmp_path):
+def test_what_does_not_fit_together_is_refused(train, runs, domains_folder, tmp_path):
     def refused(folders, told, method="uniform"):
         with pytest.raises(UserError, match=told):
             make_soup(folders, tmp_path / "out", method=method)
@@ -195,6 +195,14 @@ def test_what_does_not_fit_together_is_refused(train, runs, tmp_path):
     refused(
         [runs[0], train("art", protocol={"held_out": "art"})], "hold out 'photo' and 'art': their mean has seen both"
     )
+    fewer = train("fewer", data={"domains": ["art", "photo"]})
+    refused([runs[0], fewer], "were trained on other data; average runs of the same images, classes and domains")
+    refused([runs[0], train("everything", protocol="all")], "hold out 'photo' and nothing: their mean has seen both")
+    copied = shutil.copytree(domains_folder, tmp_path / "copied")
+    unread = [
+        train(f"unread{n}", data={"root": root, "verify": False}) for n, root in enumerate((domains_folder, copied))
+    ]
+    refused(unread, r"did not read their images \(data.verify=false\), and their files are not the same ones")
     prompts = train("prompts", prompts={"templates": ["a {}."]})
     refused([runs[0], prompts], "have other classes or prompts")
     unfinished = tmp_path / "unfinished"
