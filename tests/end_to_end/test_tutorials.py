@@ -57,20 +57,10 @@ def test_their_tests_and_those_of_their_kinds_pass(copy):
     run_tests(copy, *own, *OF_THE_KINDS)
 
 
-def test_the_new_adapter_keeps_the_contract_of_all_adapters(copy):
-    printed = python(
-        copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/matrix", "-k", "feature_scale", "--full"
-    )
+def test_the_new_adapter_and_the_new_penalty_keep_what_all_of_their_kind_promise(copy):
+    which = "feature_scale or (mean_prediction and (acts or whole or bits))"
+    printed = python(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/matrix", "-k", which, "--full")
     assert " passed" in printed and "failed" not in printed
-
-
-def test_the_new_penalty_is_trained_as_all_terms_are(copy):
-    printed = python(
-        copy,
-        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/matrix/test_terms.py", "--full", "-n", "0"),
-        *("-k", "mean_prediction and (acts or whole or bits)"),
-    )
-    assert "7 passed" in printed and "failed" not in printed
 
 
 def test_they_keep_the_house_style(copy):
