@@ -33,6 +33,7 @@ from bench import (
     methods,
     objective_terms,
     probe,
+    terms_alone,
     whole_run,
 )
 from bench.gpu_models import Model
@@ -137,6 +138,7 @@ def _sections(
         ("growth", 5, lambda rounds: growth.rows(folder, rounds, device)),
         ("accumulation", 5, lambda rounds: accumulation.rows(folder, large_batch, rounds, device)),
         ("objective", 5, lambda rounds: objective_terms.rows(folder, batch, rounds, device)),
+        ("objective", 50, lambda rounds: terms_alone.rows(large_batch, 7, rounds)),
         ("methods", 5, lambda rounds: methods.rows(folder, batch, rounds, device)),
         ("averages", 5, lambda rounds: averages.rows(folder, batch, rounds, device)),
     ]
