@@ -107,7 +107,7 @@ def read_adapter(
     manifest, state = read_state(directory)
     if backbone is None:
         backbone = load_backbone(manifest.backbone.config())
-    _require_same_backbone(directory, manifest, backbone)
+    require_same_backbone(directory, manifest, backbone)
     if device is not None:
         backbone.to(device)
     _check_companions(directory, manifest, backbone)
@@ -149,7 +149,7 @@ def _read_tensors(directory: Path, manifest: AdapterManifest) -> dict[str, Tenso
     return tensors
 
 
-def _require_same_backbone(directory: Path, manifest: AdapterManifest, backbone: ClipBackbone) -> None:
+def require_same_backbone(directory: Path, manifest: AdapterManifest, backbone: ClipBackbone) -> None:
     """
     Raises:
         UserError: the backbone has other weights than the recorded one, or computes something else with them.

@@ -121,7 +121,7 @@ def reload(run: Path, overrides: Sequence[str]) -> Reloaded:
     accelerator = start_accelerator(recipe.train.mixed_precision, timeout_minutes=recipe.train.timeout_minutes)
     classifier = load_adapter(run / ADAPTER, device=accelerator.device)
     manifest = read_manifest(run / ADAPTER)
-    _require_own_adapter(manifest, recipe, run)
+    require_own_adapter(manifest, recipe, run)
     images = RunsImages(run, load_recipe(run / RECIPE))
     with accelerator.main_process_first():
         splits, is_own = _splits(images, recipe, overrides, classifier.class_names)
@@ -186,7 +186,7 @@ def _splits(
     return images.by_what_was_seen(shared), False
 
 
-def _require_own_adapter(manifest: AdapterManifest, recipe: Recipe, run: Path) -> None:
+def require_own_adapter(manifest: AdapterManifest, recipe: Recipe, run: Path) -> None:
     """Pass if the adapter says of its training what the run's recipe says, or nothing."""
     told = manifest.trained_with
     of_recipe = told.get("recipe")

@@ -10,7 +10,7 @@ from typing import cast
 
 from torch import Tensor
 
-from disam_peft.adapters.adapter_folder import read_state
+from disam_peft.adapters.adapter_folder import read_state, require_same_backbone
 from disam_peft.adapters.manifest import AdapterManifest
 from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.adapters.registry import ADAPTERS, build_adapter
@@ -32,6 +32,7 @@ from disam_peft.data.load import load
 from disam_peft.errors import UserError
 from disam_peft.evaluation.metrics import metrics_of_domains
 from disam_peft.evaluation.results import Evaluator, Identity, prediction_table, result_rows, write_mistakes
+from disam_peft.experiments.evaluate import require_own_adapter
 from disam_peft.experiments.run_folder import ADAPTER, RECIPE, finish, is_finished
 from disam_peft.experiments.seen_images import RunsImages, held_back_by_all
 from disam_peft.training.accelerator import start_accelerator
@@ -71,8 +72,8 @@ def make_soup(folders: Sequence[Path], output: Path, *, method: SoupMethod = "un
             that of the recipe's selection rule.
 
     Raises:
-        UserError: runs that are unfinished, or do not fit together; adapters that have no mean; data that are no longer
-            those of the runs; an ``output`` that holds files.
+        UserError: runs that are unfinished, or do not fit together; adapters that have no mean; data, a backbone or an
+            adapter that are no longer those of the runs; an ``output`` that holds files.
     """
     runs = _read(folders)
     _require_fitting(runs, method)
@@ -83,7 +84,9 @@ def make_soup(folders: Sequence[Path], output: Path, *, method: SoupMethod = "un
     accelerator = start_accelerator(first.recipe.train.mixed_precision)
     with accelerator.main_process_first():
         splits, dataset = _splits(runs)
-    backbone = load_backbone(first.manifest.backbone.config()).to(accelerator.device)
+    backbone = load_backbone(first.manifest.backbone.config())
+    require_same_backbone(first.folder / ADAPTER, first.manifest, backbone)
+    backbone.to(accelerator.device)
     pot = _Pot(backbone, runs, Evaluator(first.recipe, accelerator.autocast), splits.get("source_validation"))
     record = pot.uniform() if method == "uniform" else pot.greedy()
     kept = [run for run, one in zip(pot.order, record.ingredients, strict=True) if one.kept]
@@ -197,7 +200,9 @@ def _read(folders: Sequence[Path]) -> list[_Run]:
     runs = []
     for folder in folders:
         manifest, state = read_state(folder / ADAPTER)
-        runs.append(_Run(folder, load_recipe(folder / RECIPE), manifest, state, read_images(folder / IMAGES)))
+        recipe = load_recipe(folder / RECIPE)
+        require_own_adapter(manifest, recipe, folder)
+        runs.append(_Run(folder, recipe, manifest, state, read_images(folder / IMAGES)))
     return runs
 
 

@@ -53,6 +53,7 @@ def lora_soup(
             f"the mean of these LoRA adapters has rank {rank}, beyond {MAX_RANK}; average fewer runs, or such of "
             "lower rank"
         )
+    _require_factors(kind, states)
     found: dict[str, Tensor] = {}
     for down in (name for name in states[0] if name.endswith(_DOWN)):
         up = down.removesuffix(_DOWN) + _UP
@@ -65,6 +66,25 @@ def lora_soup(
     if isinstance(first, LoraAdapterConfig):
         return first.model_copy(update={"rank": rank, "alpha": float(rank), "dropout": 0.0}), found
     return first.model_copy(update={"options": {"r": rank, "lora_alpha": rank}}), found
+
+
+def _require_factors(kind: str, states: Sequence[Mapping[str, Tensor]]) -> None:
+    """Pass if both factors of each layer are there, with one inner width, and are of one layer in all adapters.
+
+    Raises:
+        UserError: they are not; the files were not written by training.
+    """
+    for down in (name for name in states[0] if name.endswith(_DOWN)):
+        up = down.removesuffix(_DOWN) + _UP
+        shapes = [(tuple(state[down].shape), tuple(state[up].shape)) for state in states if up in state]
+        fits = len(shapes) == len(states) and all(
+            len(of_down) == len(of_up) == 2 and of_down[0] == of_up[1] for of_down, of_up in shapes
+        )
+        if not fits or len({(of_down[1], of_up[0]) for of_down, of_up in shapes}) > 1:
+            raise UserError(
+                f"{down} and {up} of the '{kind}' adapters have the shapes {shapes}, which are no factors of one "
+                "layer; only adapters of equal shapes can be averaged"
+            )
 
 
 def _rank_and_scale(config: Config) -> tuple[int, float]:

@@ -142,3 +142,24 @@ def test_what_does_not_fit_together_is_named(configs, told):
         ADAPTERS[ClipAdapterConfig].soup([ClipAdapterConfig()] * 2, [{"w": torch.ones(2)}, {"w": torch.ones(3)}])
     with pytest.raises(UserError, match=r"do not have the same tensors \(v\)"):
         ADAPTERS[ClipAdapterConfig].soup([ClipAdapterConfig()] * 2, [{}, {"v": torch.ones(3)}])
+
+
+@pytest.mark.parametrize("fault", ["narrow", "without B", "ranks", "one number"])
+def test_factors_that_are_of_no_layer_are_refused(fault, openclip_name):
+    """Files that training did not write: concatenating them would end in an error of torch."""
+    config, backbone = LoraAdapterConfig(**BLOCK, rank=2), load_backbone(BackboneConfig(name=openclip_name))
+    (good, _), (other, _) = (filled(config, backbone, seed) for seed in (0, 1))
+    down = next(name for name in other if name.endswith("lora_A.weight"))
+    up = down.replace("lora_A", "lora_B")
+    changed = {
+        "narrow": {down: other[down][:, 1:]},
+        "without B": {name: tensor for name, tensor in other.items() if name != up},
+        "ranks": {down: other[down][:1]},
+        "one number": {down: other[down][0, 0]},
+    }[fault]
+    bad = changed if fault == "without B" else {**other, **changed}
+    with pytest.raises(UserError, match=r"only adapters of equal (shapes|settings) can be averaged"):
+        ADAPTERS[LoraAdapterConfig].soup([config, config], [good, bad])
+    if fault == "without B":
+        with pytest.raises(UserError, match="which are no factors of one layer"):
+            ADAPTERS[LoraAdapterConfig].soup([config, config], [bad, bad])

@@ -192,9 +192,8 @@ def test_what_does_not_fit_together_is_refused(train, runs, domains_folder, tmp_
     refused(runs[:1], "needs two runs or more, and 1 was given")
     refused([runs[0], runs[0]], "two of the runs have the same adapter; name each run once")
     refused([runs[0], train("probe", adapter={"kind": "linear_probe"})], "of the kinds lora and linear_probe")
-    refused(
-        [runs[0], train("art", protocol={"held_out": "art"})], "hold out 'photo' and 'art': their mean has seen both"
-    )
+    art = train("art", protocol={"held_out": "art"})
+    refused([runs[0], art], "hold out 'photo' and 'art': their mean has seen both")
     fewer = train("fewer", data={"domains": ["art", "photo"]})
     refused([runs[0], fewer], "were trained on other data; average runs of the same images, classes and domains")
     refused([runs[0], train("everything", protocol="all")], "hold out 'photo' and nothing: their mean has seen both")
@@ -215,6 +214,15 @@ def test_what_does_not_fit_together_is_refused(train, runs, domains_folder, tmp_
     manifest["backbone"]["sha256"] = "0" * 64
     (other / "adapter/disam_peft.json").write_text(json.dumps(manifest))
     refused([runs[0], other], "have other backbones .* average runs of one backbone")
+    same = shutil.copytree(runs[0], tmp_path / "same")
+    manifest = json.loads((same / "adapter/disam_peft.json").read_text())
+    manifest["backbone"]["sha256"] = "0" * 64
+    (same / "adapter/disam_peft.json").write_text(json.dumps(manifest))
+    refused([same, other], "same/adapter was trained on .* load the backbone that it was trained on")
+    another = shutil.copytree(runs[1], tmp_path / "another")
+    shutil.rmtree(another / "adapter")
+    shutil.copytree(art / "adapter", another / "adapter")
+    refused([runs[0], another], "another/adapter was trained with held_out='art', but recipe.yaml beside it")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty; choose another --output"):
