@@ -292,7 +292,8 @@ def copy_of_the_project(folder: Path, mutant: Mutant | None) -> Path:
     """The step and its tests, with the mutation applied."""
     package = folder / "disam_peft"
     package.mkdir(parents=True)
-    shutil.copy(ROOT / "disam_peft/__init__.py", package)
+    for name in ("__init__.py", "errors.py"):
+        shutil.copy(ROOT / "disam_peft" / name, package)
     shutil.copytree(ROOT / "disam_peft/disam", package / "disam", ignore=shutil.ignore_patterns("__pycache__"))
     os.symlink(ROOT / "tests", folder / "tests")
     (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: device\n    slow: long\npythonpath = .\n")
