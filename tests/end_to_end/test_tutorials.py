@@ -59,8 +59,10 @@ def test_their_tests_and_those_of_their_kinds_pass(copy):
 
 def test_the_new_adapter_and_the_new_penalty_keep_what_all_of_their_kind_promise(copy):
     which = "feature_scale or (mean_prediction and (acts or whole or bits))"
-    printed = python(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/matrix", "-k", which, "--full")
-    assert " passed" in printed and "failed" not in printed
+    printed = python(copy, "-m", "pytest", "-v", "-p", "no:cacheprovider", "tests/matrix", "-k", which, "--full")
+    assert "failed" not in printed
+    for new in ("feature_scale", "mean_prediction"):
+        assert sum("PASSED" in line and new in line for line in printed.splitlines()) > 5, new
 
 
 def test_they_keep_the_house_style(copy):
