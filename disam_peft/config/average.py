@@ -55,7 +55,7 @@ class BmaConfig(Config):
     the end count most. The weights depend on ``train.steps``."""
 
     kind: Literal["bma"] = "bma"
-    beta: float = Field(default=0.5, gt=0)
+    beta: float = Field(default=0.5, gt=0, le=1e6)
     """Both parameters of the Beta distribution. Below 1 the ends of the run count most, 1 is the plain mean, and above
     1 the middle counts most. 0.5 is what CLIPood uses."""
     judged: Judged = "at_the_end"

@@ -33,7 +33,8 @@ class Bma(Average):
         self._step += 1
         weight = beta_weight(self._step, self._config.beta, self._steps)
         summed = self._sum + weight
-        self._mean.move(params, weight / summed, applied)
+        # Far from the middle a density with a large beta is 0 as a number, and 0 / 0 would make all averages NaN.
+        self._mean.move(params, torch.where(summed > 0, weight / summed, 1.0), applied)
         self._sum = torch.where(applied, summed, self._sum)
 
     def is_judged(self, step: int) -> bool:

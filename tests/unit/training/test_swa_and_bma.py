@@ -44,6 +44,21 @@ def test_the_beta_moving_average_of_clipood(name):
     assert (found_T - weights_T).abs().max() <= 1e-10
 
 
+@pytest.mark.parametrize("beta", [150.0, 1e6])
+def test_weights_of_the_first_steps_that_are_no_number_are_zero(beta):
+    """A density that falls below the smallest number must not divide 0 by 0: every later average would be NaN."""
+    values = [float(step) for step in range(1, 1001)]
+    average = new("bma", steps=1000, beta=beta)
+    assert beta_weight(0, beta, 1000) == beta_weight(1, beta, 1000) == 0.0
+    assert value(after(average, values[:1])) == 1.0
+    after(average, [float("nan")], SKIPPED)
+    after(average, values[2:])
+    log_a = np.array([(beta - 1) * np.log((s + 0.5) * (1000.5 - s)) for s in range(1, 1001) if s != 2])
+    a = np.exp(log_a - log_a.max())
+    expected = (a * np.array([v for v in values if v != 2])).sum() / a.sum()
+    assert value(average) == pytest.approx(expected, rel=1e-9)
+
+
 def test_the_weight_of_a_skipped_step_is_in_no_sum_and_the_next_step_keeps_its_own():
     average = after(new("bma", steps=4, beta=0.5), [5.0])
     after(average, [float("nan")], SKIPPED)
