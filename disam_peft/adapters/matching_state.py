@@ -23,7 +23,7 @@ def require_matching_state(kind: str, expected: dict[str, Tensor], found: dict[s
         wanted, tensor = expected[name], found[name]
         if tensor.shape != wanted.shape:
             faults.append(f"{name} expected shape {tuple(wanted.shape)}, found {tuple(tensor.shape)}")
-        elif tensor.is_floating_point() != wanted.is_floating_point():
+        elif tensor.is_floating_point() != wanted.is_floating_point() or _only_stores(tensor):
             faults.append(f"{name} expected dtype {wanted.dtype}, found {tensor.dtype}")
         elif not torch.isfinite(tensor).all():
             faults.append(f"{name} holds NaN or infinity")
@@ -35,3 +35,8 @@ def require_matching_state(kind: str, expected: dict[str, Tensor], found: dict[s
             f"the tensors do not fit this '{kind}' adapter ({len(expected)} expected, {len(found)} found): {shown}. "
             "Nothing was loaded; use the config that the tensors were trained with"
         )
+
+
+def _only_stores(tensor: Tensor) -> bool:
+    """Whether it is of a type of 8 bits or less, with which torch does not compute: not even whether it is finite."""
+    return tensor.is_floating_point() and tensor.element_size() < 2
