@@ -68,7 +68,8 @@ def group_dro_sagawa(
         labels: (B,).
         domains: (B,) integers; any values.
         q: (D,) before the step, for ``ids``.
-        normalize_loss: whether the losses that move q, adjusted if they are, are divided by their sum.
+        normalize_loss: whether the losses that move q, adjusted if they are, are divided by their sum; where that
+            is 0, q stays what it is.
         adjustment: C, which adds ``C / sqrt(n_d)`` to the losses that move q, also those of absent groups. 0: none.
         group_counts: n_d, (D,), samples of each group in the training set; needed with an adjustment.
         ids: the groups that q belongs to, ascending; unset: 0 to D - 1.
@@ -118,7 +119,9 @@ class GroupDRO(Penalty):
             moved_A, moves_A = state.among_all(self._adjusted(loss_D, train_count_D)), torch.isfinite(state.value_A)
         log_q_A = state.value_A
         moved_A = _share_kept(log_q_A, log_q_A + self.config.eta * moved_A, moves_A)
-        state.value_A = torch.where(torch.isfinite(loss_D).all(), moved_A, log_q_A)
+        # The losses that move q may be no numbers where the losses are: normalised, their sum may be 0.
+        moves = torch.isfinite(loss_D).all() & (moved_A < torch.inf).all()
+        state.value_A = torch.where(moves, moved_A, log_q_A)
 
     def _adjusted(self, loss_D: Tensor, train_count_D: Tensor | None) -> Tensor:
         """The losses that move q in the code of Sagawa et al."""

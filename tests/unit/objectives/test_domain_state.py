@@ -11,7 +11,7 @@ from disam_peft.config.penalties import FishrConfig, GroupDROConfig
 from disam_peft.errors import UserError
 from disam_peft.objectives.domain_state import DomainState
 from disam_peft.objectives.fishr import Fishr
-from disam_peft.objectives.group_dro import GroupDRO, group_dro
+from disam_peft.objectives.group_dro import GroupDRO, group_dro, group_dro_sagawa
 from disam_peft.objectives.objective import Objective
 from tests.helpers.objectives import DOMAINS, EVERYTHING, METHODS, OBJECTIVES, Problem
 
@@ -109,6 +109,18 @@ def test_no_loss_is_too_large_and_no_q_too_small():
         gradient, _ = losses_step(objective, [0.0, 5000.0], [0, 1])
     assert gradient.tolist() == [0.0, 1.0], "what has fallen to e^-10000 can rise again"
     assert torch.isfinite(penalty.q_D).all()
+
+
+@pytest.mark.parametrize("eta", [0.01, 1e308])
+def test_q_is_not_spoiled_by_what_moves_it(eta):
+    """A model that is sure of all its answers has losses of exactly 0 in float32, whose sum divides nothing; and a step
+    size may be too large for any number. Neither may be NaN in every later step."""
+    labels, domains = torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, 1, 1])
+    sure = 200 * torch.nn.functional.one_hot(labels, 2).float() if eta < 1 else 30.0 * torch.arange(8).view(4, 2)
+    q = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    loss, found = group_dro_sagawa(sure, labels, domains, q, eta=eta, normalize_loss=eta < 1)
+    assert found.tolist() == pytest.approx(q.tolist())
+    assert bool(torch.isfinite(loss))
 
 
 def test_the_function_keeps_absent_domains_too():
