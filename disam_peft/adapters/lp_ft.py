@@ -140,8 +140,16 @@ class LpFtAdapter(Adapter):
         INNER[type(config.adapter)].require_zero_shot_weights(config.adapter)
 
     def zero_shot_tensors(self, backbone: ClipBackbone, prompts: ClassPrompts) -> dict[str, Tensor]:
-        below, head = (part.zero_shot_tensors(backbone, prompts) for part in (self.inner, self.head))
-        return _joined(below, head)
+        self.require_zero_shot_weights(self.config)
+        try:
+            below = self.inner.zero_shot_tensors(backbone, prompts)
+        except UserError as error:  # it would advise a merged checkpoint, in which the head has no place
+            raise UserError(
+                f"the '{self.inner.kind}' adapter below the head cannot be written at another alpha: the weights of "
+                "the model are not linear in its tensors; disam-peft frontier and evaluate --alpha compute them without "
+                "writing them, or train lora or full below the head"
+            ) from error
+        return _joined(below, self.head.zero_shot_tensors(backbone, prompts))
 
     def interpolation(self, backbone: ClipBackbone, prompts: ClassPrompts) -> AbstractContextManager[MoveTo]:
         self.require_zero_shot_weights(self.config)

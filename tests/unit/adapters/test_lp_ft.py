@@ -223,3 +223,13 @@ def test_what_may_stand_below_a_head() -> None:
     ):
         with pytest.raises(ValidationError, match=message):
             LpFtConfig.model_validate({"adapter": settings})
+
+
+def test_another_alpha_of_what_is_not_linear_is_refused_without_advising_a_merge(twins: tuple[str, str]) -> None:
+    """Below a head a merged checkpoint, which the adapter alone would advise, does not exist."""
+    backbone = tiny_backbone(twins, "open_clip")
+    adapter = build_adapter(LpFtConfig(adapter=BELOW["dora"]), backbone, PROMPTS)
+    told = r"the 'peft' adapter below the head cannot be written .* evaluate --alpha compute"
+    with pytest.raises(UserError, match=told) as refused:
+        adapter.settle(backbone, PROMPTS, 0.5)
+    assert "merged" not in str(refused.value)
