@@ -146,8 +146,8 @@ class LpFtAdapter(Adapter):
         except UserError as error:  # it would advise a merged checkpoint, in which the head has no place
             raise UserError(
                 f"the '{self.inner.kind}' adapter below the head cannot be written at another alpha: the weights of "
-                "the model are not linear in its tensors; disam-peft frontier and evaluate --alpha compute them without "
-                "writing them, or train lora or full below the head"
+                "the model are not linear in its tensors; disam-peft frontier and evaluate --alpha compute them "
+                "without writing them, or train lora or full below the head"
             ) from error
         return _joined(below, self.head.zero_shot_tensors(backbone, prompts))
 
