@@ -84,8 +84,9 @@ def _print_outcomes(outcomes: list[Outcome], *, quiet: bool) -> None:
         if outcome.fit is not None:
             fit = outcome.fit
             say(
-                f"{outcome.folder}: loss {fit.first_loss:.4f} -> {fit.last_loss:.4f}, best step {fit.best_step}"
+                f"{outcome.folder}: best step {fit.best_step}"
                 + (f" of {fit.weights}" if len(fit.states) > 1 else "")
+                + _training_loss(outcome)
                 + (f", {fit.skipped_steps} steps skipped" if fit.skipped_steps else "")
             )
     first = outcomes[0].folder
@@ -93,6 +94,14 @@ def _print_outcomes(outcomes: list[Outcome], *, quiet: bool) -> None:
         return
     say(f"results: {first / RESULTS}, the adapter in {first / 'adapter'}" + _and_more(outcomes))
     say(f"next: disam-peft evaluate {first}   |   disam-peft export {first} --to peft --output DIR")
+
+
+def _training_loss(outcome: Outcome) -> str:
+    found = outcome.training_loss()
+    if found is None:
+        return ""
+    first, last, count = found
+    return f", training loss {first:.4f} -> {last:.4f} (means of the first and last {count} recorded steps)"
 
 
 def _and_more(outcomes: list[Outcome]) -> str:

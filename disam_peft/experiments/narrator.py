@@ -4,7 +4,7 @@ and where the results are. Nothing here changes what is computed."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,7 @@ class Narrator:
     def __init__(self, say: Callable[[str], object] | None = None, *, verbose: bool = False) -> None:
         self._say, self.verbose = say, verbose
         self._first: tuple[int, float] | None = None  # step and time of the first record
-        self._loss: float | None = None
-        self._steps = 0
+        self._steps, self._rule = 0, ""
 
     def say(self, text: str) -> None:
         if self._say is not None and is_main():
@@ -127,7 +126,7 @@ class Narrator:
         unused = unused_settings(recipe)
         if unused:
             self.say(f"  without effect: {'; '.join(unused)}")
-        self._first, self._loss, self._steps = None, None, config.steps
+        self._first, self._steps, self._rule = None, config.steps, recipe.selection.rule
 
     def event(self, event: str, **values: Any) -> None:
         """A record of ``metrics.jsonl``, of which those of steps and validations are told."""
@@ -143,15 +142,10 @@ class Narrator:
         if self._first is None:
             self._first = (step, now)
         if event == "step":
-            self._loss = values.get("loss", self._loss)
             if self.verbose:
-                self.say(f"  step {step} of {self._steps}: {_loss(self._loss)}, rate {values['learning_rate']:.3g}")
+                self.say(f"  step {step} of {self._steps}: {_loss(values['loss'])}, rate {values['learning_rate']:.3g}")
             return
-        score = values.get("score", values.get("mean_top1"))
-        parts = [f"accuracy {100 * values['mean_top1']:.1f} %" if "mean_top1" in values else f"score {score}"]
-        if "mean_top1" in values and score not in (None, values["mean_top1"]):
-            parts.append(f"score {score:.4f}")
-        parts.append(_loss(self._loss))
+        parts = _validation(values, self._rule)
         parts += [self._time_left(step, now)] if step < self._steps else []
         weights = f" ({values['weights']})" if "weights" in values else ""
         best = ", the best so far" if values.get("is_best") else ""
@@ -163,6 +157,17 @@ class Narrator:
         if step <= first_step:
             return ""
         return f"{progress.duration((now - begin) / (step - first_step) * (self._steps - step))} left"
+
+
+def _validation(values: Mapping[str, Any], rule: str) -> list[str]:
+    """What the validated weights reached: the numbers by which ``rule`` finds the best state, ties included."""
+    if "mean_top1" not in values:
+        return [f"score {values.get('score')}"]
+    parts = [f"accuracy {100 * values['mean_top1']:.1f} %", f"NLL {-values['negative_nll']:.4f}"]
+    if rule == "worst_source":
+        worst = f"accuracy {100 * values['worst_top1']:.1f} %, NLL {-values['worst_negative_nll']:.4f}"
+        parts.append(f"of the worst domain {worst}")
+    return parts
 
 
 def objective_in_words(recipe: Recipe) -> str | None:

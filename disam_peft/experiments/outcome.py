@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from disam_peft.common.records import RESULTS, ResultRow, write_results
+from disam_peft.common.records import METRICS, RESULTS, ResultRow, read_events, write_results
 
 if TYPE_CHECKING:
     from disam_peft.training.fit import FitResult
@@ -21,6 +21,16 @@ class Outcome:
     held_out: str | None
     rows: list[ResultRow]
     fit: FitResult | None
+
+    def training_loss(self) -> tuple[float, float, int] | None:
+        """Mean training losses over the first and the last recorded steps, and over how many steps each mean is: a
+        quarter of all, ten at most. One batch says little; None where there are fewer than eight."""
+        recorded = [event["loss"] for event in read_events(self.folder / METRICS, "step") if not event.get("skipped")]
+        losses = [loss for loss in recorded if loss is not None]
+        count = min(10, len(losses) // 4)
+        if count < 2:
+            return None
+        return sum(losses[:count]) / count, sum(losses[-count:]) / count, count
 
 
 def write_joint_results(outcomes: Sequence[Outcome]) -> None:

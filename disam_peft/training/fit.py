@@ -160,8 +160,8 @@ def fit(
             if is_validated:
                 trainer.optimizer.flush()
                 for weights, validation in (best.offer(step) if trainer.metrics.has_trained else {}).items():
-                    trainer.validated = validation.words
                     about = {} if weights == RAW else {"weights": weights}
+                    trainer.validated = validation.words + "".join(f" ({name})" for name in about.values())
                     is_best = best.is_best(weights, step)
                     emit("validation", step=step, **about, **validation.numbers, is_best=is_best)
                     prefix = "validation" if weights == RAW else f"validation/{weights}"

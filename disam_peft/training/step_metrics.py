@@ -70,8 +70,9 @@ class StepMetrics:
         self._steps, self.skipped, self._skipped_in_a_row = 0, 0, 0
         self._counts: Tensor | None = None  # in the order of COUNTED
         self._losses: Tensor | None = None  # of the first and the last step
-        self.recorded_loss: float | None = None
-        """Of the last step that was recorded; to read another one, the host would have to wait for the device."""
+        self.recorded: tuple[int, float] | None = None
+        """Number and loss of the last step that was recorded; to read another one, the host would have to wait for the
+        device."""
 
     def is_logged(self, step: int) -> bool:
         """Whether the numbers of this step are recorded, which makes the host wait for the device."""
@@ -94,7 +95,7 @@ class StepMetrics:
         self._count(step, skipped)
         if self.is_logged(step.number) or skipped:
             values = {"learning_rate": step.learning_rate, "skipped": skipped, **self._numbers(step)}
-            self.recorded_loss = values["loss"]
+            self.recorded = (step.number, values["loss"])
             self._on_event("step", step=step.number, **values)
             self.track(step.number, {name: value for name, value in values.items() if name != "skipped"})
 

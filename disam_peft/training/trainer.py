@@ -152,8 +152,8 @@ class Trainer:
 
     def status(self) -> str:
         """The newest numbers that are known without waiting for the device, for a progress bar."""
-        loss = self.metrics.recorded_loss
-        parts = [] if loss is None else [f"loss {loss:.3f}"]
+        recorded = self.metrics.recorded
+        parts = [] if recorded is None else [f"step {recorded[0]}: loss {recorded[1]:.3f}"]
         return ", ".join([*parts, *([self.validated] if self.validated else [])])
 
     def state_dict(self) -> dict[str, Any]:

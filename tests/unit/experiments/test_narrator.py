@@ -8,11 +8,13 @@ import warnings
 import pytest
 
 from disam_peft.common import progress
+from disam_peft.common.records import METRICS, append_event, read_events
 from disam_peft.config.recipe import Recipe
 from disam_peft.errors import Notice
 from disam_peft.experiments import narrator as narration
 from disam_peft.experiments import run
 from disam_peft.experiments.narrator import Narrator, objective_in_words
+from disam_peft.experiments.outcome import Outcome
 
 
 @pytest.fixture
@@ -93,10 +95,39 @@ def test_a_run_says_what_it_found_splits_trains_and_validates(make_recipe, tmp_p
     validations = lines[7:]
     assert len(validations) == 2
     assert re.fullmatch(
-        r"  step 2 of 4: validation accuracy [\d.]+ %, loss \d\.\d{4}, [\d.]+ s left, the best so far", validations[0]
+        r"  step 2 of 4: validation accuracy [\d.]+ %, NLL \d\.\d{4}, [\d.]+ s left, the best so far", validations[0]
     ), validations[0]
-    assert re.match(r"  step 4 of 4: validation accuracy [\d.]+ %, loss \d\.\d{4}", validations[1])
+    assert re.match(r"  step 4 of 4: validation accuracy [\d.]+ %, NLL \d\.\d{4}", validations[1])
     assert "left" not in validations[1]
+    recorded = read_events(tmp_path / "runs/told/photo" / METRICS, "validation")
+    for line, event in zip(validations, recorded, strict=True):
+        assert f"NLL {-event['negative_nll']:.4f}" in line
+
+
+def test_a_validation_says_the_numbers_of_the_weights_that_were_validated():
+    lines = []
+    narrator = Narrator(lines.append)
+    narrator._steps = 4
+    narrator.event("step", step=1, loss=9.0, learning_rate=0.1)
+    numbers = {"score": 0.5, "mean_top1": 0.75, "negative_nll": -0.25, "worst_top1": 0.5, "worst_negative_nll": -0.5}
+    narrator.event("validation", step=4, weights="bma", **numbers, is_best=True)
+    assert lines == ["  step 4 of 4: validation (bma) accuracy 75.0 %, NLL 0.2500, the best so far"]
+    narrator._rule = "worst_source"
+    narrator.event("validation", step=4, **numbers)
+    assert lines[1] == (
+        "  step 4 of 4: validation accuracy 75.0 %, NLL 0.2500, of the worst domain accuracy 50.0 %, NLL 0.5000"
+    )
+
+
+def test_the_training_loss_of_a_run_is_a_mean_over_several_steps_or_not_said(tmp_path):
+    outcome = Outcome(tmp_path, None, [], None)
+    for step in range(1, 8):
+        append_event(tmp_path / METRICS, "step", step=step, loss=10.0 - step, skipped=step == 2)
+    append_event(tmp_path / METRICS, "step", step=8, loss=float("nan"), skipped=False)
+    assert outcome.training_loss() is None, "six losses: means of single batches"
+    append_event(tmp_path / METRICS, "step", step=9, loss=3.0, skipped=False)
+    append_event(tmp_path / METRICS, "step", step=10, loss=2.0, skipped=False)
+    assert outcome.training_loss() == ((9 + 7) / 2, (3 + 2) / 2, 2)
 
 
 def test_verbose_says_every_record_and_every_trained_tensor(make_recipe):
