@@ -50,6 +50,11 @@ class ObjectiveConfig(Config):
         return "domains" if any(penalty.averages_domains for penalty in self.penalties) else "samples"
 
     @property
+    def climbs_mean_over_samples(self) -> bool:
+        """Whether all samples count alike in what the perturbation climbs, apart from the variance term."""
+        return self.effective_mean_over == "samples" and not any(penalty.in_ascent for penalty in self.penalties)
+
+    @property
     def is_plain_mean(self) -> bool:
         """Whether it is the mean over samples of the plain cross entropy."""
         one_term = not self.penalties and not self.anchors

@@ -56,6 +56,7 @@ class FirstPass:
     Attributes:
         sums: sums at w, over all ranks.
         weight_D: c_d, the weight of each sample's loss in the gradient.
+        plain_weight_D: c_d of the objective without the variance term, (D,) or () where all are equal.
         mode: how it was computed.
         plain_gradients: of the objective without the variance term, over all ranks, one for each parameter; None if
             nobody asked.
@@ -63,6 +64,7 @@ class FirstPass:
 
     sums: DomainSums
     weight_D: Tensor
+    plain_weight_D: Tensor
     mode: AscentMode
     plain_gradients: list[Tensor | None] | None = None
 
@@ -125,7 +127,8 @@ class Passes:
             sums = self._one_phase(count_D, in_ascent=target.in_ascent)
             self._objective.begin_step(sums)
             weight_D = ascent_weights(sums.mean_D, sums.count_D, 0.0, self._objective.mean_weights(sums.count_D))
-            return FirstPass(sums, weight_D, "mean", [p.grad for p in self._params] if with_plain_gradients else None)
+            plain = [p.grad for p in self._params] if with_plain_gradients else None
+            return FirstPass(sums, weight_D, weight_D, "mean", plain)
         if self._weighing == "per_domain":
             return self._per_domain(target, count_D.sum(), with_plain_gradients, begins=True)
         return self._two_phase(target, with_plain_gradients, begins=True)
@@ -183,7 +186,11 @@ class Passes:
                 backward(micro_batch.losses())
         self._ranks.add_up_gradients_(self._params)
         return FirstPass(
-            sums, weight_D, "two_phase", None if plain is None else self._ranks.added_up(self._params, plain.gradients)
+            sums,
+            weight_D,
+            wanted.loss_D,
+            "two_phase",
+            None if plain is None else self._ranks.added_up(self._params, plain.gradients),
         )
 
     def _per_domain(self, target: Target, total: Tensor, with_plain_gradients: bool, *, begins: bool) -> FirstPass:
@@ -210,7 +217,7 @@ class Passes:
             )
         self._set_gradients(_combined(gradients, total * weight_D))
         self._ranks.add_up_gradients_(self._params)
-        return FirstPass(sums, weight_D, "per_domain", plain)
+        return FirstPass(sums, weight_D, wanted.loss_D, "per_domain", plain)
 
     # -- details ---------------------------------------------------------------------------------------------
 

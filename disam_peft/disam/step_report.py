@@ -31,6 +31,8 @@ class StepReport:
         domain_weights: (D,) w_d = n_d c_d, the weights of the mean losses in pass 1, which sum to one (with a penalty
             on more than the losses: besides that penalty's gradient); n_d / N for ERM and SAM. Negative: see
             ``ascent_weights``.
+        plain_domain_weights: (D,) the same without the variance term: those of the mean and of the penalties in the
+            ascent. Where only ``domain_weights`` are negative, the variance made them so.
         ascent_norm: norm of the ascent gradient over the trained parameters (adaptive: of |w| g), at loss scale 1,
             shape (); 0 where there was no ascent.
         is_finite: shape (), bool: losses, objective and ascent gradient of this step are finite, on every rank. If
@@ -47,6 +49,7 @@ class StepReport:
     domain_counts: Tensor
     domain_losses: Tensor
     domain_weights: Tensor
+    plain_domain_weights: Tensor
     ascent_norm: Tensor
     is_finite: Tensor
     ascent_cosine: Tensor | None = None
@@ -85,6 +88,7 @@ class StepReport:
             domain_counts=sums.count_D,
             domain_losses=sums.reported.mean_D,
             domain_weights=sums.count_D * first.weight_D,
+            plain_domain_weights=sums.count_D * first.plain_weight_D,
             ascent_norm=torch.zeros_like(sums.mean) if ascent_norm is None else ascent_norm,
             is_finite=is_finite,
             ascent_cosine=ascent_cosine,

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from disam_peft.config.method import MethodConfig
+from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.disam.step_report import StepReport
@@ -21,7 +22,13 @@ from disam_peft.training.guarded_optimizer import StepOutcome
 MAX_SKIPPED_IN_A_ROW = 10
 RARE = 0.05
 UNUSUAL = 0.2
-COUNTED = ("one_domain_steps", "zero_ascent_steps", "negative_domain_weights", "domain_weights")
+COUNTED = (
+    "one_domain_steps",
+    "zero_ascent_steps",
+    "negative_domain_weights",
+    "negative_by_variance",
+    "domain_weights",
+)
 OnEvent = Callable[..., None]
 
 
@@ -55,6 +62,7 @@ class StepMetrics:
     Args:
         on_event: gets the records of ``metrics.jsonl``.
         accelerator: gets the same numbers for its tracker, if it has one.
+        objective: what is descended; warnings explain weights of domains by it.
     """
 
     def __init__(
@@ -64,8 +72,9 @@ class StepMetrics:
         config: TrainConfig,
         on_event: OnEvent,
         accelerator: Accelerator,
+        objective: ObjectiveConfig,
     ) -> None:
-        self._dataset, self._method, self._config = dataset, method, config
+        self._dataset, self._method, self._config, self._objective = dataset, method, config, objective
         self._on_event, self._accelerator = on_event, accelerator
         self._steps, self.skipped, self._skipped_in_a_row = 0, 0, 0
         self._counts: Tensor | None = None  # in the order of COUNTED
@@ -108,6 +117,7 @@ class StepMetrics:
                 (present_D.sum() == 1).long(),
                 no_ascent.long().to(present_D.device),
                 (report.domain_weights < 0).sum(),
+                ((report.domain_weights < 0) & (report.plain_domain_weights >= 0)).sum(),
                 present_D.sum(),
             ]
         )
@@ -172,7 +182,8 @@ class StepMetrics:
         self._steps, self.skipped = totals["steps"], totals["skipped_steps"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
         device = self._accelerator.device
-        self._counts = torch.tensor([totals[name] for name in COUNTED], device=device)
+        # a state of a version that did not count what the variance did alone goes on from 0
+        self._counts = torch.tensor([totals.get(name, 0) for name in COUNTED], device=device)
         self._losses = None if losses is None else losses.to(device)
 
     @property
@@ -198,13 +209,11 @@ class StepMetrics:
             return
         totals = self.totals()
         weights, steps = max(1, totals["domain_weights"]), max(1, totals["steps"])
-        over_samples, relative = self._method.variance_over == "samples", self._method.variance_scale == "relative"
-        apart = "(L_d - mean(L)) / mean loss" if relative else "L_d - mean(L)"
-        bound = f"{apart} > 1 / (2 lambda)" if over_samples else f"{apart} > n_d K / (2 lambda N)"
-        if totals["negative_domain_weights"] > RARE * weights:
+        # a penalty may make weights negative by its own definition, which no lambda mends
+        if totals["negative_by_variance"] > RARE * weights:
             warnings.warn(
-                f"{totals['negative_domain_weights'] / weights:.0%} of the domain weights were negative: the ascent "
-                f"walks down on those domains. A weight w_d is negative where {bound}; "
+                f"{totals['negative_by_variance'] / weights:.0%} of the domain weights were negative because of the "
+                f"variance: the ascent walks down on those domains. {self._bound()}; "
                 f"lower method.variance_weight={self._method.effective_variance_weight:g}",
                 stacklevel=3,
             )
@@ -215,6 +224,15 @@ class StepMetrics:
                 "train.sampling=balanced or a larger train.batch_size",
                 stacklevel=3,
             )
+
+    def _bound(self) -> str:
+        """Where the variance makes a domain weight negative, in words."""
+        if not self._objective.climbs_mean_over_samples:
+            return "It takes more from a domain than its weight in the objective, penalties included"
+        over_samples, relative = self._method.variance_over == "samples", self._method.variance_scale == "relative"
+        apart = "(L_d - mean(L)) / mean loss" if relative else "L_d - mean(L)"
+        bound = f"{apart} > 1 / (2 lambda)" if over_samples else f"{apart} > n_d K / (2 lambda N)"
+        return f"A weight w_d is negative where {bound}"
 
     def _diverged(self, indices_B: Tensor) -> str:
         files = "\n".join(f"  {self._dataset.source(i)}" for i in indices_B[:10].tolist())

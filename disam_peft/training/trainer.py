@@ -92,7 +92,7 @@ class Trainer:
             classifier, self.disam, self.micro_batches, accelerator, self.objective, config.batch_size
         )
         self.averages = WeightAverages(averages, params, config.steps)
-        self.metrics = StepMetrics(dataset, method, config, on_event, accelerator)
+        self.metrics = StepMetrics(dataset, method, config, on_event, accelerator, objective)
         self.compiled = CompiledBlocks.of(classifier) if config.compile else nullcontext()
         self.steps_done = 0
         self.validated = ""

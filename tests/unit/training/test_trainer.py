@@ -50,12 +50,15 @@ def make_classifier(openclip_name, dataset):
 def trained(make_classifier, dataset):
     """Trains afresh and gives (trained parameters as one vector, events, result)."""
 
-    def run(*, method=None, adapter=None, samples=None, seed=0, augment=None, validate=None, **settings):
+    def run(
+        *, method=None, objective=None, adapter=None, samples=None, seed=0, augment=None, validate=None, **settings
+    ):
         classifier, events = make_classifier(adapter), []
         result = fit(
             classifier,
             samples if samples is not None else dataset,
             method=method,
+            objective=objective,
             config=TrainConfig(**{**SETTINGS, **settings}),
             augment=augment,
             seed=seed,
@@ -181,6 +184,7 @@ def test_records_name_the_domains_and_weights_sum_to_one(trained):
             "one_domain_steps": 0,
             "zero_ascent_steps": 0,
             "negative_domain_weights": 0,
+            "negative_by_variance": 0,
             "domain_weights": 9,
         },
     )
@@ -191,6 +195,18 @@ def test_row_27_negative_domain_weights_are_counted_and_warned_about(trained):
         _, events, _ = trained(method=MethodConfig(variance_weight=50.0))
     assert events[-1][1]["negative_domain_weights"] > 0
     assert any(weight < 0 for weight in events[0][1]["domain_weight"].values()), "not clamped"
+
+
+def test_a_weight_that_a_penalty_makes_negative_is_not_blamed_on_the_variance(trained):
+    vrex = ObjectiveConfig.model_validate({"penalties": [{"kind": "vrex", "weight": 50.0}]})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*domain weights were negative")
+        _, events, _ = trained(method=MethodConfig(variance_weight=1e-3), objective=vrex)
+    assert events[-1][1]["negative_domain_weights"] > 0
+    assert events[-1][1]["negative_by_variance"] == 0
+    told = "because of the variance.*more from a domain than its weight in the objective.*variance_weight=500"
+    with pytest.warns(UserWarning, match=told):
+        trained(method=MethodConfig(variance_weight=500.0), objective=vrex)
 
 
 def test_the_best_state_by_validation_is_kept_the_first_of_equals(make_classifier, dataset):
