@@ -6,8 +6,8 @@ statistic's own dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,11 +25,29 @@ class Forward:
         reported_B: the loss of each sample that the report shows, (B,); its graph is not used. Unset: ``loss_B``. So
             runs with different losses can be compared by one number.
         outputs: what ``DomainObjective.statistics`` reads, for example the features with their graph.
+        terms: parts of ``loss_B`` that ``DomainObjective.valued`` shows one by one, (B,) each; their graph is not used.
+            Always as many.
     """
 
     loss_B: Tensor
     reported_B: Tensor | None = None
     outputs: Any = None
+    terms: Sequence[Tensor] = ()
+
+
+@dataclass(frozen=True)
+class Valued:
+    """An objective in numbers, at the weights of one pass.
+
+    Attributes:
+        value: J, shape ().
+        terms: what is added to the loss, by name, without its weight; shape () each.
+        domain_terms: numbers of each domain that belong to a term, by name; (D,) each.
+    """
+
+    value: Tensor
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
+    domain_terms: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -163,14 +181,23 @@ class DomainObjective:
 
     def value(self, sums: DomainSums) -> Tensor:
         """J, the value of the descended objective, shape ()."""
-        value = self.mean(sums)
-        weights = self.linear_weights(sums.count_D, in_ascent=False)
-        for weight, statistic in zip(weights, sums.statistics, strict=len(weights) > 0):
-            value = value if weight is None else value + (weight * statistic).sum()
+        value = self.linear_value(sums)
         if not self.has_penalty(in_ascent=False):
             return value
         with torch.no_grad():
             return value + self.penalty(sums, in_ascent=False)
+
+    def valued(self, sums: DomainSums) -> Valued:
+        """``value``, with the terms that a report shows one by one. Called once in a step, with the sums of pass 1."""
+        return Valued(self.value(sums))
+
+    def linear_value(self, sums: DomainSums) -> Tensor:
+        """J without its penalty, shape ()."""
+        value = self.mean(sums)
+        weights = self.linear_weights(sums.count_D, in_ascent=False)
+        for weight, statistic in zip(weights, sums.statistics, strict=len(weights) > 0):
+            value = value if weight is None else value + (weight * statistic).sum()
+        return value
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ class DomainSums:
         count_D: number of samples of each domain.
         reported_D: sum of the per-sample losses that a report shows; unset: those of ``sum_D``.
         statistics: further sums over the samples, most of them (D, ...), that an objective asked for.
+        terms: sums (D,) of parts of the losses, which a report shows one by one.
     """
 
     ids_D: Tensor
@@ -33,6 +34,7 @@ class DomainSums:
     count_D: Tensor
     reported_D: Tensor | None = None
     statistics: tuple[Tensor, ...] = ()
+    terms: tuple[Tensor, ...] = ()
 
     def __add__(self, other: DomainSums) -> DomainSums:
         """Of two batches together. Both must hold the same ``ids_D`` and the same statistics."""
@@ -41,13 +43,14 @@ class DomainSums:
     def tensors(self) -> list[Tensor]:
         """All that adds up, in a fixed order."""
         reported = [] if self.reported_D is None else [self.reported_D]
-        return [self.sum_D, self.count_D, *reported, *self.statistics]
+        return [self.sum_D, self.count_D, *reported, *self.terms, *self.statistics]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> DomainSums:
         """The same kind of sums with other values, in the order of ``tensors()``."""
         sum_D, count_D, *others = tensors
         reported_D = None if self.reported_D is None else others.pop(0)
-        return DomainSums(self.ids_D, sum_D, count_D, reported_D, tuple(others))
+        terms, statistics = others[: len(self.terms)], others[len(self.terms) :]
+        return DomainSums(self.ids_D, sum_D, count_D, reported_D, tuple(statistics), tuple(terms))
 
     @cached_property
     def mean_D(self) -> Tensor:
@@ -102,6 +105,7 @@ def domain_sums(
     mask_B: Tensor | None = None,
     reported_B: Tensor | None = None,
     statistics: Sequence[Tensor] = (),
+    terms: Sequence[Tensor] = (),
 ) -> DomainSums:
     """Sums and counts per domain by one scatter each.
 
@@ -112,6 +116,7 @@ def domain_sums(
         mask_B: bool; a sample where it is False is not counted and its loss is not read. Unset: all are.
         reported_B: per-sample losses that a report shows, if they are others.
         statistics: sums of the same samples, (D, ...) each; detached here.
+        terms: parts of the losses, (B,) each, that a report shows.
     """
     dtype = accumulation_dtype(loss_B.device)
     zeros_D = torch.zeros(len(ids_D), dtype=dtype, device=loss_B.device)
@@ -126,6 +131,7 @@ def domain_sums(
         count_D=summed(torch.ones_like(loss_B, dtype=dtype)),
         reported_D=None if reported_B is None else summed(reported_B),
         statistics=tuple(statistic.detach() for statistic in statistics),
+        terms=tuple(summed(term_B) for term_B in terms),
     )
 
 

@@ -39,18 +39,20 @@ class MicroBatchLosses:
         loss_B: the losses that are descended; 0, and without a gradient, where masked.
         reported_B: the losses that a report shows, if they are others.
         statistics: sums of the outputs over the samples of each domain, with their graph.
+        terms: parts of the losses that a report shows.
         micro_batch: whose they are.
     """
 
     loss_B: Tensor
     reported_B: Tensor | None
     statistics: tuple[Tensor, ...]
+    terms: tuple[Tensor, ...]
     micro_batch: MicroBatch
 
     def sums(self) -> DomainSums:
         """Sums per domain, without a graph."""
         of = self.micro_batch
-        return domain_sums(self.loss_B, of.index_B, of.ids_D, of.mask_B, self.reported_B, self.statistics)
+        return domain_sums(self.loss_B, of.index_B, of.ids_D, of.mask_B, self.reported_B, self.statistics, self.terms)
 
     def weighted(self, weight_D: Tensor, statistics_weights: Sequence[Tensor | None], factor: float) -> Tensor:
         """The surrogate ``factor (sum_i weight_d(i) l_i + sum over the statistics of <weights, statistic>)``.
@@ -110,7 +112,7 @@ class MicroBatch:
         if self.mask_B is not None:
             guard_gradients((loss_B, *statistics), self.mask_B)
             loss_B = loss_B.where(self.mask_B, 0.0)
-        return MicroBatchLosses(loss_B, found.reported_B, statistics, self)
+        return MicroBatchLosses(loss_B, found.reported_B, statistics, tuple(found.terms), self)
 
     @torch.no_grad()
     def sums_alone(self) -> DomainSums:
@@ -119,7 +121,8 @@ class MicroBatch:
         # in older torch (before pytorch#165068) an autocast around all passes would serve pass 1 these casts of the
         # weights, which have no graph
         torch.clear_autocast_cache()
-        return MicroBatchLosses(found.loss_B, found.reported_B, self._statistics(found), self).sums()
+        statistics, terms = self._statistics(found), tuple(found.terms)
+        return MicroBatchLosses(found.loss_B, found.reported_B, statistics, terms, self).sums()
 
     def counts(self) -> Tensor:
         """Samples per domain, (D,), without a look at the model."""
@@ -135,7 +138,8 @@ class MicroBatch:
         if not isinstance(result, Forward):
             return Forward(self._checked(result))
         reported_B = None if result.reported_B is None else self._checked(result.reported_B)
-        return Forward(self._checked(result.loss_B), reported_B, result.outputs)
+        terms = tuple(self._checked(term_B) for term_B in result.terms)
+        return Forward(self._checked(result.loss_B), reported_B, result.outputs, terms)
 
     def _called_with(self, mask_B: Tensor) -> Forward:
         """A forward pass whose backward pass reads nothing of masked samples that is not finite."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,6 +25,10 @@ class StepReport:
         loss: mean loss at w over the batch, shape (). Of the losses that the forward pass reports, see ``Forward``.
         objective: value at w of what was descended, shape (): the mean loss and all penalties, without the variance
             term, which the perturbation alone climbs. Without an objective of its own it equals ``loss``.
+        terms: value at w of each penalty and each anchor by its kind, without its weight, shape () each; as they are in
+            ``objective``. Without an objective that has any, it is empty.
+        domain_terms: numbers of each domain that belong to a term, (D,) each: ``groupdro_q``, what multiplies the mean
+            losses of the domains; 0 for an absent domain.
         perturbed_loss: mean loss at w + e; equals ``loss`` where there was no second pass.
         domain_ids: (D,) int64, ascending.
         domain_counts: (D,) samples per domain; 0 for a domain that is absent from the batch.
@@ -54,6 +59,8 @@ class StepReport:
     is_finite: Tensor
     ascent_cosine: Tensor | None = None
     mode: AscentMode = "two_phase"
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
+    domain_terms: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def way(self) -> AscentMode:
@@ -74,15 +81,15 @@ class StepReport:
     ) -> StepReport:
         """The report on a step whose passes saw these sums; without a direction there was no second pass."""
         sums = first.sums
-        value = objective.value(sums)
+        valued = objective.valued(sums)
         is_finite = torch.isfinite(sums.mean) & torch.isfinite(perturbed.mean)
         if objective.has_penalty(in_ascent=False) or objective.has_statistics:
-            is_finite = is_finite & torch.isfinite(value) & torch.isfinite(objective.value(perturbed))
+            is_finite = is_finite & torch.isfinite(valued.value) & torch.isfinite(objective.value(perturbed))
         if direction_is_finite is not None:
             is_finite = is_finite & direction_is_finite.to(is_finite.device)
         return cls(
             loss=sums.reported.mean,
-            objective=value,
+            objective=valued.value,
             perturbed_loss=perturbed.reported.mean,
             domain_ids=sums.ids_D,
             domain_counts=sums.count_D,
@@ -93,4 +100,6 @@ class StepReport:
             is_finite=is_finite,
             ascent_cosine=ascent_cosine,
             mode=first.mode,
+            terms=valued.terms,
+            domain_terms=valued.domain_terms,
         )

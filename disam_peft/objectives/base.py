@@ -289,6 +289,10 @@ class Penalty:
         """
         raise NotImplementedError(f"{type(self).__name__} must say what the penalty is")
 
+    def domain_values(self, sums: DomainSums) -> Mapping[str, Tensor]:
+        """Numbers of each domain that records of steps show beside ``value``, (D,) each, by a name."""
+        return {}
+
     def weight(self, step: int) -> float:
         """The factor of the penalty in the objective in step ``step``, which counts from 0.
 

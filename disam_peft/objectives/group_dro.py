@@ -146,6 +146,9 @@ class GroupDRO(Penalty):
     def value(self, sums: DomainSums) -> Tensor:
         return (self._weight_of(sums) * sums.mean_of(sums.sum_D)).sum()
 
+    def domain_values(self, sums: DomainSums) -> Mapping[str, Tensor]:
+        return {"q": self._weight_of(sums)}
+
     def _weight_of(self, sums: DomainSums) -> Tensor:
         """What multiplies the mean loss of each domain, (D,); 0 for absent ones."""
         if self.config.variant == "domainbed":

@@ -5,7 +5,6 @@ Shapes in this file: B samples of a micro-batch, C classes, E embedding width, D
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -31,7 +30,7 @@ from disam_peft.config.losses import (
 )
 from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.penalties import CoralConfig, FishrConfig, GroupDROConfig, IRMConfig, MMDConfig, VRexConfig
-from disam_peft.disam.domain_objective import DomainObjective, DomainsOfSamples, Forward
+from disam_peft.disam.domain_objective import DomainObjective, DomainsOfSamples, Forward, Valued
 from disam_peft.disam.domain_sums import DomainSums
 from disam_peft.errors import UserError
 from disam_peft.objectives.anchors.base import Anchor, ModelAnchor, SampleAnchor
@@ -48,6 +47,7 @@ from disam_peft.objectives.group_dro import GroupDRO
 from disam_peft.objectives.irm import IRM
 from disam_peft.objectives.margin_softmax import MarginSoftmax
 from disam_peft.objectives.mmd import MMD
+from disam_peft.objectives.no_effect import NoEffect
 from disam_peft.objectives.sigmoid import Sigmoid
 from disam_peft.objectives.vrex import VRex
 
@@ -115,7 +115,7 @@ class Objective(DomainObjective):
         self._sample_anchors = [anchor for anchor in anchors if isinstance(anchor, SampleAnchor)]
         self._model_anchors = [anchor for anchor in anchors if isinstance(anchor, ModelAnchor)]
         self._steps_begun = 0
-        self._warned_of: set[str] = set()
+        self._no_effect = NoEffect()
         of_penalties = any(penalty.num_statistics > 0 for penalty in self.penalties)
         self._loss_has_sums = self._loss.num_statistics > 0
         self.has_statistics = self._loss_has_sums or of_penalties or bool(self._model_anchors)
@@ -198,9 +198,12 @@ class Objective(DomainObjective):
         is_plain = self._loss.is_cross_entropy and self._class_weight_C is None and not self._sample_anchors
         reported_B = None if is_plain else mixed(_plain_cross_entropy, outputs)
         loss_B = mixed(self._losses, outputs)
+        terms = []
         for anchor in self._sample_anchors:
-            loss_B = loss_B + anchor.config.weight * self._with_effect(anchor, anchor(outputs))
-        return Forward(loss_B, reported_B, outputs if self.has_statistics else None)
+            distance_B = self._no_effect.of_anchor(anchor, anchor(outputs))
+            loss_B = loss_B + anchor.config.weight * distance_B
+            terms.append(distance_B.detach())
+        return Forward(loss_B, reported_B, outputs if self.has_statistics else None, terms)
 
     def remember_start(self, params: Sequence[Tensor]) -> None:
         """The trained tensors as they are now are where the run starts. Call it before the first step, and before
@@ -237,16 +240,40 @@ class Objective(DomainObjective):
     def has_penalty(self, *, in_ascent: bool) -> bool:
         return self._loss_has_sums or any(penalty.config.in_ascent or not in_ascent for penalty in self.penalties)
 
-    def penalty(self, sums: DomainSums, *, in_ascent: bool) -> Tensor:
+    def penalty(self, sums: DomainSums, *, in_ascent: bool, values: Sequence[Tensor] | None = None) -> Tensor:
+        """See ``DomainObjective.penalty``; ``values`` of all penalties, where they are known."""
         step = max(0, self._steps_begun - 1)
         total = self._loss.value(self._with_sums_of_loss(sums)) if self._loss_has_sums else torch.zeros_like(sums.total)
-        for penalty, of_penalty in self._with_sums(sums):
+        for number, (penalty, of_penalty) in enumerate(self._with_sums(sums)):
             weight = penalty.weight(step)
             if weight == 0 or (in_ascent and not penalty.config.in_ascent):
                 continue
-            value = penalty.value(of_penalty)
+            value = penalty.value(of_penalty) if values is None else values[number]
             total = total + weight * (value - self.mean(sums) if penalty.replaces_mean else value)
         return total
+
+    @torch.no_grad()
+    def valued(self, sums: DomainSums) -> Valued:
+        """``value``, and the terms by their kinds: ``value`` is the mean of the losses without anchors, plus each term
+        times its weight. (A penalty that replaces the mean, groupdro, stands in its place where its weight is 1.)"""
+        found = list(self._with_sums(sums))
+        values = [penalty.value(of_penalty) for penalty, of_penalty in found]
+        value = self.linear_value(sums)
+        if self.has_penalty(in_ascent=False):
+            value = value + self.penalty(sums, in_ascent=False, values=values)
+        kinds = [getattr(penalty.config, "kind", type(penalty).__name__) for penalty in self.penalties]
+        terms = dict(zip(kinds, values, strict=True))
+        for anchor, sum_D in zip(self._sample_anchors, sums.terms, strict=len(sums.terms) > 0):
+            terms[anchor.config.kind] = self.mean(replace(sums, sum_D=sum_D))
+        first = len(sums.statistics) - len(self._model_anchors)
+        for number, model_anchor in enumerate(self._model_anchors):
+            terms[model_anchor.config.kind] = sums.statistics[first + number].sum() / sums.total
+        of_domains = {
+            f"{kind}_{name}": value_D
+            for kind, (penalty, of_penalty) in zip(kinds, found, strict=True)
+            for name, value_D in penalty.domain_values(of_penalty).items()
+        }
+        return Valued(value, terms, of_domains)
 
     def statistics(self, outputs: Outputs, domains: DomainsOfSamples) -> Sequence[Tensor]:
         found = list(self._loss.statistics(outputs, domains))
@@ -257,34 +284,12 @@ class Objective(DomainObjective):
                     f"{type(penalty).__name__}.statistics gave {len(statistics)} tensors, but num_statistics is "
                     f"{penalty.num_statistics}; both must agree"
                 )
-            if torch.is_grad_enabled() and statistics and not any(tensor.requires_grad for tensor in statistics):
-                self._warn_of_no_effect(penalty)
+            self._no_effect.of_penalty(penalty, statistics)
             found += statistics
         for anchor in self._model_anchors:
-            distance = self._with_effect(anchor, anchor.value(outputs))
+            distance = self._no_effect.of_anchor(anchor, anchor.value(outputs))
             found.append(domains.sums(distance.expand(len(outputs.labels_B))))
         return found
-
-    def _with_effect(self, anchor: Anchor, distance: Tensor) -> Tensor:
-        """``distance``, after a warning if it depends on nothing that is trained."""
-        kind = anchor.config.kind
-        if torch.is_grad_enabled() and not distance.requires_grad and kind not in self._warned_of:
-            self._warned_of.add(kind)
-            warnings.warn(
-                f"the anchor {kind!r} depends on nothing that is trained here (with this adapter what it compares is "
-                "frozen), so it has no effect; remove it, or train what it is about",
-                stacklevel=2,
-            )
-        return distance
-
-    def _warn_of_no_effect(self, penalty: Penalty) -> None:
-        if type(penalty).__name__ not in self._warned_of:
-            self._warned_of.add(type(penalty).__name__)
-            warnings.warn(
-                f"the penalty {type(penalty).__name__} depends on nothing that is trained here (with this adapter the "
-                "image features are frozen), so it has no effect; remove it, or train an adapter of the image tower",
-                stacklevel=2,
-            )
 
     def begin_step(self, sums: DomainSums) -> None:
         with torch.no_grad():

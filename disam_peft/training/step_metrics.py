@@ -141,6 +141,11 @@ class StepMetrics:
             "ascent_norm": float(report.ascent_norm),
             "gradient_norm": float(step.gradient_norm),
         }
+        if report.terms:
+            values["terms"] = dict(zip(report.terms, torch.stack(list(report.terms.values())).tolist(), strict=True))
+        for name, value_D in report.domain_terms.items():
+            by_domain = value_D.tolist()
+            values[name] = {names[i]: by_domain[i] for i in present}
         if self._method.changes:
             values["rho"], values["variance_weight"] = step.rho, step.variance_weight
         if report.ascent_cosine is not None:

@@ -209,6 +209,21 @@ def test_a_weight_that_a_penalty_makes_negative_is_not_blamed_on_the_variance(tr
         trained(method=MethodConfig(variance_weight=500.0), objective=vrex)
 
 
+def test_records_have_the_value_of_each_term(trained):
+    terms = {"penalties": [{"kind": "coral", "weight": 2.0}, {"kind": "groupdro"}], "anchors": [{"kind": "weights"}]}
+    _, events, _ = trained(objective=ObjectiveConfig.model_validate(terms | {"mean_over": "samples"}))
+    steps = [values for name, values in events if name == "step"]
+    assert [list(step["terms"]) for step in steps] == [["coral", "groupdro", "weights"]] * 3
+    for step in steps:
+        of = step["terms"]
+        assert step["objective"] == pytest.approx(2.0 * of["coral"] + of["groupdro"] + 0.1 * of["weights"], rel=1e-6)
+        assert set(step["groupdro_q"]) == set(step["domain_loss"])
+        assert sum(step["groupdro_q"].values()) == pytest.approx(1, abs=1e-12)
+    assert steps[0]["terms"]["weights"] == 0 < steps[2]["terms"]["weights"], "at w, before the update"
+    assert steps[0]["groupdro_q"] != steps[2]["groupdro_q"]
+    assert "terms" not in trained()[1][0][1]
+
+
 def test_the_best_state_by_validation_is_kept_the_first_of_equals(make_classifier, dataset):
     classifier, states = make_classifier(), []
     scores = iter([Score(0.5, -1.0), Score(0.8, -1.0), Score(0.8, -1.0), Score(0.7, 0.0)])
