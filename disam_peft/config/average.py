@@ -30,6 +30,22 @@ class EmaConfig(Config):
     """Share of the average that stays at each step; about the last 1 / (1 - decay) steps count."""
 
 
+def too_slow(average: EmaConfig, steps: int) -> str | None:
+    """What is wrong with a decay for a run of ``steps`` steps, and which one would fit; None: nothing.
+
+    Of the average after the last step, ``decay^(steps - 1)`` is the weights after the first one. That is about 14 %
+    where ``1 / (1 - decay)`` is half the steps, and 2 % with a quarter of them.
+    """
+    if steps * (1.0 - average.decay) >= 2.0 * (1 - 1e-9):
+        return None
+    first = average.decay ** (steps - 1)
+    return (
+        f"average: ema with decay={average.decay:g} averages over about 1 / (1 - decay) = "
+        f"{1 / (1 - average.decay):,.0f} steps, and the run has {steps:,}: {first:.0%} of it stay the "
+        f"weights after the first step; decay={max(0.0, 1 - 4 / steps):.4g} fits this run, or train longer"
+    )
+
+
 class SwaConfig(Config):
     """Stochastic weight averaging: the mean of the trained weights over the last part of the run (Izmailov et al. 2018,
     arXiv 1803.05407). It is meant for a learning rate that stays high: ``train.schedule: constant``."""

@@ -125,6 +125,12 @@ class FollowLearningRateConfig(Config):
     min: NotNegative = 0.0
     """The value where the learning rate is 0."""
 
+    @model_validator(mode="after")
+    def _min_is_below_max(self) -> FollowLearningRateConfig:
+        if self.min > self.max:
+            raise ValueError(f"min={self.min:g} must be at most max={self.max:g}; swap them")
+        return self
+
 
 def _linear_by_default(value: Any) -> Any:
     return {"kind": "linear", **value} if isinstance(value, Mapping) and "kind" not in value else value
@@ -161,7 +167,7 @@ def value_in_step(setting: float | ScheduleConfig, step: int, steps: int, rate: 
 def largest(setting: float | ScheduleConfig) -> float:
     """The largest value that a setting takes in a run, or nearly takes."""
     if isinstance(setting, FollowLearningRateConfig):
-        return max(setting.max, setting.min)
+        return setting.max
     if isinstance(setting, _WarmedUpConfig):
         warmup = [setting.warmup_from] if setting.warmup_steps else []
         values = [setting.value] if isinstance(setting, ConstantConfig) else [setting.start, setting.to]
@@ -170,9 +176,11 @@ def largest(setting: float | ScheduleConfig) -> float:
 
 
 def in_words(setting: float | ScheduleConfig) -> str:
-    """``0.05``, ``0.2 to 0.05``, ``0.02 to 0.1 with the learning rate``."""
+    """``0.05``, ``0.2 to 0.05``, ``0.1 to 0.2 by step 101``, ``0.02 to 0.1 with the learning rate``. Steps are counted
+    from 1 there, as in records."""
     if isinstance(setting, FollowLearningRateConfig):
         return f"{setting.min:g} to {setting.max:g} with the learning rate"
     if isinstance(setting, _BetweenConfig):
-        return f"{setting.start:g} to {setting.to:g}"
+        until = "" if setting.until is None else f" by step {setting.until + 1:,}"
+        return f"{setting.start:g} to {setting.to:g}{until}"
     return f"{setting.value:g}" if isinstance(setting, ConstantConfig) else f"{setting:g}"

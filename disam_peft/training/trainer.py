@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.average import KeptAverageConfig
+from disam_peft.config.average import EmaConfig, KeptAverageConfig, too_slow
 from disam_peft.config.losses import head_conflict
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.objective import ObjectiveConfig
@@ -91,6 +91,9 @@ class Trainer:
         self.gradient = StepGradient(
             classifier, self.disam, self.micro_batches, accelerator, self.objective, config.batch_size
         )
+        for average in averages:
+            if isinstance(average, EmaConfig) and (message := too_slow(average, config.steps)):
+                warnings.warn(message, stacklevel=2)
         self.averages = WeightAverages(averages, params, config.steps)
         self.metrics = StepMetrics(dataset, method, config, on_event, accelerator, objective)
         self.compiled = CompiledBlocks.of(classifier) if config.compile else nullcontext()

@@ -11,7 +11,7 @@ from disam_peft.config.identity import settings_hash
 from disam_peft.config.method import PUBLISHED_ALPHA as of_recipes
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.recipe import load_recipe, save_recipe
-from disam_peft.config.schedules import following_value, value_in_step
+from disam_peft.config.schedules import following_value, in_words, value_in_step
 from disam_peft.config.training import TrainConfig
 from disam_peft.disam.descent import PUBLISHED_ALPHA
 from disam_peft.disam.disam import DISAM
@@ -45,6 +45,14 @@ def test_a_linear_setting_takes_both_ends_and_the_middle_exactly(recipe_of):
     assert (method.effective_rho, method.effective_variance_weight) == (0.2, 0.7)
     assert method.rho_in_step(0, 1) == 0.2, "a run of one step has only the first"
     assert value_in_step(0.3, 4, 5) == 0.3
+
+
+def test_words_say_when_the_end_is_reached(recipe_of):
+    """A run of 20 steps with ``until: 100`` ends near 0.12, not at 0.2."""
+    method = recipe_of("method.rho={kind: linear, from: 0.1, to: 0.2, until: 100}").method
+    assert in_words(method.rho) == "0.1 to 0.2 by step 101"
+    assert method.rho_in_step(100, 200) == 0.2 and method.rho_in_step(19, 20) == pytest.approx(0.119)
+    assert in_words(recipe_of(SCHEDULE).method.rho) == "0.2 to 0"
 
 
 def test_what_a_method_does_not_use_is_zero_and_changes_nothing(recipe_of):
@@ -190,6 +198,7 @@ def test_weights_are_perturbed_in_a_part_of_the_steps_alone(recipe_of, tmp_path)
     ("override", "message"),
     [
         ("method.rho={kind: follow_lr, min: 0.1}", r"method.rho\S*max: Field required"),
+        ("method.rho={kind: follow_lr, max: 0.01, min: 0.2}", r"method.rho\S*: min=0.2 must be at most max=0.01; swap"),
         ("method.rho={kind: follow_lr, max: 0.1, from: 1}", r"method.rho\S*from: unknown key.*known: kind, max, min"),
         ("method.rho={kind: cosine, from: 1, to: 0, until: 3, warmup_steps: 3}", "until=3 must be more than warmup_st"),
         (

@@ -19,6 +19,7 @@ from disam_peft.config.average import (
     SwadConfig,
     kept_averages,
     times_judged,
+    too_slow,
 )
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.data import DataConfig
@@ -101,6 +102,22 @@ def vector(tensors):
 def small(classifier):
     """Prefers small weights: those of an average that lags behind."""
     return -float(vector(classifier.trainable()).norm())
+
+
+def test_a_decay_that_is_too_slow_for_the_run_is_said_with_one_that_fits():
+    assert too_slow(EmaConfig(decay=0.999), 2000) is None
+    assert too_slow(EmaConfig(decay=0.95), 40) is None
+    message = too_slow(EmaConfig(), 40)
+    assert message is not None
+    assert "1 / (1 - decay) = 1,000 steps, and the run has 40: 96% of it stay" in message
+    assert "decay=0.9 fits" in message and too_slow(EmaConfig(decay=0.9), 40) is None
+    assert "the run has 1,999: 14% of it" in str(too_slow(EmaConfig(), 1999))
+    assert "decay=0 fits" in str(too_slow(EmaConfig(), 3)) and too_slow(EmaConfig(decay=0), 3) is None
+
+
+def test_a_run_warns_of_a_decay_that_is_too_slow(trained):
+    with pytest.warns(UserWarning, match=r"decay=0.999 averages over .* and the run has 2: .*decay=0 fits"):
+        trained([EmaConfig()], steps=2)
 
 
 @pytest.mark.slow
