@@ -36,6 +36,7 @@ def train(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also say every recorded step, and more.")] = False,
 ) -> None:
     """Train an adapter without the held-out domain, and judge it there beside zero-shot CLIP; or on all domains."""
+    from disam_peft.config.adapters import export_format
     from disam_peft.config.recipe import load_recipe
 
     if quiet and verbose:
@@ -66,10 +67,10 @@ def train(
         outcomes = run.train(
             checked, overwrite=overwrite, resume=resume, wait=not no_wait, cache=cache, narrator=narrator
         )
-    _print_outcomes(outcomes, quiet=quiet)
+    _print_outcomes(outcomes, quiet=quiet, export_to=export_format(checked.adapter))
 
 
-def _print_outcomes(outcomes: list[Outcome], *, quiet: bool) -> None:
+def _print_outcomes(outcomes: list[Outcome], *, quiet: bool, export_to: str) -> None:
     from disam_peft.cli.output import print_held_out
     from disam_peft.common.processes import is_main
     from disam_peft.common.records import RESULTS
@@ -93,7 +94,7 @@ def _print_outcomes(outcomes: list[Outcome], *, quiet: bool) -> None:
     if quiet:
         return
     say(f"results: {first / RESULTS}, the adapter in {first / 'adapter'}" + _and_more(outcomes))
-    say(f"next: disam-peft evaluate {first}   |   disam-peft export {first} --to peft --output DIR")
+    say(f"next: disam-peft evaluate {first}   |   disam-peft export {first} --to {export_to} --output DIR")
 
 
 def _training_loss(outcome: Outcome) -> str:

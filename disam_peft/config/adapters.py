@@ -213,7 +213,9 @@ def _below_a_head(value: Any) -> Any:
     if kind == "coop":
         raise ValueError("coop trains prompts, and with a head of its own the text has no part in the logits")
     if kind in ("linear_probe", "lp_ft"):
-        raise ValueError(f"{kind} has a head of its own, and lp_ft has one already; choose lora, peft or full")
+        raise ValueError(
+            f"{kind} has a head of its own, and lp_ft has one already; choose lora, peft, full or clip_adapter"
+        )
     return value
 
 
@@ -260,3 +262,8 @@ AdapterConfig = Annotated[
 ADAPTER_CONFIGS: tuple[type[Config], ...] = get_args(get_args(AdapterConfig)[0])
 ADAPTER_KINDS: tuple[str, ...] = tuple(config.model_fields["kind"].default for config in ADAPTER_CONFIGS)
 """What ``adapter.kind`` may be in a recipe."""
+
+
+def export_format(adapter: Config) -> Literal["peft", "merged"]:
+    """What ``export --to`` writes such an adapter as, where it cannot be both: peft has no format for whole weights."""
+    return "merged" if isinstance(adapter, FullConfig) else "peft"

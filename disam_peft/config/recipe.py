@@ -108,10 +108,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read ``path`` and apply overrides such as ``train.steps=200`` (the value is YAML).
 
     Raises:
-        UserError: no such file, not YAML, an override that is not ``key=value``; unknown keys (with the nearest one)
-            and values out of range, all of them at once.
+        UserError: no such file, not YAML, a study, an override that is not ``key=value``; unknown keys (with the
+            nearest one) and values out of range, all of them at once.
     """
     values = read_yaml(path, "recipe")
+    if "arms" in values and "backbone" not in values:
+        raise UserError(f"{path} is a study of several arms, and no recipe; run it with: disam-peft compare {path}")
     mistakes: list[str] = []
     apply_overrides(values, overrides, mistakes)
 

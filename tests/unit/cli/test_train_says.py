@@ -45,6 +45,19 @@ def test_train_says_what_it_does_and_where_the_results_are(cli, tmp_path):
     ]
     places = [out.index(text) for text in [*order, f"results: {folder / 'results.json'}", "next: disam-peft evaluate"]]
     assert places == sorted(places)
+    assert f"disam-peft export {folder} --to peft --output DIR" in out
+
+
+@pytest.mark.slow
+def test_the_export_that_is_named_next_is_one_that_the_adapter_has(cli, monkeypatch, capsys, tmp_path):
+    code, out, err = cli("adapter={kind: full, blocks: {last: 1}}", "name=whole")
+    assert code == 0, err
+    [line] = [line for line in out.splitlines() if line.startswith("next: ")]
+    words = line.partition("disam-peft export ")[2].replace("DIR", str(tmp_path / "exported")).split()
+    monkeypatch.setattr(sys, "argv", ["disam-peft", "export", *words])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert not caught.value.code, capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -11,8 +11,8 @@ from disam_peft.config.recipe import Recipe, as_dict, differences, load_recipe, 
 from disam_peft.errors import UserError
 from tests.helpers.paths import RECIPES
 
-STUDIES = [*RECIPES.glob("studies/*.yaml"), *RECIPES.rglob("table*.yaml")]  # which have tests of their own
-PATHS = sorted(set(RECIPES.rglob("*.yaml")) - set(STUDIES))
+STUDIES = sorted([*RECIPES.glob("studies/?_*.yaml"), *RECIPES.rglob("table*.yaml")])
+PATHS = sorted(set(RECIPES.rglob("*.yaml")) - set(STUDIES) - {RECIPES / "studies/base.yaml"})
 GOOD = """
 name: try
 backbone: {name: ViT-B-32, pretrained: openai}
@@ -33,6 +33,12 @@ def test_every_shipped_recipe_loads():
     assert len(paths) == len({load_recipe(path).name for path in paths}) >= 9, "names of runs must not collide"
     combinations = {(r.adapter.kind, r.method.name) for r in map(load_recipe, paths)}
     assert combinations >= {(a, m) for a in ("lora", "coop", "linear_probe") for m in ("erm", "sam", "disam")}
+
+
+@pytest.mark.parametrize("path", STUDIES[:2] + STUDIES[-1:], ids=lambda path: path.stem)
+def test_a_study_in_the_place_of_a_recipe_is_told_with_the_command_that_runs_it(path):
+    with pytest.raises(UserError, match=r"is a study of several arms, and no recipe; run it with: disam-peft compare"):
+        load_recipe(path)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
