@@ -176,7 +176,7 @@ def compare(
     from disam_peft.cli.output import print_comparison
     from disam_peft.experiments.compare import run_plan
 
-    comparison = run_plan(plan, output, jobs=jobs, overwrite=overwrite, wait=not no_wait)
+    comparison = run_plan(plan, output, jobs=jobs, overwrite=overwrite, wait=not no_wait, say=say)
     print_comparison(comparison)
     say(f"open {output / 'comparison.html'}")
     if comparison.failed:

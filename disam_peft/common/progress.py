@@ -4,8 +4,10 @@ once a verb has asked for it, a plain line now and then."""
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
 from disam_peft.common.processes import is_main
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 SECONDS_BETWEEN_LINES = 30.0
+_SECONDS_BETWEEN_LOOKS = 1.0
 _silenced = False
 _lines = False
 _last_line = 0.0
@@ -48,20 +51,26 @@ def is_watched() -> bool:
 
 
 def track(
-    items: Iterable[Item], description: str, *, total: int | None = None, status: Callable[[], str] | None = None
+    items: Iterable[Item],
+    description: str,
+    *,
+    total: int | None = None,
+    status: Callable[[], str] | None = None,
+    also_between_items: bool = False,
 ) -> Iterator[Item]:
     """Yield ``items`` and show how many are done, and the time left.
 
     Args:
         total: how many there will be; unset: what ``len`` says, where it says something.
         status: what else is shown, asked for after each item.
+        also_between_items: write plain lines also while an item takes long, as a whole run does.
     """
     if total is None and isinstance(items, Sized):
         total = len(items)
     if is_watched():
         yield from _with_bar(items, description, total, status)
     elif _lines and not _silenced and is_main():
-        yield from _with_lines(items, description, total, status)
+        yield from _with_lines(items, description, total, status, also_between_items)
     else:
         yield from items
 
@@ -104,20 +113,51 @@ def _new_bars() -> Progress:
 
 
 def _with_lines(
-    items: Iterable[Item], description: str, total: int | None, status: Callable[[], str] | None
+    items: Iterable[Item],
+    description: str,
+    total: int | None,
+    status: Callable[[], str] | None,
+    also_between_items: bool,
 ) -> Iterator[Item]:
-    begin = time.monotonic()
-    for done, item in enumerate(items, start=1):
-        yield item
-        now = time.monotonic()
-        if now - _last_line < SECONDS_BETWEEN_LINES or done == total:
-            continue
-        line_was_written()
+    begin, done, one_writes = time.monotonic(), 0, threading.Lock()
+
+    def write_if_due() -> None:
+        with one_writes:
+            now = time.monotonic()
+            if now - _last_line < SECONDS_BETWEEN_LINES or done == total:
+                return
+            line_was_written()
         parts = [f"{description}: {done}" + ("" if total is None else f" of {total}")]
         parts += [text for text in ([] if status is None else [status()]) if text]
-        if total is not None:
+        if done == 0:
+            parts.append(f"{duration(now - begin)} so far")
+        elif total is not None:
             parts.append(f"{duration((now - begin) / done * (total - done))} left")
         print(printable(", ".join(parts)), file=sys.stderr, flush=True)
+
+    with _again_and_again(write_if_due) if also_between_items else nullcontext():
+        for item in items:
+            yield item
+            done += 1
+            write_if_due()
+
+
+@contextmanager
+def _again_and_again(write_if_due: Callable[[], None]) -> Iterator[None]:
+    """Inside, a thread asks every second whether a line is due."""
+    ended = threading.Event()
+
+    def ask() -> None:
+        while not ended.wait(_SECONDS_BETWEEN_LOOKS):
+            write_if_due()
+
+    thread = threading.Thread(target=ask, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def duration(seconds: float) -> str:

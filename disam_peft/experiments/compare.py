@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -64,7 +64,13 @@ def compare(
 
 
 def run_plan(
-    plan: StudyPlan, output: Path, *, jobs: int | None = None, overwrite: bool = False, wait: bool = True
+    plan: StudyPlan,
+    output: Path,
+    *,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    wait: bool = True,
+    say: Callable[[str], object] | None = None,
 ) -> Comparison:
     """Run the cells of a plan that have not been run yet, and write ``comparison.json``, ``.md``, ``.tex`` and
     ``.html`` to ``output``. A cell that fails is recorded, and the others go on.
@@ -76,6 +82,7 @@ def run_plan(
         jobs: processes, each with its share of the cores. Unset: one per core, or one where there is a GPU.
         overwrite: run every cell again, and replace runs of other recipes that are in the way.
         wait: False: a cell that another process works on is recorded as failed.
+        say: takes the line that says at the start what is going to be run; None: nothing is said.
 
     Raises:
         UserError: ``jobs`` below 1.
@@ -86,9 +93,11 @@ def run_plan(
     leave_the_step()
     began = time.time()
     todo = _unfinished(plan.cells, overwrite)
+    if say is not None:
+        say(what_is_run(plan, todo, jobs))
     ended: dict[tuple[str, str, str | None, int], Done] = {}
     work = _shared(todo, overwrite, jobs, began, wait=wait)
-    for cell, done in track(work, f"{len(plan.cells) - len(todo)} of {len(plan.cells)} runs kept", total=len(todo)):
+    for cell, done in track(work, "runs", total=len(todo), also_between_items=True):
         ended[_key(cell)] = done
     for text in dict.fromkeys(text for done in ended.values() for text in done.warnings):
         warnings.warn(text, stacklevel=2)
@@ -98,6 +107,27 @@ def run_plan(
         write_json(output / COMPARISON, asdict(comparison))
         write_comparison(comparison, output)
     return comparison
+
+
+def what_is_run(plan: StudyPlan, todo: Sequence[Cell], jobs: int) -> str:
+    """The arms, how many runs there are, how many of them are kept, and how many run at once. Cells that share data and
+    zero-shot numbers are run by one process in turn."""
+    kept, at_once = len(plan.cells) - len(todo), min(jobs, len(_groups(todo)))
+    words = f"compare: {len(plan.cells)} runs of {', '.join(plan.arms)}"
+    if kept:
+        words += f"; {kept} are finished and kept"
+    if todo:
+        words += (
+            f"; {len(todo)} to do, {at_once} at once" if at_once > 1 else f"; {len(todo)} to do, one after the other"
+        )
+    return words
+
+
+def _groups(cells: Sequence[Cell]) -> list[list[Cell]]:
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.shared, []).append(cell)
+    return list(groups.values())
 
 
 def _shared(cells: list[Cell], overwrite: bool, jobs: int, began: float, *, wait: bool) -> Iterator[tuple[Cell, Done]]:
@@ -191,10 +221,8 @@ def _here(cells: Sequence[Cell], overwrite: bool, began: float) -> Iterator[tupl
 
 
 def _elsewhere(cells: Sequence[Cell], overwrite: bool, jobs: int, began: float) -> Iterator[tuple[Cell, Done]]:
-    groups: dict[str, list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault(cell.shared, []).append(cell)
-    for cell, result in spread(list(groups.values()), CellRunner(overwrite, jobs, began), min(jobs, len(groups))):
+    groups = _groups(cells)
+    for cell, result in spread(groups, CellRunner(overwrite, jobs, began), min(jobs, len(groups))):
         if isinstance(result, Finished):
             yield cell, result.value
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from disam_peft.common import progress
@@ -34,6 +36,19 @@ def test_without_a_terminal_a_line_is_written_at_most_every_thirty_seconds(clock
     assert err.splitlines() == [
         f"training: {done} of 20, loss 0.5, {duration(10 * (20 - done))} left" for done in (3, 6, 9, 12, 15, 18)
     ]
+
+
+def test_lines_are_written_while_one_item_takes_long(clock, capsys, monkeypatch):
+    written = threading.Event()
+    monkeypatch.setattr(progress, "printable", lambda text: written.set() or text)
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LOOKS", 0.001)
+    progress.write_lines(True)
+    for item in track(range(2), "runs", also_between_items=True):
+        if item == 0:
+            clock[0] += 40
+            assert written.wait(60), "the first item has not ended, and nothing was said"
+    assert capsys.readouterr().err.splitlines() == ["runs: 0 of 2, 40 s so far"]
+    assert not any(thread.name == "progress" for thread in threading.enumerate())
 
 
 def test_what_else_is_said_counts_as_a_line(clock, capsys):
