@@ -32,7 +32,8 @@ def frontier(
     from disam_peft.config.evaluation_overrides import recipe_for_evaluation
     from disam_peft.experiments.run_folder import RECIPE, find_runs
 
-    for cell in find_runs(folder):  # before the imports below, which take seconds
+    cells = find_runs(folder)
+    for cell in cells:  # before the imports below, which take seconds
         recipe_for_evaluation(cell / RECIPE, list(overrides or []))
     from disam_peft.common.processes import is_main
     from disam_peft.experiments.frontier import frontier as along_the_line
@@ -45,6 +46,9 @@ def frontier(
         say(f"wrote {one.folder / 'frontier.json'}, frontier.svg and frontier.png")
     if len(found) > 1 and len({one.run.parent for one in found}) == 1:
         print_frontier([one.frontier for one in found], f"mean over {len(found)} runs")
+    if len(found) < len(cells):
+        say(f"{len(cells) - len(found)} of {len(cells)} runs were left out; the warnings say why")
+        raise typer.Exit(1)
 
 
 def print_frontier(frontiers: Sequence[Frontier], title: str, console: Console | None = None) -> None:

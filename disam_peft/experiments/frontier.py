@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import groupby
@@ -56,14 +57,16 @@ def frontier(
     nearest to 1, and then the smaller one. No other data are asked for that.
 
     Args:
-        folder: a run, or a folder with runs at any depth.
-        alphas: numbers from 0 on; 0 is zero-shot, 1 the trained adapter, more goes beyond it.
+        folder: a run, or a folder with runs at any depth; of these, runs that have no frontier are left out with a
+            warning that names each and says why.
+        alphas: numbers from 0 to ``MOST_ALPHA``; 0 is zero-shot, 1 the trained adapter, more goes beyond it.
         overrides: settings that ``recipe_for_evaluation`` accepts.
         output: where files go, in the places that the runs have in ``folder``; unset: into the runs' folders.
 
     Raises:
-        UserError: no run in ``folder``; an alpha that is none; an adapter without zero-shot weights, such as a prompt;
-            data that are no longer those of the run.
+        UserError: no run in ``folder``; an alpha that is none; a setting that may not change; and of a single run, or
+            of all runs: an adapter without zero-shot weights, such as a prompt, or data that are no longer those of the
+            run.
     """
     places = sorted(set(map(float, alphas)))
     if not places:
@@ -71,27 +74,59 @@ def frontier(
     for alpha in places:
         require_alpha(alpha)
     runs = find_runs(folder)
+    left_out = _LeftOut(folder)
     for run in runs:  # all of them before any model or image is loaded
         recipe_for_evaluation(run / RECIPE, overrides)
-        require_zero_shot_weights(run)
+        with left_out.unless_possible(run):
+            require_zero_shot_weights(run)
     found = []
     for run in runs:
-        one = reload(run, overrides)
-        if not one.is_own:
-            raise UserError(
-                f"{run} is evaluated along the line from zero-shot to trained weights on the data that it was trained "
-                "on, as its source validation recommends an alpha: these are others. Where the same images have "
-                "moved, say where they are with data.root=..."
-            )
+        if run in left_out.why:
+            continue
         at = run if output is None else output / run.relative_to(folder)
-        found.append(RunFrontier(run, at, _along_the_line(one, run, places)))
-        on_main(partial(_write, found[-1].frontier, at))
+        with left_out.unless_possible(run):
+            found.append(RunFrontier(run, at, _along_the_line(_on_its_own_data(run, overrides), run, places)))
+            on_main(partial(_write, found[-1].frontier, at))
+    if not found:
+        raise UserError(f"no run in {folder} has a frontier:\n  " + "\n  ".join(left_out.why.values()))
     if is_main():
         for _, group in groupby(found, key=lambda of: of.folder.parent):
             together = list(group)
             if len(together) > 1:
                 _draw([of.frontier for of in together], together[0].folder.parent)
     return found
+
+
+class _LeftOut:
+    """The runs below a folder that have no frontier, and why."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.why: dict[Path, str] = {}
+
+    @contextmanager
+    def unless_possible(self, run: Path) -> Iterator[None]:
+        """Inside, an error about the run leaves it out, with a warning. It stays an error where the run itself was
+        named."""
+        try:
+            yield
+        except UserError as error:
+            about = str(error) if str(error).startswith(str(run)) else f"{run}: {error}"
+            if run == self._folder:
+                raise UserError(about) from error
+            self.why[run] = about
+            warnings.warn(f"left out: {about}", stacklevel=4)
+
+
+def _on_its_own_data(run: Path, overrides: Sequence[str]) -> Reloaded:
+    one = reload(run, overrides)
+    if not one.is_own:
+        raise UserError(
+            f"{run} is evaluated along the line from zero-shot to trained weights on the data that it was trained "
+            "on, as its source validation recommends an alpha: these are others. Where the same images have "
+            "moved, say where they are with data.root=..."
+        )
+    return one
 
 
 def _along_the_line(one: Reloaded, run: Path, alphas: Sequence[float]) -> Frontier:

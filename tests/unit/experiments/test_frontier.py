@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import re
 import shutil
 import warnings
 from collections import Counter
@@ -13,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from disam_peft.adapters.manifest import read_manifest
 from disam_peft.backbones.families import load_backbone
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.saved_classifier import load_adapter
+from disam_peft.cli.app import app
 from disam_peft.common.frontier_records import read_frontier
 from disam_peft.common.prediction_table import PREDICTIONS
 from disam_peft.common.records import RESULTS, read_results, write_results
@@ -174,14 +177,33 @@ def test_an_adapter_without_zero_shot_weights_is_refused_before_anything_is_load
         monkeypatch.setattr(f"disam_peft.experiments.{module}.load_adapter", lambda *a, **k: loaded.append(a))
     other = output / "run" / "photo"
     for call in (
-        lambda: frontier(tmp_path, ALPHAS),  # also where another run there has them
+        lambda: frontier(output, ALPHAS),  # no run there has them
+        lambda: frontier(other, ALPHAS),
         lambda: evaluate(other, alpha=0.5),
         lambda: export_run(other, "merged", tmp_path / "exported", alpha=0.5),
         lambda: export_run(other, "peft", tmp_path / "exported", alpha=0.5),
     ):
-        with pytest.raises(UserError, match=f"'{kind}'.*has no zero-shot weights w0"):
+        with (
+            warnings.catch_warnings(action="ignore"),
+            pytest.raises(UserError, match=f"'{kind}'.*has no zero-shot weights w0"),
+        ):
             call()
     assert not loaded and not (tmp_path / "exported").exists()
+
+
+@pytest.mark.slow
+def test_runs_without_a_frontier_are_left_out_and_named(run, domains_folder, openclip_name, tmp_path):
+    train(recipe(tmp_path, domains_folder, openclip_name, {"kind": "coop"}, train={"steps": 1, "workers": 0}))
+    coop = tmp_path / "run" / "photo"
+    with pytest.warns(UserWarning) as told:
+        found = frontier(tmp_path, [0, 1])
+    assert [one.run for one in found] == [run] and (run / "frontier.json").is_file()
+    [left_out] = [str(warning.message) for warning in told if "left out" in str(warning.message)]
+    assert left_out.startswith(f"left out: {coop}: a 'coop' adapter") and "no zero-shot weights w0" in left_out
+    with pytest.raises(UserError, match=f"^{re.escape(str(coop))}: a 'coop' adapter"):
+        frontier(coop, [0, 1])
+    done = CliRunner().invoke(app, ["frontier", str(tmp_path), "--alphas", "0,1"])
+    assert done.exit_code == 1 and "1 of 2 runs were left out" in done.output and "recommended" in done.output
 
 
 @pytest.mark.slow
