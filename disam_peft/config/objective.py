@@ -24,14 +24,26 @@ class ObjectiveConfig(Config):
     are the same where a batch holds as many samples of every domain. Unset: ``domains`` with a penalty that was
     published so (coral, irm, mmd, vrex), ``samples`` otherwise."""
     penalties: list[PenaltyConfig] = Field(default=[])
-    """Functions of the whole batch that are added to the mean loss; at most one of a kind."""
+    """Functions of the whole batch that are added to the mean loss; at most one of a kind. ``coral`` is short for
+    ``[{kind: coral}]``, also in a list; a single one needs no list."""
     anchors: list[AnchorConfig] = Field(default=[])
-    """Distances that hold the model near zero-shot CLIP, or near where it started; at most one of a kind."""
+    """Distances that hold the model near zero-shot CLIP, or near where it started; at most one of a kind. They
+    have the short forms of ``penalties``."""
 
     @field_validator("loss", mode="before")
     @classmethod
     def _cross_entropy_where_left_out(cls, loss: Any) -> Any:
         return with_kind_of_loss(loss)
+
+    @field_validator("penalties", "anchors", mode="before")
+    @classmethod
+    def _short_forms(cls, terms: Any) -> Any:
+        listed = [terms] if isinstance(terms, str | dict) else terms
+        return (
+            [{"kind": term} if isinstance(term, str) else term for term in listed]
+            if isinstance(listed, list)
+            else listed
+        )
 
     @field_validator("penalties", "anchors")
     @classmethod

@@ -53,6 +53,27 @@ def test_a_recipe_with_everything_is_read_back(recipe_of, tmp_path):
     assert "mean_over" not in as_dict(recipe_of())["objective"], "what is unset stays unset"
 
 
+@pytest.mark.parametrize("field", ["penalties", "anchors"])
+def test_short_forms_of_terms_are_those_of_their_full_form(recipe_of, tmp_path, field):
+    one, other = {"penalties": ("coral", "vrex"), "anchors": ("logits", "weights")}[field]
+    full = recipe_of(f"objective.{field}=[{{kind: {one}}}]")
+    for short in (one, f"[{one}]", f"{{kind: {one}}}"):
+        recipe = recipe_of(f"objective.{field}={short}")
+        assert recipe == full and settings_hash(recipe) == settings_hash(full)
+        save_recipe(recipe, tmp_path / "short.yaml")
+        save_recipe(full, tmp_path / "full.yaml")
+        assert (tmp_path / "short.yaml").read_text() == (tmp_path / "full.yaml").read_text()
+    both = recipe_of(f"objective.{field}=[{one}, {{kind: {other}, weight: 3}}]")
+    assert [(term.kind, term.weight) for term in getattr(both.objective, field)] == [
+        (one, getattr(full.objective, field)[0].weight),
+        (other, 3.0),
+    ]
+    with pytest.raises(UserError, match=f"objective.{field}"):
+        recipe_of(f"objective.{field}=quux")
+    with pytest.raises(UserError, match=f"{one!r} stands 2 times"):
+        recipe_of(f"objective.{field}=[{one}, {one}]")
+
+
 def test_the_kind_of_the_loss_may_be_left_out(recipe_of):
     assert recipe_of("objective.loss={label_smoothing: 0.2}").objective.loss == CrossEntropyConfig(label_smoothing=0.2)
     assert recipe_of("objective.loss={}").objective == ObjectiveConfig(loss=CrossEntropyConfig())
@@ -162,13 +183,13 @@ def test_the_mean_follows_the_penalty_unless_it_is_set(settings, effective):
             "objective.penalties=[{kind: vrex}, {weight: 3}]",
             r"objective.penalties.1.kind: Field required \(one of .*vrex\)$",
         ),
-        ("objective.penalties={kind: vrex}", "objective.penalties: .*list"),
+        ("objective.penalties=3", "objective.penalties: .*list"),
         ("objective.mean_over=classes", "objective.mean_over: .*'samples' or 'domains'"),
         (
             "objective.anchors=[{kind: logits}, {kind: logits}]",
             "objective.anchors: the anchor 'logits' stands 2 times; keep one",
         ),
-        ("objective.anchors=[zero_shot]", "objective.anchors.0: .*zero_shot"),
+        ("objective.anchors=[zero_shot]", "objective.anchors.0.kind: 'zero_shot' is none of"),
         ("objective.anchors=[{kind: logit}]", "objective.anchors.0.kind: .*did you mean 'logits'"),
         ("objective.anchors=[{weight: 3}]", r"objective.anchors.0.kind: Field required \(one of .*weights\)"),
         ("objective.anchors=[{kind: weights, weight: -1}]", "objective.anchors.0.weight: .*or equal to 0"),
