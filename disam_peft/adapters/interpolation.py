@@ -5,7 +5,6 @@ Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", arXiv 2109.01903
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -16,6 +15,10 @@ from disam_peft.errors import UserError
 
 MoveTo = Callable[[float], None]
 """Puts the weights at this alpha."""
+
+
+MOST_ALPHA = 2.0
+"""As far beyond the trained weights as these are from zero-shot. The paper looks a little beyond 1."""
 
 
 def wise_ft(theta0: Tensor, theta1: Tensor, alpha: float) -> Tensor:
@@ -47,15 +50,15 @@ def wise_ft_fisher(
 
 
 def require_alpha(alpha: float) -> None:
-    """Pass if this is an alpha that weights can be put at.
+    """Pass if this is an alpha that weights are put at: ``frontier``, ``evaluate`` and ``export`` have this one rule.
 
     Raises:
         UserError: it is not.
     """
-    if not (math.isfinite(alpha) and alpha >= 0):
+    if not 0 <= alpha <= MOST_ALPHA:  # also where it is NaN
         raise UserError(
             f"alpha={alpha:g} is no place on the line from zero-shot to trained weights: give a number from 0 "
-            "(zero-shot) over 1 (trained) to a little beyond, for example 0.5"
+            f"(zero-shot) over 1 (trained) to {MOST_ALPHA:g}, for example 0.5"
         )
 
 

@@ -76,10 +76,30 @@ def print_frontier(frontiers: Sequence[Frontier], title: str, console: Console |
         _print_over_alpha(console, "source validation of each domain (top-1, %)", first.alphas, cells_of, chosen)
     for one in frontiers:
         where = "" if alone else f" without {one.held_out}" if one.held_out is not None else ""
-        console.print(
-            f"recommended{where}: alpha={one.recommended:g}, by source validation ({one.rule}, {one.metric}) alone",
-            markup=False,
-        )
+        console.print(f"recommended{where}: alpha={one.recommended:g}, {_why(one)}", markup=False, soft_wrap=True)
+
+
+def _why(one: Frontier) -> str:
+    """By what this alpha is recommended, and where the advice says little."""
+    alphas, metric = sorted(one.alphas), "accuracy" if one.metric == "accuracy" else "NLL"
+    curves = {name: one.curve("source_validation", name) for name in ("top1", "nll")}
+    each = [one.curve("source_validation", name, of) for name in curves for of in one.domains("source_validation")]
+    if len(alphas) == 1:
+        return "the only one that was tried"
+    if all(len(set(curve)) == 1 for curve in [*curves.values(), *each]):
+        return "the nearest to 1: all alphas are equally good by source validation, in accuracy and NLL"
+    over = "worst" if one.rule == "worst_source" else "mean"
+    words = f"the best by source validation ({metric}, {over} over the source domains)"
+    curve = curves["top1" if metric == "accuracy" else "nll"]
+    equal = curve.count(curve[one.alphas.index(one.recommended)])
+    if over == "mean" and equal > 1:
+        share = "all alphas share" if equal == len(curve) else f"{equal} alphas share"
+        words += f"; {share} this {metric}, and its {'NLL' if metric == 'accuracy' else 'accuracy'} decides"
+    if one.recommended == alphas[-1] and one.recommended < 2:
+        words += "; it is the largest that was tried: a larger one may be better"
+    elif one.recommended == alphas[0]:
+        words += "; it is zero-shot" if one.recommended == 0 else "; it is the smallest that was tried"
+    return words
 
 
 def _print_over_alpha(

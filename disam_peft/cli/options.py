@@ -51,7 +51,11 @@ def alpha_range(option: str, text: str) -> list[float]:
     else:
         try:
             start, stop, step = (Decimal(part.strip()) for part in text.split(":"))
+            if step == 0:
+                raise UserError(f"{option} {text!r}: the step is 0; use for example {start}:{stop}:0.1")
             count = int((stop - start) / step) + 1 if step > 0 and stop >= start else 0
+        except UserError:
+            raise
         except (ValueError, ArithmeticError) as error:
             raise UserError(f"{option} {text!r} is not START:STOP:STEP such as 0:1.2:0.1") from error
         if count > MOST_ALPHAS:

@@ -158,15 +158,20 @@ def _print_texts(console: Console, title: str, columns: Iterable[str], lines: It
 
 
 def print_evaluation(
-    rows: Iterable[ResultRow], recorded: Iterable[ResultRow], title: str, console: Console | None = None
+    rows: Iterable[ResultRow], recorded: Iterable[ResultRow] | None, title: str, console: Console | None = None
 ) -> None:
-    """Every split and domain, with the top-1 that training recorded for the same, where it did."""
+    """Every split and domain, with the top-1 that training recorded for the same, where it did.
+
+    Args:
+        recorded: None: nothing was recorded of these weights, and there is no such column.
+    """
     console = console or Terminal()
-    before = {(r.method, r.split, r.domain, r.pooled, r.metric): r.value for r in recorded if r.chosen is not False}
+    found = [] if recorded is None else recorded
+    before = {(r.method, r.split, r.domain, r.pooled, r.metric): r.value for r in found if r.chosen is not False}
     table = Table(title=f"{escape(title)} (accuracies in %)", box=box.SIMPLE, title_justify="left", pad_edge=False)
     for name in ("split", "domain"):
         table.add_column(name, no_wrap=True)
-    for name in ("n", "top-1", "macro", "NLL", "ECE", "recorded"):
+    for name in ("n", "top-1", "macro", "NLL", "ECE", *([] if recorded is None else ["recorded"])):
         table.add_column(name, justify="right", no_wrap=True)
     lines: dict[tuple[str, str, Pool | None], dict[str, ResultRow]] = {}
     for row in rows:
@@ -183,7 +188,7 @@ def print_evaluation(
             _percent(of["macro_accuracy"].value),
             _number(of["nll"].value),
             _number(of["ece"].value),
-            _percent(before.get((top1.method, split, domain, pooled, "top1"))),
+            *([] if recorded is None else [_percent(before.get((top1.method, split, domain, pooled, "top1")))]),
         )
     console.print(table)
 

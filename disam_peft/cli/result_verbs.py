@@ -40,7 +40,10 @@ def evaluate(
 
     for outcome in evaluate_again(folder, given, sharpness=sharpness, alpha=alpha):
         if is_main():
-            print_evaluation(outcome.rows, recorded_rows(outcome.folder), str(outcome.folder))
+            at = "" if alpha is None else f", alpha={alpha:g}"
+            # what training recorded is of other weights, unless they are the trained ones
+            recorded = recorded_rows(outcome.folder) if alpha in (None, 1) else None
+            print_evaluation(outcome.rows, recorded, f"{outcome.folder}{at}")
             if sharpness:
                 print_sharpness(read_results(outcome.folder / SHARPNESS))
                 say(f"wrote {outcome.folder / SHARPNESS}; disam-peft report {outcome.folder} shows it")

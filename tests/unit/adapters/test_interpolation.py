@@ -149,7 +149,7 @@ def test_without_zero_shot_weights_it_is_refused_by_its_config_alone(twins: tupl
         ClipClassifier(tiny_backbone(twins, "open_clip"), None, PROMPTS).interpolation()
 
 
-@pytest.mark.parametrize("alpha", [-0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("alpha", [-0.1, 2.01, float("nan"), float("inf")])
 @pytest.mark.parametrize("cell", ["lora-image", "dora"])
 def test_an_alpha_that_is_none_is_refused_and_nothing_moves(twins: tuple[str, str], cell: str, alpha: float) -> None:
     classifier = tiny_classifier(tiny_backbone(twins, "open_clip"), cell)

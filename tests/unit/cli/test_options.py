@@ -30,7 +30,7 @@ def test_a_range_has_both_of_its_ends_and_decimal_numbers(text: str, wanted: lis
         ("a:1:0.1", "is not START:STOP:STEP"),
         ("0:inf:0.1", "is not START:STOP:STEP"),
         ("0:nan:0.1", "is not START:STOP:STEP"),
-        ("0:1:0", "has no number"),
+        ("0:1:0", "the step is 0"),
         ("0:1:-0.1", "has no number"),
         ("1:0:0.1", "has no number"),
         ("", "has no number"),

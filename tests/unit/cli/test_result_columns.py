@@ -3,6 +3,7 @@
 import io
 from dataclasses import replace
 
+import pytest
 from rich.console import Console
 
 from disam_peft.cli.frontier_verb import print_frontier
@@ -92,3 +93,58 @@ def test_row_49_domains_called_mean_and_worst_stand_beside_the_lines_over_domain
     cells = [line.split() for line in text.getvalue().splitlines()]
     assert ["source", "val.", "mean", "8", "50.0", "50.0", "0.500", "0.500", "25.0"] in cells
     assert ["source", "val.", "mean", "over", "domains", "2", "62.5", "62.5", "0.625", "0.625", "100.0"] in cells
+
+
+def test_an_evaluation_at_another_alpha_has_no_column_of_what_was_recorded():
+    row = ResultRow("ViT", "lora", "disam", "photo", 0, "held_out", "photo", "top1", 0.5, 8)
+    found = [replace(row, metric=metric) for metric in ("top1", "macro_accuracy", "nll", "ece")]
+    shown = []
+    for recorded in ([replace(row, value=0.25)], None):
+        text = io.StringIO()
+        print_evaluation(found, recorded, "run, alpha=0", Console(file=text, width=120))
+        shown.append(text.getvalue())
+    assert "recorded" in shown[0] and "25.0" in shown[0]
+    assert "recorded" not in shown[1] and "run, alpha=0" in shown[1]
+
+
+def frontier_of(recommended, top1, nll, alphas=(0.0, 0.6, 1.2), rule="source_validation"):
+    found = []
+    for metric, values in (("top1", top1), ("nll", nll)):
+        for alpha, value in zip(alphas, values, strict=True):
+            found.append(FrontierRow(alpha, "source_validation", "art", metric, value, 8))
+            found.append(FrontierRow(alpha, "source_validation", "mean", metric, value, 1, "mean"))
+    return Frontier("b", "lora", "disam", "photo", 0, "raw", rule, "accuracy", recommended, found)
+
+
+@pytest.mark.parametrize(
+    ("one", "told"),
+    [
+        (
+            frontier_of(0.6, (0.1, 0.3, 0.2), (3, 2, 1)),
+            "alpha=0.6, the best by source validation (accuracy, mean over the source domains)",
+        ),
+        (
+            frontier_of(1.2, (0.1, 0.2, 0.3), (3, 2, 1)),
+            "alpha=1.2, the best by source validation (accuracy, mean over the source domains); it is the largest that "
+            "was tried: a larger one may be better",
+        ),
+        (
+            frontier_of(0.6, (0.2, 0.2, 0.1), (3, 2, 1)),
+            "alpha=0.6, the best by source validation (accuracy, mean over the source domains); 2 alphas share this "
+            "accuracy, and its NLL decides",
+        ),
+        (
+            frontier_of(0.0, (0.2, 0.2, 0.2), (1, 2, 3), rule="worst_source"),
+            "alpha=0, the best by source validation (accuracy, worst over the source domains); it is zero-shot",
+        ),
+        (
+            frontier_of(1.2, (0.2, 0.2, 0.2), (1, 1, 1)),
+            "alpha=1.2, the nearest to 1: all alphas are equally good by source validation, in accuracy and NLL",
+        ),
+        (frontier_of(0.5, (0.2,), (1,), alphas=(0.5,)), "alpha=0.5, the only one that was tried"),
+    ],
+)
+def test_why_an_alpha_is_recommended(one, told):
+    text = io.StringIO()
+    print_frontier([one], "run", Console(file=text, width=80))
+    assert text.getvalue().splitlines()[-1] == f"recommended: {told}"
