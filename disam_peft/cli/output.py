@@ -107,6 +107,11 @@ def _print_by_domain(shown: list[ResultRow], title: str, corner: str, console: C
         table.add_section()
         table.add_row(*of_mean[0])
     console.print(table)
+    if averaged:
+        weights = {row.domain: row.weights for row in shown if row.chosen is not False}
+        same = set(weights.values())
+        whose = same.pop() if len(same) == 1 else ", ".join(f"{domain}: {name}" for domain, name in weights.items())
+        console.print(f"macro, NLL and ECE are those of the weights that were chosen ({whose})", markup=False)
 
 
 def _split_title(split: str) -> str:

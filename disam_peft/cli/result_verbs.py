@@ -73,11 +73,17 @@ def soup(
     made = make_soup(found, output, method="greedy" if method == "greedy" else "uniform")
     if is_main():
         for one in made.record.ingredients:
-            alone = "" if one.score is None else f", source validation {one.score:.4f} alone"
-            mixed = "" if one.soup_score is None else f", {one.soup_score:.4f} in the soup"
+            alone = "" if one.score is None else f", source validation {_score(one.score, made.metric)} alone"
+            mixed = "" if one.soup_score is None else f", {_score(one.soup_score, made.metric)} in the soup"
             say(f"{'kept' if one.kept else 'left out'}: {one.run}{alone}{mixed}")
-        print_evaluation([row for row in made.rows if row.method != "zero_shot"], [], str(output))
+        print_evaluation([row for row in made.rows if row.method != "zero_shot"], None, str(output))
         say(f"wrote {output}")
+        say(f"next: disam-peft evaluate {output}   |   disam-peft export {output} --to peft --output DIR")
+
+
+def _score(score: float, metric: str) -> str:
+    """A score of selection as tables have it: an accuracy in %, or an NLL, which selection takes as negative."""
+    return f"{100 * score:.1f} %" if metric == "accuracy" else f"NLL {-score:.4f}"
 
 
 def export(

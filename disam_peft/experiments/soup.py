@@ -45,11 +45,13 @@ _REMARK = (
 
 @dataclass(frozen=True)
 class Soup:
-    """A soup that was made. ``rows`` are those of its ``results.json``."""
+    """A soup that was made. ``rows`` are those of its ``results.json``, and ``metric`` (``accuracy`` or ``nll``) is
+    what the scores of its record are of; of ``nll`` they are negative."""
 
     folder: Path
     record: SoupRecord
     rows: list[ResultRow]
+    metric: str
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def make_soup(folders: Sequence[Path], output: Path, *, method: SoupMethod = "un
             before = read_finished(kept[0].folder)
             finish(folder, backbone=backbone.identity, backbone_files=before.backbone_files)
     accelerator.wait_for_everyone()
-    return Soup(output, record, rows)
+    return Soup(output, record, rows, first.recipe.selection.metric)
 
 
 class _Pot:

@@ -98,6 +98,7 @@ def test_two_runs_with_averages_a_soup_its_frontier_and_exports_at_an_alpha(cli,
     code, out, err = cli("soup", *folders, "--held-out", "photo", "--method", "greedy", "--output", output)
     assert code == 0, err
     assert out.count("kept: ") + out.count("left out: ") == 2 and "kept: " in out and "held out" in out
+    assert out.count(" % in the soup") == 2 and "recorded" not in out and f"next: disam-peft evaluate {output}" in out
     code, out, err = cli("evaluate", output)
     assert code == 0, err
     assert json.loads((output / "evaluation.json").read_text()) == [

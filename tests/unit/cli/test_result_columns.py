@@ -32,6 +32,17 @@ def test_weights_are_named_only_where_an_average_was_kept():
     assert line[5] == "0.250", "of the weights that selection chose"
 
 
+def test_a_table_with_several_weights_says_whose_the_other_measures_are():
+    zero_shot, raw = rows("zero_shot", "art", 0, 0.25), rows("disam", "art", 0, 0.5)
+    ema = rows("disam", "art", 0, 0.75, weights="ema")
+    told = "macro, NLL and ECE are those of the weights that were chosen"
+    assert printed(zero_shot + raw + ema)[-1] == [f"{told} (ema)"]
+    assert not any(told in cell for line in printed(zero_shot + raw) for cell in line)
+    other = rows("disam", "photo", 0, 0.5, weights="ema") + rows("disam", "photo", 0, 0.75)
+    both = zero_shot + raw + ema + rows("zero_shot", "photo", 0, 0.5) + other
+    assert printed(both)[-1] == [f"{told} (art: ema, photo: raw)"]
+
+
 def test_many_averages_are_lines_where_columns_would_not_fit_a_terminal():
     names = ("raw", "ema", "ema_2", "swa", "bma", "swad", "swad_2")
     found = rows("zero_shot", "art", 0, 0.25)
