@@ -161,7 +161,8 @@ def on_rank(rank):
     for name, method in CASES:
         for how, rows in (("whole", SHARES[rank]), ("micro-batches", IN_MICRO_BATCHES[rank])):
             gradients, report = step(name, method, rows, num_domains=3, reduce_gradients=True)
-            found[f"{name}/{method}/{how}"] = {"gradients": gradients, "objective": report.objective}
+            of_step = {"gradients": gradients, "objective": report.objective, "terms": dict(report.terms)}
+            found[f"{name}/{method}/{how}"] = of_step
     return found
 
 

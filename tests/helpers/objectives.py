@@ -222,6 +222,7 @@ def on_rank(rank, size):
                 "objective": report.objective,
                 "loss": report.loss,
                 "is_finite": report.is_finite,
+                "terms": dict(report.terms) | dict(report.domain_terms),
                 "state": {
                     f"{kind}/{key}": value
                     for kind, state in objective.state_dict()["penalties"].items()

@@ -34,3 +34,7 @@ def test_two_ranks_equal_one_process(ranks, name, method, how):
     for found in on_rank:
         assert (found["gradients"] - gradients).abs().max() <= 1e-12
         assert found["objective"].item() == pytest.approx(report.objective.item(), abs=1e-12)
+        assert list(found["terms"]) == list(report.terms) != []
+        for kind, value in found["terms"].items():
+            assert value.item() == pytest.approx(report.terms[kind].item(), abs=1e-12), kind
+            assert torch.equal(value, on_rank[0]["terms"][kind]), "to the bit"

@@ -43,6 +43,9 @@ def test_ranks_equal_one_process(ranks, name, method, how, size):
         assert found["objective"].item() == pytest.approx(report.objective.item(), abs=1e-12)
         assert found["loss"].item() == pytest.approx(report.loss.item(), abs=1e-12)
         assert bool(found["is_finite"])
+        assert found["terms"].keys() == {**report.terms, **report.domain_terms}.keys()
+        for kind, value in {**report.terms, **report.domain_terms}.items():
+            assert (found["terms"][kind] - value).abs().max() <= 1e-12, kind
         assert found["state"].keys() == on_rank[0]["state"].keys()
         for key, value in found["state"].items():
             assert torch.equal(value, on_rank[0]["state"][key]), key
