@@ -49,6 +49,11 @@ def unused_settings(recipe: Recipe) -> list[str]:
     return [f"{key}={_value(recipe, key)} ({why})" for key, why in reasons.items() if _is_set(recipe, key)]
 
 
+def method_settings_without_effect(recipe: Recipe) -> set[str]:
+    """The dotted keys of the settings of the method that change nothing in this recipe, whatever they are."""
+    return {key for key in _unused_by_method(recipe.method, recipe.train.steps) if key.startswith("method.")}
+
+
 def _unused_by_method(method: MethodConfig, steps: int) -> dict[str, str]:
     rest = (*_OF_VARIANCE, "method.adaptive", "method.alpha", "method.from", "method.every", "method.rho_factors")
     if method.name == "erm":

@@ -17,10 +17,10 @@ from disam_peft.classification.domain_inference import InferredDomains
 from disam_peft.common import progress
 from disam_peft.common.processes import is_main
 from disam_peft.config.average import kept_averages
-from disam_peft.config.base import Config
 from disam_peft.config.data import DomainsConfig
 from disam_peft.config.recipe import Recipe
 from disam_peft.config.unused import method_in_words, unused_settings
+from disam_peft.config.wording import objective_in_words, with_settings
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.sources.given_splits import PARTS
 from disam_peft.experiments.split_data import SplitData
@@ -122,7 +122,7 @@ class Narrator:
         if described := objective_in_words(recipe):
             self.say(f"  objective: {described}")
         if averages := kept_averages(recipe.average):
-            self.say(f"  averages of the weights: {', '.join(_with_settings(average) for average in averages)}")
+            self.say(f"  averages of the weights: {', '.join(with_settings(average) for average in averages)}")
         unused = unused_settings(recipe)
         if unused:
             self.say(f"  without effect: {'; '.join(unused)}")
@@ -168,42 +168,6 @@ def _validation(values: Mapping[str, Any], rule: str) -> list[str]:
         worst = f"accuracy {100 * values['worst_top1']:.1f} %, NLL {-values['worst_negative_nll']:.4f}"
         parts.append(f"of the worst domain {worst}")
     return parts
-
-
-def objective_in_words(recipe: Recipe) -> str | None:
-    """What a step descends, such as ``cross_entropy + fishr (weight 1000 from step 1,501 on)``; None where it is the
-    plain cross entropy of images as they are."""
-    objective, mixup = recipe.objective, recipe.augment.mixup
-    if objective.is_plain_mean and mixup is None:
-        return None
-    terms = [_with_settings(objective.loss)]
-    for penalty in objective.penalties:
-        begin = f" from step {penalty.anneal + 1:,} on" if penalty.anneal else ""
-        terms.append(_with_settings(penalty, f"weight {penalty.weight:g}{begin}", "weight", "anneal"))
-    for anchor in objective.anchors:
-        kind, _, rest = _with_settings(anchor, f"weight {anchor.weight:g}", "weight").partition(" ")
-        terms.append(f"{kind} anchor {rest}")
-    words = " + ".join(terms)
-    if objective.effective_mean_over == "domains":
-        words += ", averaged over domains"
-    return words if mixup is None else f"{words}, of mixtures of two domains' {mixup.of} (mixup, alpha {mixup.alpha:g})"
-
-
-def _with_settings(config: Config, first: str | None = None, *told: str) -> str:
-    """The kind, and the settings that a recipe gives it: ``margin_softmax (margin 0.3)``.
-
-    Args:
-        first: said before them.
-        told: settings that it says already.
-    """
-    said = [] if first is None else [first]
-    for name in type(config).model_fields:
-        if name in config.model_fields_set and name not in ("kind", *told):
-            value = getattr(config, name)
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            said.append(f"{name} {f'{value:g}' if is_number else 'as listed' if isinstance(value, dict) else value}")
-    kind = getattr(config, "kind", "")
-    return f"{kind} ({', '.join(said)})" if said else kind
 
 
 _JUDGED = {"held_out": "are held out", "held_out_test": "of these are its test part", "test": "are the test part"}

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from disam_peft.common.records import ResultRow
+from disam_peft.config.uncommon import setting_in_a_name, uncommon_settings
+from disam_peft.config.wording import setting_in_words
 from disam_peft.report.result_tables import METHOD_TITLES
 from disam_peft.report.runs import RunData, RunRecord
 
@@ -145,47 +147,46 @@ def telling_apart(found: Sequence[Configuration]) -> list[str]:
     """The settings in which configurations differ, in the order of a recipe. Settings of the method that follow from
     its name are left out."""
     keys = list(dict.fromkeys(key for one in found for key in one.settings))
-    differing = [key for key in keys if len({_as_text(one.settings.get(key)) for one in found}) > 1]
-    by_method: dict[str, list[Configuration]] = {}
-    for one in found:
-        by_method.setdefault(one.method, []).append(one)
+    differing = [key for key in keys if len(_texts(found, key)) > 1]
 
     def follows(key: str) -> bool:
-        of_method = [{_as_text(one.settings.get(key)) for one in members} for members in by_method.values()]
-        return key.startswith("method.") and all(len(values) == 1 for values in of_method)
+        """Whether it has one value for each method, or (what losses are averaged over) for each choice of penalties."""
+        if not key.startswith("method.") and key != "objective.mean_over":
+            return False
+        by_cause: dict[str, list[Configuration]] = {}
+        for one in found:
+            cause = one.method if key.startswith("method.") else _as_text(one.settings.get("objective.penalties"))
+            by_cause.setdefault(cause, []).append(one)
+        return all(len(_texts(members, key)) <= 1 for members in by_cause.values())
 
     if not any(one.tells_when_to_validate for one in found):
         differing = [key for key in differing if key != "train.validate_every"]  # it follows from train.steps
     return [key for key in differing if not follows(key)]
 
 
-def setting_text(value: Any) -> str:
-    """A value of a setting as it stands in a cell of a table; ``-`` where it is unset."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, Mapping):
-        return _group_text(value)
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _group_text(group: Mapping[str, Any]) -> str:
-    """``linear(from=0.1, to=0.02)``, or ``*lora_A*=0.5``."""
-    told = ", ".join(f"{key}={setting_text(value)}" for key, value in group.items() if key != "kind")
-    return f"{group['kind']}({told})" if "kind" in group else told or "-"
+def _texts(found: Iterable[Configuration], key: str) -> set[str]:
+    """The values of a setting; one of the method has none where the method does not use it."""
+    return {_as_text(one.settings.get(key)) for one in found if key in one.settings or not key.startswith("method.")}
 
 
 def configuration_titles(found: Sequence[Configuration]) -> list[str]:
-    """The method of each, with the settings that tell it apart where several share one."""
-    methods = [METHOD_TITLES[one.method] for one in found]
-    titles = []
-    for one, method in zip(found, methods, strict=True):
-        same = [other for other in found if other.method == one.method]
-        told = [f"{key.split('.')[-1]}={setting_text(one.settings.get(key))}" for key in telling_apart(same)]
-        titles.append(f"{method} ({', '.join(told)})" if len(same) > 1 and told else method)
+    """The method of each, with the settings that tell it apart where several share one: those that most of them do not
+    have."""
+    titles = [METHOD_TITLES[one.method] for one in found]
+    for method in dict.fromkeys(titles):
+        places = [place for place, title in enumerate(titles) if title == method]
+        same = [found[place] for place in places]
+        rows = [
+            {
+                key: setting_in_words(key, one.settings.get(key))
+                for key in telling_apart(same)
+                if key in one.settings or not key.startswith("method.")
+            }
+            for one in same
+        ]
+        for place, telling in zip(places, uncommon_settings(rows), strict=True):
+            told = [setting_in_a_name(key.split(".")[-1], text) for key, text in telling.items()]
+            titles[place] = f"{method} ({', '.join(told)})" if told else method
     return titles
 
 

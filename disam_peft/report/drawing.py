@@ -35,6 +35,9 @@ INK = "#1c2330"
 WIDE, NARROW = 7.6, 3.7
 """Inches: of a page, and of a phone. The font is 9 pt in both, so neither is shrunk until it cannot be read."""
 _LETTER, _HANDLE = 0.075, 0.55  # inches: of a letter in 9 pt, and of a line in a legend with the space around it
+_LINE = 0.16  # inches: of a line of a title or a legend
+_MOST_LINES = 6  # of a title
+_FREE_LINES = 2  # which the height of a figure without long titles has place for
 STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a dollar sign in a name is a dollar sign
@@ -123,11 +126,38 @@ def edges(panels: list[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def panel_title(title: str, width: float) -> str:
-    """A title with its settings, which stand in brackets, in lines of their own that fit into ``width`` inches."""
+    """A title with its settings, which stand in brackets, in lines of their own that fit into ``width`` inches; of more
+    than a few lines the first ones."""
     method, bracket, settings = title.partition(" (")
     if not bracket:
         return title
-    return "\n".join([method, *textwrap.wrap(f"({settings}", max(12, int(width / _LETTER)), break_long_words=False)])
+    return f"{method}\n{wrapped(f'({settings}', width, _MOST_LINES - 1)}"
+
+
+def wrapped(text: str, width: float, most: int) -> str:
+    """The text in at most ``most`` lines that fit into ``width`` inches; what has no place is left out."""
+    letters = max(12, int(width / _LETTER))
+    lines = textwrap.wrap(text, letters, break_long_words=False, max_lines=most, placeholder=" …")
+    return "\n".join(line if len(line) <= letters else f"{line[: letters - 1]}…" for line in lines)
+
+
+def make_room_for_titles(figure: Figure, panels: Sequence[Any]) -> None:
+    """A taller figure where titles of panels have many lines, so that the panels keep their height."""
+    lines = max(panel.get_title().count("\n") + 1 for panel in panels)
+    rows = -(-len(panels) // columns_of(list(panels)))
+    figure.set_figheight(figure.get_figheight() + rows * _LINE * max(0, lines - _FREE_LINES))
+
+
+def legend_above(figure: Figure, handles: Sequence[Any], titles: Sequence[str]) -> None:
+    """A legend above the panels, in as many columns as fit, and a taller figure where it has many lines."""
+    width = figure.get_figwidth()
+    told = [wrapped(title, width - _HANDLE, _MOST_LINES) or title for title in titles]
+    columns = legend_columns([line for title in told for line in title.split("\n")], width)
+    columns = min(columns, len(told)) or 1
+    rows = -(-len(told) // columns)  # a legend is filled by columns
+    lines = sum(max(title.count("\n") + 1 for title in told[row::rows]) for row in range(rows))
+    figure.set_figheight(figure.get_figheight() + _LINE * max(0, lines - _FREE_LINES))
+    figure.legend(handles, told, loc="outside upper center", ncols=columns, frameon=False, columnspacing=1.2)
 
 
 def legend_columns(titles: Sequence[str], width: float) -> int:

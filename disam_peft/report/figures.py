@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from matplotlib.axes import Axes
@@ -10,13 +10,25 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from disam_peft.common.records import RAW
+from disam_peft.config.uncommon import setting_in_a_name, uncommon_settings
 from disam_peft.report.configurations import Configuration, configuration_titles
-from disam_peft.report.drawing import COLOURS, METHOD_COLOURS, columns_of, edges, grid, legend_columns, panel_title
+from disam_peft.report.drawing import (
+    COLOURS,
+    METHOD_COLOURS,
+    columns_of,
+    edges,
+    grid,
+    legend_above,
+    make_room_for_titles,
+    panel_title,
+    wrapped,
+)
 from disam_peft.report.result_tables import METHOD_TITLES, ComparisonTable, SeedMean
 from disam_peft.report.runs import RunRecord
 
 _LINES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
 _MOST_LINES = 30  # of a figure with a name on each
+_NAMES = 0.5  # of the width of a figure with a name on each line
 _SMOOTH_FROM = 15  # recorded steps; fewer are shown as they are
 
 
@@ -47,7 +59,7 @@ def accuracy_bars(table: ComparisonTable, width: float) -> Figure:
     crowded = sum(map(len, names)) > 10 * width
     axes.set_xticks(range(len(names)), names, rotation=30 if crowded else 0, ha="right" if crowded else "center")
     axes.set_ylabel("accuracy (%)" if table.scale == 100 else "")
-    figure.legend(loc="outside upper center", ncols=len(table.columns), frameon=False, columnspacing=1.2)
+    legend_above(figure, *axes.get_legend_handles_labels())
     return figure
 
 
@@ -55,10 +67,11 @@ def configuration_dots(table: ComparisonTable, width: float) -> Figure:
     """Of a table with a configuration in each line: a line of dots for each, or where there are too many for that, a
     dot for each in one line per method. What a table has no number for is not there."""
     summed = len(table.lines) > _MOST_LINES
-    names = [", ".join([name, *(text for text in told if text)]) for (name, _), told in _with_labels(table)]
+    names = _names_of_lines(table)
     methods = [name.partition(", ")[0] for name, _ in table.lines]
-    rows = list(dict.fromkeys(methods)) if summed else names
-    figure, [axes] = grid(1, width, width, 1.0 + (0.5 if summed else 0.26) * len(rows))
+    rows = [wrapped(name, _NAMES * width, 3) for name in (dict.fromkeys(methods) if summed else names)]
+    lines = max(name.count("\n") for name in rows) + 1
+    figure, [axes] = grid(1, width, width, 1.0 + (0.5 if summed else 0.11 + 0.15 * lines) * len(rows))
     for number, (line, cells) in enumerate(table.lines):
         colour = METHOD_COLOURS[methods[number]]
         *domains, last = cells
@@ -67,6 +80,7 @@ def configuration_dots(table: ComparisonTable, width: float) -> Figure:
             place = rows.index(methods[number]) + (0.0 if alone else _scattered(number))
         else:
             place = float(number)
+        if not summed or last is None:  # of runs on some of the domains there is no mean
             axes.plot(*_dots(domains, place, table.scale), ".", color=colour, alpha=0.45, markersize=5)
         hollow = ", " in line and not line.endswith(f", {RAW}")  # an average of the weights
         axes.plot(
@@ -77,19 +91,25 @@ def configuration_dots(table: ComparisonTable, width: float) -> Figure:
             alpha=0.7 if summed else 1.0,
             fillstyle="none" if hollow else "full",
         )
-    axes.set_yticks(range(len(rows)), [_shortened(name, width) for name in rows])
+    axes.set_yticks(range(len(rows)), rows)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.25, linewidth=0.5)
-    axes.set_xlabel(("accuracy (%), " if table.scale == 100 else "") + table.columns[-1])
+    small = len(table.columns) > 1 and (not summed or any(cells[-1] is None for _, cells in table.lines))
+    about = f"{table.columns[-1]}{' (small dots: one domain)' if small else ''}"
+    axes.set_xlabel(("accuracy (%), " if table.scale == 100 else "") + about)
     return figure
 
 
-def _with_labels(
-    table: ComparisonTable,
-) -> Iterator[tuple[tuple[str, tuple[SeedMean | None, ...]], tuple[str, ...]]]:
-    titles = table.label_columns
-    for line, told in zip(table.lines, table.labels, strict=True):
-        yield line, tuple(f"{t}={text}" if text and t != "seeds" else "" for t, text in zip(titles, told, strict=True))
+def _names_of_lines(table: ComparisonTable) -> list[str]:
+    """The method of each line, and what tells it from most lines."""
+    rows = [
+        {title: text for title, text in zip(table.label_columns, told, strict=True) if text and title != "seeds"}
+        for told in table.labels
+    ]
+    return [
+        ", ".join([name, *(setting_in_a_name(title, text) for title, text in telling.items())])
+        for (name, _), telling in zip(table.lines, uncommon_settings(rows), strict=True)
+    ]
 
 
 def _dots(cells: Sequence[SeedMean | None], place: float, scale: float) -> tuple[list[float], list[float]]:
@@ -100,11 +120,6 @@ def _dots(cells: Sequence[SeedMean | None], place: float, scale: float) -> tuple
 def _scattered(number: int) -> float:
     """Between -0.3 and 0.3, so that dots of neighbours in the table stand apart; the same at each drawing."""
     return 0.6 * ((number * 0.6180339887) % 1) - 0.3
-
-
-def _shortened(name: str, width: float) -> str:
-    most = int(7 * width)
-    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def domain_curves(named: Sequence[tuple[str, RunRecord]], field: str, label: str, width: float) -> Figure:
@@ -122,6 +137,7 @@ def domain_curves(named: Sequence[tuple[str, RunRecord]], field: str, label: str
             _curve(axes, points, *_look(number))
         axes.set_title(panel_title(title, width / columns_of(panels)))
         axes.grid(alpha=0.25, linewidth=0.5)
+    make_room_for_titles(figure, panels)
     left, lowest = edges(panels)
     for axes in left:
         axes.set_ylabel(label)
@@ -129,8 +145,7 @@ def domain_curves(named: Sequence[tuple[str, RunRecord]], field: str, label: str
         axes.set_xlabel("step")
     # made here: matplotlib leaves names that begin with an underscore out of its own
     handles = [Line2D([], [], color=c, linestyle=s, linewidth=1.6) for c, s in map(_look, range(len(domains)))]
-    columns = legend_columns(domains, width)
-    figure.legend(handles, domains, loc="outside upper center", ncols=columns, frameon=False, columnspacing=1.2)
+    legend_above(figure, handles, domains)
     return figure
 
 
@@ -146,7 +161,7 @@ def cosine_curves(named: Sequence[tuple[str, RunRecord]], width: float) -> Figur
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.set_xlabel("step")
     axes.set_ylabel("cosine to SAM")
-    figure.legend(loc="outside upper center", ncols=legend_columns([title for title, _ in named], width), frameon=False)
+    legend_above(figure, *axes.get_legend_handles_labels())
     return figure
 
 

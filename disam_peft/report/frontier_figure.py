@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from disam_peft.common.frontier_records import Frontier, mean_curve
-from disam_peft.report.drawing import COLOURS, legend_columns
+from disam_peft.report.drawing import COLOURS, legend_above
 
 _SIDE_BY_SIDE = 6.0  # inches; narrower, the two panels stand one below the other
 _NAMES = {"held_out": "held out", "source_validation": "source validation", "test": "test part"}
@@ -54,8 +54,7 @@ def frontier_curves(named: Sequence[tuple[str, Sequence[Frontier]]], width: floa
     for panel in panels:
         panel.grid(alpha=0.25, linewidth=0.5)
     if len(named) > 1 or named[0][0]:
-        columns = legend_columns([title for title, _ in named], width)
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=columns, frameon=False)
+        legend_above(figure, *panels[0].get_legend_handles_labels())
     return figure
 
 

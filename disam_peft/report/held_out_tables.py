@@ -7,13 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from disam_peft.common.records import RAW, ResultRow, pool_title
-from disam_peft.report.configurations import (
-    Configuration,
-    data_titles,
-    is_of_zero_shot,
-    setting_text,
-    telling_apart,
-)
+from disam_peft.config.wording import setting_in_words
+from disam_peft.report.configurations import Configuration, data_titles, is_of_zero_shot, telling_apart
 from disam_peft.report.result_tables import (
     METHOD_TITLES,
     ComparisonTable,
@@ -68,17 +63,17 @@ def _by_configuration(members: list[Configuration], metric: str, about: str, of_
         rows = [row for other in same for run in other.runs for row in run.rows if row.method == "zero_shot"]
         cells = {domain: dict(list(by_seed.items())[:1]) for domain, by_seed in _cells(rows, metric).items()}
         if cells:  # it does not depend on the seed of a run: one number for each domain
-            told = tuple(setting_text(one.settings.get(key)) if is_of_zero_shot(key) else "" for key in keys)
+            told = tuple(setting_in_words(key, one.settings.get(key)) if is_of_zero_shot(key) else "" for key in keys)
             lines.append((METHOD_TITLES["zero_shot"], told, cells))
     order = list(METHOD_TITLES)
 
     def rank(one: Configuration) -> tuple[Any, ...]:
-        return order.index(one.method), [_sortable(one.settings.get(key)) for key in keys]
+        return order.index(one.method), [_sortable(key, one.settings.get(key)) for key in keys]
 
     for one in sorted(members, key=rank):
         rows = [row for run in one.runs for row in run.rows if row.method != "zero_shot"]
         weights = sorted({row.weights for row in rows}, key=lambda name: (name != RAW, name))
-        told = tuple(setting_text(one.settings.get(key)) for key in keys)
+        told = tuple(setting_in_words(key, one.settings.get(key)) for key in keys)
         for name in weights:
             title = METHOD_TITLES[one.method] + (f", {name}" if len(weights) > 1 else "")
             lines.append((title, told, _cells([row for row in rows if row.weights == name], metric)))
@@ -125,13 +120,13 @@ def _short(key: str, keys: Sequence[str]) -> str:
     return last if sum(other.split(".")[-1] == last for other in keys) == 1 else key
 
 
-def _sortable(value: Any) -> tuple[int, float, str]:
+def _sortable(key: str, value: Any) -> tuple[int, float, str]:
     """Unset before numbers, in their order, before everything else, by its text."""
     if value is None:
         return 0, 0.0, ""
     if isinstance(value, (int, float)):
         return 1, float(value), ""
-    return 2, 0.0, setting_text(value)
+    return 2, 0.0, setting_in_words(key, value)
 
 
 def best_by_source_validation(found: Sequence[Configuration], count: int) -> list[Configuration]:

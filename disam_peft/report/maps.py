@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
 from disam_peft.common.records import Confusion, LossSlice
-from disam_peft.report.drawing import INK, columns_of, edges, grid, panel_title
+from disam_peft.report.drawing import INK, columns_of, edges, grid, make_room_for_titles, panel_title
 
 LARGEST_MATRIX = 40
 """Classes of a confusion matrix that can still be read."""
@@ -39,6 +39,7 @@ def loss_planes(planes: Sequence[tuple[str, LossSlice]], width: float) -> Figure
                 axes.add_patch(Circle((0, 0), rho, fill=False, linestyle="--", linewidth=0.8, edgecolor=INK))
         axes.set_aspect("equal")
         axes.set_title(panel_title(title, width / columns_of(panels)))
+    make_room_for_titles(figure, panels)
     left, lowest = edges(panels)
     first, second = planes[0][1].directions
     for axes in left:
@@ -71,6 +72,7 @@ def confusion_maps(matrices: Sequence[tuple[str, Confusion]], width: float) -> F
         shown = f"{share} right{not_finite}"
         settings = panel_title(title, width / columns)
         axes.set_title(f"{settings}\n{shown}" if "\n" in settings else f"{title}: {shown}")
+    make_room_for_titles(figure, panels)
     left, lowest = edges(panels)
     for axes in left:
         axes.set_ylabel("true")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from disam_peft.common.prediction_table import PredictionTable
-from disam_peft.report.drawing import COLOURS, grid, legend_columns
+from disam_peft.report.drawing import COLOURS, grid, legend_above
 
 BINS = 15
 """Those of the expected calibration error, see ``evaluation/metrics.py``."""
@@ -62,6 +62,5 @@ def reliability_curves(named: Sequence[tuple[str, Sequence[Bin]]], width: float)
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.set_xlabel("confidence")
     axes.set_ylabel("share that is right")
-    columns = legend_columns([title for title, _ in named], width)
-    figure.legend(loc="outside upper center", ncols=columns, frameon=False)
+    legend_above(figure, *axes.get_legend_handles_labels())
     return figure

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,8 +31,8 @@ from disam_peft.common.run_images import IMAGES, read_images
 from disam_peft.common.soup_record import soup_settings
 from disam_peft.config.data import SOURCE_SETTINGS
 from disam_peft.config.evaluation import SharpnessConfig
-from disam_peft.config.identity import effective, identifying_settings
 from disam_peft.config.recipe import Recipe, load_recipe
+from disam_peft.config.wording import settings_that_tell
 from disam_peft.errors import UserError
 from disam_peft.report.result_tables import METHOD_TITLES, training_domains
 
@@ -54,8 +54,6 @@ class RunData:
     images: int | None = None
 
 
-WHOLE = ("method.rho", "method.variance_weight", "method.rho_factors")
-"""Settings that may be groups, and are told as one value: a schedule, or factors by names of tensors."""
 _NOT_IN_TABLES = ("samples", "rhos", "slice_points", "slice_radius", "slice_directions")
 
 
@@ -83,13 +81,12 @@ class RunRecord:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Dotted key -> value of what tells the run from others but for seed, data and held-out domain. How it was
-        evaluated is left out: numbers depend on it by rounding alone. Without a recipe, what its rows say."""
+        """Dotted key -> value of what tells the run from others but for seed, data and held-out domain, see
+        ``settings_that_tell``. Without a recipe, what its rows say."""
         if self.recipe is None:
             row = self.trained
             return {"backbone.name": row.backbone, "adapter.kind": row.adapter, "method.name": row.method}
-        settings = _whole(identifying_settings(self.recipe), effective(self.recipe)) | soup_settings(self.folder)
-        return {key: value for key, value in settings.items() if not key.startswith("evaluation.")}
+        return settings_that_tell(self.recipe) | soup_settings(self.folder)
 
     @cached_property
     def data(self) -> RunData:
@@ -192,19 +189,6 @@ class RunRecord:
     def title(self) -> str:
         row = self.trained
         return f"{row.adapter}, {row.method}, {training_domains(row.held_out)}, seed {row.seed}"
-
-
-def _whole(flat: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The dotted settings ``flat`` with those in ``WHOLE`` as one value each, where they stood."""
-    found: dict[str, Any] = {}
-    for key, value in flat.items():
-        group = next((whole for whole in WHOLE if key == whole or key.startswith(f"{whole}.")), None)
-        if group is None:
-            found[key] = value
-        else:
-            section, name = group.split(".")
-            found[group] = values[section][name]
-    return found
 
 
 def data_source(recipe: Recipe) -> str:

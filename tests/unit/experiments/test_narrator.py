@@ -10,10 +10,11 @@ import pytest
 from disam_peft.common import progress
 from disam_peft.common.records import METRICS, append_event, read_events
 from disam_peft.config.recipe import Recipe
+from disam_peft.config.wording import objective_in_words
 from disam_peft.errors import Notice
 from disam_peft.experiments import narrator as narration
 from disam_peft.experiments import run
-from disam_peft.experiments.narrator import Narrator, objective_in_words
+from disam_peft.experiments.narrator import Narrator
 from disam_peft.experiments.outcome import Outcome
 
 

@@ -50,7 +50,7 @@ def test_runs_that_differ_in_a_setting_are_never_merged(tmp_path):
         ({"train": {"learning_rate": 0.5}}, "learning_rate"),
         ({"train": {"mixed_precision": "bf16"}}, "mixed_precision"),
         ({"rho": 0.5}, "rho"),
-        ({"average": {"kind": "ema"}}, "kind"),
+        ({"average": {"kind": "ema"}}, "average"),
         ({"objective": {"mean_over": "domains"}}, "mean_over"),
         ({"protocol": {"held_out": "sketch", "validation_fraction": 0.4}}, "validation_fraction"),
         ({"augment": {"flip": 0}}, "flip"),
