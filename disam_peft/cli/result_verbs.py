@@ -59,7 +59,7 @@ def soup(
 ) -> None:
     """Average the adapters of several runs into one, which evaluate, export and report take like a run."""
     from disam_peft.errors import UserError, did_you_mean
-    from disam_peft.experiments.run_folder import find_run
+    from disam_peft.experiments.run_folder import RECIPE, find_run
 
     if method not in ("uniform", "greedy"):
         raise UserError(
@@ -68,6 +68,8 @@ def soup(
     found = [find_run(folder, held_out) for folder in runs]  # before the imports below, which take seconds
     from disam_peft.cli.output import print_evaluation
     from disam_peft.common.processes import is_main
+    from disam_peft.config.adapters import export_format
+    from disam_peft.config.recipe import load_recipe
     from disam_peft.experiments.soup import make_soup
 
     made = make_soup(found, output, method="greedy" if method == "greedy" else "uniform")
@@ -78,7 +80,8 @@ def soup(
             say(f"{'kept' if one.kept else 'left out'}: {one.run}{alone}{mixed}")
         print_evaluation([row for row in made.rows if row.method != "zero_shot"], None, str(output))
         say(f"wrote {output}")
-        say(f"next: disam-peft evaluate {output}   |   disam-peft export {output} --to peft --output DIR")
+        to = export_format(load_recipe(output / RECIPE).adapter)
+        say(f"next: disam-peft evaluate {output}   |   disam-peft export {output} --to {to} --output DIR")
 
 
 def _score(score: float, metric: str) -> str:
