@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from disam_peft.experiments.run_list import ListedRun
 
 _COLOURS = {"finished": "green", "interrupted": "yellow", "running": "cyan", "damaged": "bold red"}
+_OTHER_COLUMNS = 37  # letters beside the first column: steps, state and result
 _SHARED = ("backbone", "adapter", "method", "data")
 
 
@@ -43,19 +45,18 @@ def runs(
     elif not found:
         say(f"no run in {folder}")
     else:
-        print_runs(found, folder, told_apart_by(found))
+        print_runs(found, folder)
 
 
-def print_runs(
-    found: Sequence[ListedRun], folder: Path, differing: Sequence[str], console: Console | None = None
-) -> None:
-    """Two lines a run: its folder, steps, state and result; then what tells it from the others. What all runs have in
-    common stands above."""
+def print_runs(found: Sequence[ListedRun], folder: Path, console: Console | None = None) -> None:
+    """A run's folder, steps, state and result; then, in at most two lines, what tells it from most of the others. What
+    all runs have in common stands above."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
     from disam_peft.cli.output import Terminal
+    from disam_peft.experiments.run_list import apart_from_most
 
     console = console or Terminal()
     readable = [run for run in found if run.settings]
@@ -72,22 +73,33 @@ def print_runs(
     table.add_column("state", no_wrap=True)
     table.add_column("top-1 (%)", justify="right", no_wrap=True)
     twins = _same_name_other_data(readable)
-    for run in found:
+    for run, telling in zip(found, apart_from_most(found), strict=True):
         place = Path(run.folder)
-        apart = [getattr(run, name) for name in _SHARED if len(shared[name]) > 1 and run.settings]
+        differ = [name for name in _SHARED if len(shared[name]) > 1 and run.settings]
+        apart = [getattr(run, name) for name in differ if name != "data"]
+        apart += sorted(telling, key=lambda words: "=" in words.partition(" ")[0])  # words before numbers
+        apart += [run.data] if "data" in differ else []
         if run.data in twins and run.data_identity:
             apart.append(f"data {run.data_identity[:8]}")
-        values = {**run.settings, "seed": run.seed}
-        apart += [f"{key}={values[key]}" for key in differing if run.settings and key in values]
-        told = run.problem or ", ".join(apart)
+        told = run.problem or _in_lines(apart, console.width - _OTHER_COLUMNS)
         shown = escape(place.relative_to(folder).as_posix() if place != folder else run.folder)
         table.add_row(
-            f"{shown}\n[dim]  {escape(told)}[/dim]" if told else shown,
+            f"{shown}\n[dim]{escape(textwrap.indent(told, '  '))}[/dim]" if told else shown,
             f"{run.steps}/{run.all_steps}" if run.all_steps else "-",
             f"[{_COLOURS[run.state]}]{run.state}[/]",
             "-" if run.result is None else f"{100 * run.result:.1f}",
         )
     console.print(table)
+
+
+def _in_lines(parts: Sequence[str], width: int) -> str:
+    """The parts in at most two lines; how many have no place there is said."""
+    for count in range(len(parts), 0, -1):
+        left = f"and {len(parts) - count} more" if count < len(parts) else ""
+        lines = textwrap.wrap(", ".join([*parts[:count], *filter(None, [left])]), max(24, width))
+        if len(lines) <= 2 or count == 1:
+            return "\n".join(lines)
+    return ""
 
 
 def _same_name_other_data(found: Sequence[ListedRun]) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,8 @@ from disam_peft.common.strict_json import parse_json
 from disam_peft.config.identity import identifying_settings
 from disam_peft.config.names import name_of_folder
 from disam_peft.config.recipe import WRITTEN_BY_US, Recipe, load_recipe
+from disam_peft.config.uncommon import setting_in_a_name, uncommon_settings
+from disam_peft.config.wording import setting_in_words, settings_that_tell
 from disam_peft.errors import UserError, did_you_mean
 from disam_peft.experiments.run_folder import ADAPTER, RECIPE, is_finished
 from disam_peft.report.runs import RunRecord, data_source
@@ -37,6 +39,7 @@ class ListedRun:
         data: the last part of their path, or what else names them.
         data_identity: sha256 over what the data are, hex; empty for a run that is not finished, or of version 0.1.
         settings: dotted key -> value of every setting that makes another run.
+        words: dotted key -> its value in words, of the settings that have an effect; lists and groups as one value.
         steps: how many were made, as far as they were recorded.
         all_steps: how many the recipe asks for.
         problem: what is damaged; empty otherwise.
@@ -55,6 +58,7 @@ class ListedRun:
     data_identity: str = ""
     seed: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
+    words: dict[str, str] = field(default_factory=dict)
     steps: int = 0
     all_steps: int = 0
     problem: str = ""
@@ -101,6 +105,7 @@ def _listed(place: Path) -> ListedRun:
         "data": data_source(recipe),
         "seed": recipe.seed,
         "settings": identifying_settings(recipe) | soup,
+        "words": _words(recipe) | soup,
         "all_steps": recipe.train.steps,
     }
     if holder(place) is not None:
@@ -119,6 +124,12 @@ def _listed(place: Path) -> ListedRun:
 def _backbone(recipe: Recipe) -> str:
     name, tag = recipe.backbone.name, recipe.backbone.pretrained
     return name if tag is None else f"{name}:{tag}"
+
+
+def _words(recipe: Recipe) -> dict[str, str]:
+    follows = () if recipe.train.validate_every is not None else ("train.validate_every",)
+    told = {"seed": recipe.seed, **settings_that_tell(recipe)}
+    return {key: setting_in_words(key, value) for key, value in told.items() if key not in follows}
 
 
 def _first_line(error: Exception) -> str:
@@ -173,6 +184,21 @@ def told_apart_by(runs: Iterable[ListedRun]) -> list[str]:
         for key, found in values.items()
         if (len(found) > 1 or key == "soup") and key not in shown and not key.startswith("evaluation.")
     )
+
+
+def apart_from_most(runs: Sequence[ListedRun]) -> list[list[str]]:
+    """Of each run what tells it from most of the others, in short: ``coral``, ``adapter.rank=16``. What a soup is made
+    of is always said."""
+    shown = {"backbone.name", "backbone.pretrained", "adapter.kind", "method.name"}  # these have places of their own
+    telling = uncommon_settings([run.words for run in runs])
+    return [
+        [
+            setting_in_a_name(key, text)
+            for key, text in (found | {key: text for key, text in run.words.items() if key == "soup"}).items()
+            if key not in shown
+        ]
+        for run, found in zip(runs, telling, strict=True)
+    ]
 
 
 def sort_runs(runs: Iterable[ListedRun], by: str) -> list[ListedRun]:

@@ -19,8 +19,9 @@ from disam_peft.cli.run_verbs import print_runs
 from disam_peft.common.run_images import RunImages, write_images
 from disam_peft.errors import UserError
 from disam_peft.experiments.run_folder import find_runs, finish
-from disam_peft.experiments.run_list import ListedRun, list_runs, sort_runs, told_apart_by
+from disam_peft.experiments.run_list import ListedRun, apart_from_most, list_runs, sort_runs, told_apart_by
 from tests.helpers.paths import ROOT
+from tests.helpers.synthetic_runs import images, write_run
 
 OLD = ROOT / "tests/reference/runs_of_0.1"
 
@@ -147,7 +148,7 @@ def test_sorting(runs: Path) -> None:
 def printed(runs: Path, width: int) -> str:
     out = io.StringIO()
     found = list_runs(runs)
-    print_runs(found, runs, told_apart_by(found), Terminal(file=out, width=width))
+    print_runs(found, runs, Terminal(file=out, width=width))
     return out.getvalue()
 
 
@@ -162,6 +163,29 @@ def test_the_list_fits_eighty_columns(runs: Path) -> None:
     assert "all of them: backbone demo, adapter lora, data DomainShapes" in said
     assert "20/40" in text and "60.4" in text and "adapter.rank=4" in text
     assert "\x1b" not in text and "[red]half" in text
+
+
+def test_many_runs_say_in_two_lines_what_most_others_do_not_have(tmp_path: Path) -> None:
+    terms = {"penalties": [{"kind": "coral"}], "anchors": [{"kind": "logits"}]}
+    fishr = {"penalties": [{"kind": "fishr", "weight": 1e6, "anneal": 20}]}
+    changes = {
+        "coral": {"objective": terms, "average": "swad"},
+        "fishr": {"objective": fishr},
+        "erm": {"method": "erm"},
+    }
+    for number in range(9):
+        write_run(tmp_path / f"plain{number}/sketch", seed=0, recorded=images())
+    for name, settings in changes.items():
+        write_run(tmp_path / f"{name}/sketch", recorded=images(), **settings)
+    found = list_runs(tmp_path)
+    apart = {run.name: told for run, told in zip(found, apart_from_most(found), strict=True)}
+    assert {name: told for name, told in apart.items() if told} == {
+        "coral": ["coral", "logits anchor", "swad"],
+        "fishr": ["fishr (weight 1e6 from step 21 on)"],
+    }
+    text = printed(tmp_path, 80)
+    assert max(map(len, text.splitlines())) <= 80 and len(text.splitlines()) <= 8 + 3 * len(found)
+    assert "disam, coral, logits anchor, swad" in " ".join(text.split()) and "rho" not in text
 
 
 @pytest.mark.slow
