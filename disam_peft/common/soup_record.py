@@ -30,6 +30,7 @@ class Ingredient:
         kept: whether it is part of the soup.
         score: of the run alone on source validation, by the rule of the soup's recipe; None: it was not measured.
         soup_score: of the soup with it and with what was kept before it; None: it was not measured.
+        method: by which it was trained, as in recipes; empty in files of earlier versions.
     """
 
     run: str
@@ -39,6 +40,7 @@ class Ingredient:
     kept: bool
     score: float | None = None
     soup_score: float | None = None
+    method: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,4 +84,6 @@ def soup_settings(folder: Path) -> dict[str, Any]:
     if record is None:
         return {}
     digest = hashlib.sha256(json.dumps(sorted(one.adapter for one in record.kept)).encode()).hexdigest()
-    return {"soup": f"{record.method} of {len(record.kept)}, {digest[:8]}"}
+    methods = sorted({one.method for one in record.kept})
+    of = f" ({' and '.join(methods)})" if len(methods) > 1 else ""  # the recipe has that of the first alone
+    return {"soup": f"{record.method} of {len(record.kept)}{of}, {digest[:8]}"}

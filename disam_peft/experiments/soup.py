@@ -184,7 +184,14 @@ class _Pot:
 def _ingredient(run: _Run, *, kept: bool, score: float | None = None, soup_score: float | None = None) -> Ingredient:
     weights = str(run.manifest.trained_with.get("weights", RAW))
     return Ingredient(
-        str(run.folder), run.manifest.sha256, weights, run.recipe.seed, kept=kept, score=score, soup_score=soup_score
+        str(run.folder),
+        run.manifest.sha256,
+        weights,
+        run.recipe.seed,
+        kept=kept,
+        score=score,
+        soup_score=soup_score,
+        method=run.recipe.method.name,
     )
 
 
