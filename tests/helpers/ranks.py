@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import torch
 import torch.distributed as dist
+
+from tests.helpers.paths import environment
 
 
 def fork_ranks(world_size: int, work: Callable[[int], object]) -> None:
@@ -46,3 +53,15 @@ def gloo_group(folder: str | Path, rank: int, world_size: int) -> Iterator[None]
     yield
     dist.barrier()
     dist.destroy_process_group()
+
+
+def saved_by_ranks(script: ModuleType, world_size: int, *words: str, folder: Path) -> list[Any]:
+    """What each rank of a script saves as ``folder/RANK.pt``. It is called with ``world_size PORT *words folder`` in a
+    new process, which forks the ranks: this one may have threads already."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, str(script.__file__), str(world_size), port, *words, str(folder)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]

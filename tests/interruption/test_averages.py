@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from disam_peft.disam.perturbation import AscentDirection
 from tests.helpers import averaged_runs
 from tests.helpers.averaged_runs import AVERAGES, ON_RANKS
 from tests.helpers.interrupted import ended, ends_itself, result, saved
-from tests.helpers.paths import environment
+from tests.helpers.ranks import saved_by_ranks
 
 NAMES = ["raw", "ema", "swa", "bma", "swad", "swad_2", "swad_3"]
 
@@ -40,13 +38,7 @@ def test_micro_batches_make_no_other_average(alone, twins, domains_folder):
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo between forks is tested on POSIX systems")
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_make_no_other_average(alone, twins, domains_folder: Path, tmp_path: Path, size: int):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, averaged_runs.__file__, str(size), port, *twins, str(domains_folder), str(tmp_path)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(size)]
+    ranks = saved_by_ranks(averaged_runs, size, *twins, str(domains_folder), folder=tmp_path)
     for how in ON_RANKS:
         for name in NAMES:
             assert all(torch.equal(rank[how][name], ranks[0][how][name]) for rank in ranks), (how, name)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from disam_peft.training.trainer import Trainer
 from tests.helpers import flatness_runs
 from tests.helpers.flatness_runs import METHODS, ON_RANKS
 from tests.helpers.interrupted import ended, ends_itself, result, saved
-from tests.helpers.paths import environment
+from tests.helpers.ranks import saved_by_ranks
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +37,7 @@ def test_micro_batches_are_the_whole_batch(alone, twins, domains_folder):
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo between forks is tested on POSIX systems")
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_are_one_process(alone, twins, domains_folder: Path, tmp_path: Path, size: int):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, flatness_runs.__file__, str(size), port, *twins, str(domains_folder), str(tmp_path)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(size)]
+    ranks = saved_by_ranks(flatness_runs, size, *twins, str(domains_folder), folder=tmp_path)
     for method in METHODS:
         for way in ON_RANKS:
             assert all(torch.equal(rank[method][way], ranks[0][method][way]) for rank in ranks), (method, way)

@@ -208,7 +208,8 @@ class PeftAdapter(Adapter):
             for part, parameter in plain.get_submodule(layer).named_parameters():
                 start = as_loaded[f"{layer}.{part}"].detach().to(parameter.dtype)
                 if not torch.equal(start, parameter):  # what did not change, as most biases, keeps its bits
-                    parameter.data = wise_ft(start, parameter.data, self._alpha)
+                    with torch.no_grad():
+                        parameter.copy_(wise_ft(start, parameter, self._alpha))
         for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):
             # a copy of our own that nobody holds yet; only its dtype changes, which copy_ could not do
             tensor.data = tensor.data.to(as_loaded[name].dtype)
