@@ -27,6 +27,9 @@ MEASURES = {
     "nll": Measure("negative log-likelihood (nats) on the held-out domain", False),
     "ece": Measure("calibration error (%) on the held-out domain", False, 100, 1),
     "source_top1": Measure("accuracy (%) on validation images of the sources, mean over domains", True, 100, 1),
+    "source_nll": Measure(
+        "negative log-likelihood (nats) on validation images of the sources, mean over domains", False
+    ),
     "loss_spread": Measure(
         "spread of the sources' training losses over domains (nats), last third of the steps", False
     ),
@@ -54,6 +57,7 @@ def run_measures(run: RunRecord) -> dict[str, float | None]:
     return {
         **{name: held_out.get(name) for name in ON_HELD_OUT},
         "source_top1": sources.get("top1"),
+        "source_nll": sources.get("nll"),
         **training_measures(run.steps),
         "purity": next((event["purity"] for event in run.inferred), None),
     }
@@ -65,7 +69,8 @@ def zero_shot_measures(run: RunRecord) -> dict[str, float | None]:
     if not rows:
         return {}
     held_out = _of_domain(rows, "held_out", rows[0].held_out)
-    return {**held_out, "source_top1": _mean(rows, "source_validation").get("top1")}
+    sources = _mean(rows, "source_validation")
+    return {**held_out, "source_top1": sources.get("top1"), "source_nll": sources.get("nll")}
 
 
 def training_measures(steps: Sequence[dict[str, Any]]) -> dict[str, float | None]:
