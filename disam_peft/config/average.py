@@ -117,6 +117,15 @@ def kept_averages(averages: Averages) -> list[KeptAverageConfig]:
     return [average for average in listed if not isinstance(average, NoAverageConfig)]
 
 
+def named(configs: Sequence[KeptAverageConfig]) -> dict[str, KeptAverageConfig]:
+    """The averages by the name that results give them: their kind, numbered where a kind occurs several times."""
+    found: dict[str, KeptAverageConfig] = {}
+    for config in configs:
+        same = [other for other in found.values() if other.kind == config.kind]
+        found[config.kind if not same else f"{config.kind}_{len(same) + 1}"] = config
+    return found
+
+
 def times_judged(average: KeptAverageConfig, steps: int, interval: int) -> int:
     """How often an average is validated in a run of ``steps`` steps that validates after every ``interval`` of them,
     and after the last one."""

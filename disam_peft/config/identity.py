@@ -106,6 +106,16 @@ def settings_hash(recipe: Settings) -> str:
     return hashlib.sha256(json.dumps(counted, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
+def run_hash(recipe: Settings) -> str:
+    """Twelve hex digits over all settings of a run: those of ``settings_hash``, what the data are, the domain that is
+    held out, and how it is judged."""
+    told = _beyond_defaults(cast(Config, recipe))
+    data = {key: value for key, value in flat({"data": told.get("data", {})}).items() if not is_harmless(key)}
+    root = told.get("data", {}).get("root")
+    counted = {"settings": settings_hash(recipe), "data": data, "root": root, "protocol": told.get("protocol")}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
 def _identifies(key: str) -> bool:
     if key.split(".")[0] == "data":
         return key in COMPUTED_FROM_DATA

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,17 +20,15 @@ from disam_peft.common.worker_pool import Finished, spread
 from disam_peft.config.recipe import Recipe
 from disam_peft.errors import Notice, UserError
 from disam_peft.experiments import run, run_folder
+from disam_peft.experiments.collect import Key, Recorded, collected, key_of, recorded
+from disam_peft.experiments.frontier import frontier
 from disam_peft.experiments.run_cache import RunCache
 from disam_peft.experiments.study import Cell, StudyPlan, load_plan
+from disam_peft.experiments.study_readings import has_frontier
 from disam_peft.experiments.taking_turns import finished_since, until_one_is_free
-from disam_peft.report.comparison import COMPARISON, ZERO_SHOT, Comparison, Failure, MeasureRow, RunPlace, judge
+from disam_peft.report.cell_records import RECORDS, write_records
+from disam_peft.report.comparison import COMPARISON, Comparison
 from disam_peft.report.comparison_page import write_comparison
-from disam_peft.report.configurations import settings_with_backbones, zero_shot_key
-from disam_peft.report.run_measures import run_measures, zero_shot_measures
-from disam_peft.report.runs import RunRecord
-
-Place = tuple[str, str | None, int]
-"""Condition, held-out domain and seed."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,8 @@ def run_plan(
     say: Callable[[str], object] | None = None,
 ) -> Comparison:
     """Run the cells of a plan that have not been run yet, and write ``comparison.json``, ``.md``, ``.tex`` and
-    ``.html`` to ``output``. A cell that fails is recorded, and the others go on.
+    ``.html`` to ``output``, and ``records.csv``, with which the study need not be run again. A cell that fails is
+    recorded, and the others go on.
 
     Several processes may work on one ``output`` at once, also the tasks of a SLURM step. Each takes the cells that
     nobody else works on, waits for the others at the end, and writes the same page of them all.
@@ -92,28 +91,37 @@ def run_plan(
         raise UserError(f"--jobs {jobs}: at least one process has to do the work")
     leave_the_step()
     began = time.time()
-    todo = _unfinished(plan.cells, overwrite)
+    before = Recorded() if overwrite else recorded(plan)
+    todo = _unfinished([cell for cell in plan.cells if key_of(cell) not in before.cells], overwrite)
     if say is not None:
-        say(what_is_run(plan, todo, jobs))
-    ended: dict[tuple[str, str, str | None, int], Done] = {}
+        say(what_is_run(plan, todo, jobs, len(before.cells)))
+    ended: dict[Key, Done] = {}
     work = _shared(todo, overwrite, jobs, began, wait=wait)
     for cell, done in track(work, "runs", total=len(todo), also_between_items=True):
-        ended[_key(cell)] = done
+        ended[key_of(cell)] = done
     for text in dict.fromkeys(text for done in ended.values() for text in done.warnings):
         warnings.warn(text, stacklevel=2)
-    comparison = _collected(plan, output, {key: done.error for key, done in ended.items() if done.error})
+    errors = {key: done.error for key, done in ended.items() if done.error}
+    comparison, lines = collected(plan, output, errors, before)
     output_folder(output)
     with one_at_a_time(output / ".page.lock"):  # the files of one page belong together
+        write_records(output / RECORDS, lines)
         write_json(output / COMPARISON, asdict(comparison))
         write_comparison(comparison, output)
     return comparison
 
 
-def what_is_run(plan: StudyPlan, todo: Sequence[Cell], jobs: int) -> str:
+def what_is_run(plan: StudyPlan, todo: Sequence[Cell], jobs: int, taken: int = 0) -> str:
     """The arms, how many runs there are, how many of them are kept, and how many run at once. Cells that share data and
-    zero-shot numbers are run by one process in turn."""
-    kept, at_once = len(plan.cells) - len(todo), min(jobs, len(_groups(todo)))
+    zero-shot numbers are run by one process in turn.
+
+    Args:
+        taken: how many are taken from the study's records.
+    """
+    kept, at_once = len(plan.cells) - len(todo) - taken, min(jobs, len(_groups(todo)))
     words = f"compare: {len(plan.cells)} runs of {', '.join(plan.arms)}"
+    if taken:
+        words += f"; {taken} are taken from {plan.records}"
     if kept:
         words += f"; {kept} are finished and kept"
     if todo:
@@ -172,7 +180,11 @@ def is_finished(recipe: Recipe, cache: RunCache) -> bool:
 
 def _unfinished(cells: Sequence[Cell], overwrite: bool) -> list[Cell]:
     cache = RunCache()  # of its own: the images that it holds are let go before processes are started
-    return [cell for cell in cells if overwrite or not is_finished(cell.recipe, cache)]
+    return [
+        cell
+        for cell in cells
+        if overwrite or not is_finished(cell.recipe, cache) or not has_frontier(cell.folder, cell.alphas)
+    ]
 
 
 def run_cell(cell: Cell, cache: RunCache, overwrite: bool, began: float) -> Done:
@@ -188,6 +200,8 @@ def run_cell(cell: Cell, cache: RunCache, overwrite: bool, began: float) -> Done
         warnings.simplefilter("default")
         try:
             run.train(cell.recipe, overwrite=overwrite, resume=begun, cache=cache)
+            if not has_frontier(cell.folder, cell.alphas):
+                frontier(cell.folder, cell.alphas)
         except InUse as error:
             return Done(busy=error.who)
         except Exception as error:
@@ -241,75 +255,3 @@ class CellRunner:
             self._cache = RunCache()
             torch.set_num_threads(max(1, torch.get_num_threads() // self._jobs))
         return run_cell(cell, self._cache, self._overwrite, self._began)
-
-
-def _collected(plan: StudyPlan, output: Path, errors: dict[tuple[str, str, str | None, int], str]) -> Comparison:
-    """The records of every cell, read back from its folder."""
-    rows: dict[tuple[str, str, str | None, int, str], MeasureRow] = {}
-    runs: list[RunPlace] = []
-    failed: list[Failure] = []
-    records = {_key(cell): RunRecord(cell.folder) for cell in plan.cells if _key(cell) not in errors}
-    settings = dict(zip(records, settings_with_backbones(list(records.values())), strict=True))
-    zero_shot = zero_shot_names(
-        plan.arms,
-        {
-            (cell.arm, (cell.condition, cell.held_out, cell.seed)): zero_shot_key(record.data, settings[_key(cell)])
-            for cell in plan.cells
-            if (record := records.get(_key(cell))) is not None
-        },
-    )
-    for cell in plan.cells:
-        if _key(cell) in errors:
-            failed.append(Failure(cell.condition, cell.arm, cell.held_out, cell.seed, errors[_key(cell)]))
-            continue
-        record = records[_key(cell)]
-        for arm, values in ((cell.arm, run_measures(record)), (zero_shot[cell.arm], zero_shot_measures(record))):
-            for metric, value in values.items():
-                row = MeasureRow(cell.condition, arm, cell.held_out, cell.seed, metric, value)
-                rows[row.condition, row.arm, row.held_out, row.seed, row.metric] = row
-        place = cell.folder.relative_to(output).as_posix()
-        runs.append(RunPlace(cell.condition, cell.arm, cell.held_out, cell.seed, place))
-    comparison = Comparison(
-        title=plan.title,
-        question=plan.question,
-        arms=plan.arms,
-        conditions=plan.conditions,
-        pairs=plan.pairs,
-        metrics=plan.metrics,
-        held_out={
-            name: list(dict.fromkeys(cell.held_out for cell in plan.cells if cell.condition == name))
-            for name in plan.conditions
-        },
-        seeds=sorted({cell.seed for cell in plan.cells}),
-        fresh_data=plan.fresh_data,
-        rows=list(rows.values()),
-        runs=runs,
-        failed=failed,
-    )
-    return replace(comparison, verdicts=judge(comparison))
-
-
-def zero_shot_names(arms: Iterable[str], keys: Mapping[tuple[str, Place], str]) -> dict[str, str]:
-    """What the zero-shot numbers of each arm are called: ``zero_shot`` where all arms start from the same model, else
-    with the arms that share one.
-
-    Args:
-        keys: arm and place (condition, held-out domain, seed) -> what the zero-shot numbers depend on.
-    """
-    groups: list[tuple[list[str], dict[Place, str]]] = []
-    for arm in arms:
-        own = {place: key for (of, place), key in keys.items() if of == arm}
-        for members, known in groups:
-            if all(known.get(place, key) == key for place, key in own.items()):
-                members.append(arm)
-                known |= own
-                break
-        else:
-            groups.append(([arm], own))
-    if len(groups) == 1:
-        return dict.fromkeys(groups[0][0], ZERO_SHOT)
-    return {arm: f"{ZERO_SHOT}, {' and '.join(members)}" for members, _ in groups for arm in members}
-
-
-def _key(cell: Cell) -> tuple[str, str, str | None, int]:
-    return cell.condition, cell.arm, cell.held_out, cell.seed

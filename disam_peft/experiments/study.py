@@ -6,25 +6,23 @@ import copy
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
 
 from disam_peft.config.adapters import ADAPTER_KINDS
 from disam_peft.config.data import DataConfig
 from disam_peft.config.mistakes import all_mistakes
 from disam_peft.config.names import folder_name
-from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.overrides import set_key
 from disam_peft.config.protocol import ALL, as_held_out, named_domain
 from disam_peft.config.recipe import Recipe, checked
 from disam_peft.config.shapes import DOMAINS
-from disam_peft.config.study import PRESETS, Overrides
-from disam_peft.config.training import TrainConfig
+from disam_peft.config.study import PRESETS, Overrides, Reading
 from disam_peft.errors import UserError, did_you_mean
+from disam_peft.experiments import study_readings
 from disam_peft.experiments.study_files import StudySources, read_sources
+from disam_peft.experiments.study_presets import preset
 from disam_peft.report.run_measures import MEASURES, ON_HELD_OUT
 
 _FAULTS = ("wrong_domains", "wrong_labels", "spurious_color")
@@ -40,6 +38,8 @@ class Cell:
     """None where nothing is held out."""
     seed: int
     recipe: Recipe
+    alphas: tuple[float, ...] = ()
+    """Where between zero-shot and trained weights it is evaluated, too."""
 
     @property
     def folder(self) -> Path:
@@ -69,6 +69,9 @@ class StudyPlan:
     fresh_data: bool
     """Whether every seed has images of its own."""
     cells: list[Cell]
+    readings: dict[str, Reading] = field(default_factory=dict)
+    records: Path | None = None
+    """The file with numbers of runs that need not be run again; it may be missing."""
 
 
 def load_plan(
@@ -126,6 +129,7 @@ class _Planner:
             for arm in self.arms
             if (cell := self._cell(condition, arm, domain, seed)) is not None
         ]
+        self.mistakes += study_readings.mistakes(study.readings, self.arms, [(c.arm, c.recipe) for c in cells])
         metrics = self._metrics(cells)
         self.mistakes += [
             f"metric: no measure {m!r}{did_you_mean(m, MEASURES)} (known: {', '.join(MEASURES)})"
@@ -139,7 +143,8 @@ class _Planner:
         grouped = {cell.shared: [c for c in cells if c.shared == cell.shared] for cell in cells}
         cells = [cell for group in grouped.values() for cell in group]
         fresh = study.data_seed == "seed" and all(cell.recipe.data.shapes is not None for cell in cells)
-        return StudyPlan(self.sources.title, study.question, arms, self.conditions, pairs, metrics, fresh, cells)
+        title, question, records = self.sources.title, study.question, self.sources.records
+        return StudyPlan(title, question, arms, self.conditions, pairs, metrics, fresh, cells, study.readings, records)
 
     def _metrics(self, cells: Sequence[Cell]) -> list[str]:
         """The measures of the study. Where no run holds a domain out, what is measured there is no measure."""
@@ -177,7 +182,8 @@ class _Planner:
         recipe = checked(values, found)
         where = ", ".join(part for part in (condition and f"condition {condition!r}", f"arm {arm!r}") if part)
         self.mistakes += [f"{where}: {mistake}" for mistake in found]
-        return None if recipe is None else Cell(condition, arm, held_out, seed, recipe)
+        alphas = study_readings.alphas(self.study.readings, arm)
+        return None if recipe is None else Cell(condition, arm, held_out, seed, recipe, alphas)
 
     def _varied(self, condition: str, arm: str | None = None) -> dict[str, Any]:
         """The values of the recipe that an arm varies, under a condition."""
@@ -254,7 +260,7 @@ class _Planner:
         }
 
     def _pairs(self) -> list[tuple[str, str]]:
-        study, arms = self.study, list(self.arms)
+        study, arms = self.study, [*self.arms, *self.study.readings]
         named = [*([study.baseline] if study.baseline is not None else []), *_flat(study.comparisons or [])]
         self.mistakes += [
             f"no arm {name!r} to compare with{did_you_mean(name, arms)} (arms: {', '.join(arms)})"
@@ -268,37 +274,6 @@ class _Planner:
         usual = [pair for pair in known if set(pair) <= set(arms)]
         pairs = [(arm, baseline) for arm in arms if arm != baseline] + usual
         return [pair for i, pair in enumerate(pairs) if not {pair, pair[::-1]} & set(pairs[:i])]
-
-
-def preset(name: str, values: Mapping[str, Any]) -> Overrides:
-    """The overrides of an arm that needs none. ``erm_2x`` stretches the whole schedule, that of penalties included, and
-    validates as often. An ``alpha`` of GSAM is none of SAGM: such arms have the published one."""
-    if name != "erm_2x":
-        given = values.get("method")
-        own = str(given.get("name")) if isinstance(given, Mapping) else ""
-        is_of_another = any(of in name and other in own for of, other in (("gsam", "sagm"), ("sagm", "gsam")))
-        return {"method.name": name, "method.alpha": None} if is_of_another else {"method.name": name}
-    train = values.get("train") or {}
-    stretched: Overrides = {"method.name": "erm"}
-    for key in ("steps", "warmup_steps", "validate_every"):
-        value = train.get(key, TrainConfig.model_fields[key].default)
-        if isinstance(value, int):
-            stretched[f"train.{key}"] = 2 * value
-    penalties = _stretched_penalties(values.get("objective"))
-    if penalties:
-        stretched["objective.penalties"] = penalties
-    return stretched
-
-
-def _stretched_penalties(objective: Any) -> list[dict[str, Any]]:
-    """The penalties with twice the steps of ``anneal``; none where there are none, or where they are mistaken, which is
-    told when the recipe of a cell is checked."""
-    try:
-        penalties = ObjectiveConfig.model_validate(objective or {}).penalties
-    except ValidationError:
-        return []
-    values = [penalty.model_dump(mode="json") for penalty in penalties]
-    return [{**value, "anneal": 2 * value["anneal"]} if "anneal" in value else value for value in values]
 
 
 def _present_domains(config: DataConfig) -> tuple[str, ...]:

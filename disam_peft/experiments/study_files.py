@@ -29,6 +29,7 @@ class StudySources:
             that of the first.
         own: arm -> the values of its own recipe, overrides applied.
         shown: name -> what a page says of the arm, the file of its recipe included.
+        records: the file with numbers of runs that were done before.
     """
 
     title: str
@@ -37,6 +38,7 @@ class StudySources:
     base: dict[str, Any]
     own: dict[str, dict[str, Any]]
     shown: dict[str, Overrides]
+    records: Path | None = None
 
     def of(self, arm: str | None) -> dict[str, Any]:
         """The values that an arm varies."""
@@ -93,7 +95,8 @@ def read_sources(
     mistakes += _other_data(base, own)
     shown = {arm: {RECIPE: str(of) if isinstance(of, Path) else "its own"} for arm, of in of_arms.items()}
     title = path.stem if len(paths) == 1 else " and ".join(arms)
-    return StudySources(title, study, arms, base, own, shown)
+    records = None if study.records is None else path.parent / study.records
+    return StudySources(title, study, arms, base, own, shown, records)
 
 
 def _study_values(paths: Sequence[Path], *, as_text: bool = False) -> dict[str, Any]:

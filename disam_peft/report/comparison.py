@@ -19,6 +19,8 @@ COMPARISON = "comparison.json"
 ZERO_SHOT = "zero_shot"
 NONE = "none"
 """Stands in place of a held-out domain where nothing was held out."""
+WORST = "worst"
+"""Stands in its place where a number is the worst over the held-out domains."""
 
 
 @dataclass(frozen=True)
@@ -82,16 +84,36 @@ class Comparison:
     rows: list[MeasureRow]
     runs: list[RunPlace]
     failed: list[Failure]
+    recorded: int = 0
+    """How many runs were not run here: their numbers were taken from records."""
+    recorded_with: list[str] = field(default_factory=list)
+    """What these were made with, e.g. ``disam_peft 0.2.0, torch 2.14.1``."""
     verdicts: dict[str, list[Judgement]] = field(default_factory=dict)
     """By metric; worked out from the rows by ``judge``."""
 
     def values(self, condition: str, metric: str) -> dict[str, dict[tuple[str | None, int], float]]:
-        """arm -> (held-out domain, seed) -> value, where there is one."""
+        """arm -> (held-out domain, seed) -> value, where there is one. Of a worst value the domain is ``WORST``."""
         found: dict[str, dict[tuple[str | None, int], float]] = {}
         for row in self.rows:
-            if (row.condition, row.metric) == (condition, metric) and row.value is not None:
+            if (row.condition, row.metric) == (condition, measured(metric)) and row.value is not None:
                 found.setdefault(row.arm, {})[row.held_out, row.seed] = row.value
-        return found
+        if metric == measured(metric):
+            return found
+        return {arm: self._worst(of, condition, metric) for arm, of in found.items()}
+
+    def domains(self, condition: str, metric: str) -> list[str | None]:
+        """The held-out domains that a measure has numbers of; ``WORST`` alone where it is the worst over them."""
+        return self.held_out[condition] if metric == measured(metric) else [WORST]
+
+    def _worst(
+        self, values: dict[tuple[str | None, int], float], condition: str, metric: str
+    ) -> dict[tuple[str | None, int], float]:
+        """Of the seeds that have every held-out domain."""
+        worst = min if MEASURES[metric].higher_is_better else max
+        domains = self.held_out[condition]
+        seeds = sorted({seed for _, seed in values})
+        complete = [seed for seed in seeds if all((domain, seed) in values for domain in domains)]
+        return {(WORST, seed): worst(values[domain, seed] for domain in domains) for seed in complete}
 
 
 @dataclass(frozen=True)
@@ -146,13 +168,19 @@ def read_comparison(folder: Path) -> Comparison:
     return read_typed(path, Comparison, "a comparison")
 
 
+def measured(metric: str) -> str:
+    """The measure that rows have, from which this one is made."""
+    known = MEASURES.get(metric)
+    return known.worst_of if known is not None and known.worst_of else metric
+
+
 def judge(comparison: Comparison) -> dict[str, list[Judgement]]:
     """Every pair of arms under every condition, by each metric. All of one metric are one family of tests."""
     found = {}
     for metric in comparison.metrics:
         places = [(condition, pair) for condition in comparison.conditions for pair in comparison.pairs]
         results = [
-            paired(*pair, comparison.values(condition, metric), comparison.held_out[condition])
+            paired(*pair, comparison.values(condition, metric), comparison.domains(condition, metric))
             for condition, pair in places
         ]
         results = judged(results, higher_is_better=MEASURES[metric].higher_is_better)
@@ -168,7 +196,7 @@ def value_tables(comparison: Comparison, metric: str) -> list[TextTable]:
     titles = tuple(map(arm_title, arms))
     over_all, by_condition = [], []
     for condition in comparison.conditions:
-        values, domains = comparison.values(condition, metric), comparison.held_out[condition]
+        values, domains = comparison.values(condition, metric), comparison.domains(condition, metric)
         lines = [(d or NONE, *(_text(values.get(arm, {}), [d], measure) for arm in arms)) for d in domains]
         mean = tuple(_text(values.get(arm, {}), domains, measure) for arm in arms)
         over_all.append((condition, *mean))
@@ -253,7 +281,7 @@ def means(comparison: Comparison, metric: str) -> dict[str, list[float | None]]:
     for condition in comparison.conditions:
         values = comparison.values(condition, metric)
         for arm, line in found.items():
-            numbers = by_seed(values.get(arm, {}), comparison.held_out[condition])
+            numbers = by_seed(values.get(arm, {}), comparison.domains(condition, metric))
             line.append(statistics.fmean(numbers) if numbers else None)
     return found
 
@@ -262,7 +290,7 @@ def seed_values(comparison: Comparison, one: Judgement, metric: str) -> list[flo
     """The differences, seed by seed, that a judgement rests on."""
     values = comparison.values(one.condition, metric)
     first, second = (values.get(arm, {}) for arm in (one.result.first, one.result.second))
-    return seed_differences(first, second, comparison.held_out[one.condition])
+    return seed_differences(first, second, comparison.domains(one.condition, metric))
 
 
 def by_seed(values: dict[tuple[str | None, int], float], held_out: Sequence[str | None]) -> list[float]:
@@ -273,7 +301,7 @@ def by_seed(values: dict[tuple[str | None, int], float], held_out: Sequence[str 
 
 
 def _arms(comparison: Comparison, metric: str) -> list[str]:
-    known = [row.arm for row in comparison.rows if row.metric == metric and row.value is not None]
+    known = [row.arm for row in comparison.rows if row.metric == measured(metric) and row.value is not None]
     before = [arm for arm in dict.fromkeys(known) if is_zero_shot(arm) and arm not in comparison.arms]
     return [*before, *comparison.arms]
 

@@ -140,7 +140,13 @@ def _markdown(comparison: Comparison, tables: Sequence[TextTable]) -> str:
 
 def about(comparison: Comparison) -> str:
     """How to read the tables."""
-    return f"{METHOD} {FRESH if comparison.fresh_data else SAME}"
+    taken = ""
+    if comparison.recorded:
+        total = comparison.recorded + len(comparison.runs) + len(comparison.failed)
+        taken = (
+            f" {comparison.recorded} of {total} runs are taken from records ({'; '.join(comparison.recorded_with)})."
+        )
+    return f"{METHOD} {FRESH if comparison.fresh_data else SAME}{taken}"
 
 
 def _settings(overrides: dict[str, object]) -> str:

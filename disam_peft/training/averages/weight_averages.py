@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from disam_peft.common.records import RAW
-from disam_peft.config.average import AverageConfig, BmaConfig, EmaConfig, SwaConfig, SwadConfig
+from disam_peft.config.average import BmaConfig, EmaConfig, KeptAverageConfig, SwaConfig, SwadConfig, named
 from disam_peft.config.base import Config
 from disam_peft.disam.perturbation import restored
 from disam_peft.errors import UserError
@@ -39,7 +39,7 @@ class WeightAverages:
         steps: of the whole run.
     """
 
-    def __init__(self, configs: Sequence[AverageConfig], params: Sequence[Tensor], steps: int) -> None:
+    def __init__(self, configs: Sequence[KeptAverageConfig], params: Sequence[Tensor], steps: int) -> None:
         self._configs, self._params, self._steps = named(configs), list(params), steps
         self._averages: dict[str, Average] = {}
         self.begin()
@@ -116,12 +116,3 @@ class WeightAverages:
             raise UserError(f"its averages differ (here {sorted(self._averages)}; saved {sorted(state)})")
         for name, average in self._averages.items():
             average.load_state_dict(state[name])
-
-
-def named(configs: Sequence[AverageConfig]) -> dict[str, AverageConfig]:
-    """The averages by the name that results give them: their kind, numbered where a kind occurs several times."""
-    found: dict[str, AverageConfig] = {}
-    for config in configs:
-        same = [other for other in found.values() if other.kind == config.kind]
-        found[config.kind if not same else f"{config.kind}_{len(same) + 1}"] = config
-    return found

@@ -9,7 +9,7 @@ from rich.console import Console
 from disam_peft.cli.output import print_comparison
 from disam_peft.common.records import write_json
 from disam_peft.errors import UserError
-from disam_peft.experiments.compare import zero_shot_names
+from disam_peft.experiments.collect import zero_shot_names
 from disam_peft.report.comparison import (
     COMPARISON,
     Comparison,

@@ -18,6 +18,7 @@ from disam_peft.config.average import (
     SwaConfig,
     SwadConfig,
     kept_averages,
+    named,
     times_judged,
     too_slow,
 )
@@ -26,7 +27,7 @@ from disam_peft.config.data import DataConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
 from disam_peft.errors import UserError
-from disam_peft.training.averages.weight_averages import AVERAGES, WeightAverages, named
+from disam_peft.training.averages.weight_averages import AVERAGES, WeightAverages
 from disam_peft.training.checkpoint.manager import CheckpointConfig
 from disam_peft.training.fit import fit
 from disam_peft.training.guarded_optimizer import StepOutcome
