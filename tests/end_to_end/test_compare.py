@@ -88,6 +88,45 @@ def _look(page):
     assert page.count("<svg") == 2 + 2  # intervals of two measures, curves of losses and of weights
 
 
+def test_readings_are_numbers_of_the_runs_and_records_take_their_place(tmp_path, study, monkeypatch):
+    added = """readings:
+  ema: {arm: erm, weights: ema}
+  half: {arm: erm, alpha: 0.5}
+  wise: {arm: disam, alpha: recommended}
+records: kept.csv
+"""
+    study.write_text(STUDY.replace("  evaluation:", "  average: {kind: ema, decay: 0.5}\n  evaluation:") + added)
+    output = tmp_path / "out"
+    found = compare(study, output, jobs=1, seeds=1)
+    assert not found.failed
+    [place] = [place for place in found.runs if (place.arm, place.held_out) == ("erm", "photo")]
+    rows = json.loads((output / place.folder / "results.json").read_text())
+    [ema] = [
+        r for r in rows if (r["weights"], r["split"], r["metric"]) == ("ema", "held_out", "top1") and not r["pooled"]
+    ]
+    assert found.values("", "top1")["ema"]["photo", 0] == pytest.approx(ema["value"], rel=1e-5)
+    frontier = json.loads((output / place.folder / "frontier.json").read_text())
+    [half] = [
+        r
+        for r in frontier["rows"]
+        if (r["alpha"], r["split"], r["metric"]) == (0.5, "held_out", "nll") and not r["pooled"]
+    ]
+    assert found.values("", "nll")["half"]["photo", 0] == pytest.approx(half["value"], rel=1e-5)
+    assert set(found.values("", "source_nll")) == {"zero_shot", "erm", "disam", "ema", "half", "wise"}
+
+    (tmp_path / "kept.csv").write_bytes((output / "records.csv").read_bytes())
+    (output / place.folder / "frontier.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "train", lambda *a, **k: pytest.fail("a recorded run was run again"))
+        again = compare(study, tmp_path / "elsewhere", jobs=1, seeds=1)
+    assert (again.recorded, again.runs) == (4, [])
+    for arm, values in found.values("", "nll").items():
+        assert again.values("", "nll")[arm] == pytest.approx(values, rel=1e-5)
+    assert "4 of 4 runs are taken from records" in (tmp_path / "elsewhere/comparison.md").read_text()
+    (tmp_path / "kept.csv").unlink()
+    assert compare(study, output, jobs=1, seeds=1).rows == found.rows, "the frontier that was lost is made again"
+
+
 def test_what_was_cut_short_or_is_missing_is_run_again(tmp_path, study):
     output = tmp_path / "out"
     before = compare(study, output, jobs=1, seeds=1)

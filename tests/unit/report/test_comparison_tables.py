@@ -51,6 +51,31 @@ def test_row_49_a_held_out_domain_called_mean_is_a_line_of_its_own():
     assert table.pooled == 1
 
 
+def test_the_worst_held_out_domain_is_that_of_each_seed():
+    values = {
+        "erm": {(0, "a"): 0.5, (0, "b"): 0.7, (1, "a"): 0.8, (1, "b"): 0.6},
+        "sam": {(0, "a"): 0.6, (0, "b"): 0.55},
+    }
+    rows = [
+        MeasureRow("", arm, domain, seed, "top1", value)
+        for arm, of in values.items()
+        for (seed, domain), value in of.items()
+    ]
+    one = replace(
+        comparison(["erm", "sam"]),
+        rows=rows,
+        metrics=["worst_top1"],
+        held_out={"": ["a", "b"]},
+        pairs=[("sam", "erm")],
+    )
+    assert one.values("", "worst_top1") == {"erm": {("worst", 0): 0.5, ("worst", 1): 0.6}, "sam": {("worst", 0): 0.55}}
+    [table] = value_tables(one, "worst_top1")
+    assert table.lines == (("worst", "55.0 ± 7.1", "55.0"),)
+    [verdict] = judge(one)["worst_top1"]
+    assert verdict.result.mean == pytest.approx(0.05)
+    assert verdict.result.seeds == 1
+
+
 def test_zero_shot_numbers_of_arms_that_start_from_other_models_are_not_merged():
     place = ("", "art", 0)
     assert zero_shot_names(["erm", "sam"], {("erm", place): "x", ("sam", place): "x"}) == {
