@@ -1,53 +1,78 @@
-"""Gather the studies' comparisons into recipes/studies/RESULTS.md, as they were measured.
+"""Write recipes/studies/RESULTS.md, and the figure of the manual, from the records of the studies.
 
-    python scripts/study_results.py STUDIES          # STUDIES/<study>/comparison.json, from disam-peft compare
+    disam-peft compare recipes/studies/c_methods.yaml --output studies/c_methods
+    cp studies/c_methods/records.csv recipes/studies/records/c_methods.csv
+    python scripts/study_results.py
 
-The answer of each study is the comment in its file that begins with ``# Answer``.
+Nothing is run. The answer of each study is the comment in its file that begins with ``# Answer``.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from disam_peft.report.comparison import NONE, Comparison, TextTable, diagnostics_table, read_comparison, value_tables
+from disam_peft.experiments.collect import collected, key_of, recorded
+from disam_peft.experiments.study import load_plan
+from disam_peft.report.comparison import NONE, Comparison, TextTable, diagnostics_table, value_tables
 from disam_peft.report.comparison import verdict_table as verdicts
 from disam_peft.report.comparison_page import about
+from disam_peft.report.drawing import draw
+from disam_peft.report.gains import gains_figure, gains_table
 
-STUDIES = Path(__file__).parents[1] / "recipes/studies"
+ROOT = Path(__file__).parents[1]
+STUDIES = ROOT / "recipes/studies"
+MAIN, FIGURE = "c_methods", ROOT / "docs/guide"
+WIDEST = 7
 HEAD = """# What the studies found
 
 On DomainShapes with the CLIP that ships with the package: a synthetic benchmark and a very small model. What is found
 here says how the methods behave in it, and nothing about photographs. Written by `python scripts/study_results.py`
-from the records; the intervals are rebuilt with them.
-"""
+from the records in `recipes/studies/records/`, with which `disam-peft compare` makes the pages again without a run."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write recipes/studies/RESULTS.md.")
-    parser.add_argument("folder", type=Path, help="of the comparisons, one folder each, named as the study's file")
+    parser = argparse.ArgumentParser(description="Write recipes/studies/RESULTS.md and the figure of the manual.")
     parser.add_argument("--output", type=Path, default=STUDIES / "RESULTS.md")
+    parser.add_argument("--figure", type=Path, default=FIGURE, help="folder of which_method.svg and .png")
     given = parser.parse_args()
-    found = [path for path in sorted(STUDIES.glob("[a-z]_*.yaml")) if (given.folder / path.stem).is_dir()]
-    parts = [HEAD.strip()]
-    for path in found:
-        comparison = read_comparison(given.folder / path.stem)
-        if not parts[1:]:
-            parts.append(about(comparison))
-        parts += section(path, comparison)
+    parts = [HEAD]
+    for path, comparison, planned in comparisons():
+        if len(parts) == 1:
+            parts.append(about(replace(comparison, recorded=0)))
+        parts += section(path, comparison, planned)
+        if path.stem == MAIN:
+            alt = "Accuracy against NLL on held-out domains: a point for each method, its colour by what it costs"
+            draw("which_method", alt, partial(gains_figure, comparison, "")).save(given.figure)
     given.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def section(path: Path, comparison: Comparison) -> list[str]:
+def comparisons() -> Iterator[tuple[Path, Comparison, int]]:
+    """The studies that have records: file, comparison of what is recorded, number of planned runs."""
+    for path in sorted(STUDIES.glob("[a-z]_*.yaml")):
+        plan = load_plan(path, output=Path("studies") / path.stem)
+        before = recorded(plan)
+        done = replace(plan, cells=[cell for cell in plan.cells if key_of(cell) in before.cells])
+        if done.cells:
+            yield path, collected(done, Path("studies"), {}, before)[0], len(plan.cells)
+
+
+def section(path: Path, comparison: Comparison, planned: int) -> list[str]:
     """Question, answer and tables of one study."""
-    seeds = f"{len(comparison.runs)} runs, {len(comparison.seeds)} seeds"
-    parts = [f"## {path.stem}", f"{comparison.question} ({seeds}; held out: {held_out(comparison)})", answer(path)]
+    done = comparison.recorded
+    runs = f"{done} runs" if done == planned else f"{done} of {planned} runs"
+    about_runs = f"({runs}, {len(comparison.seeds)} seeds; held out: {held_out(comparison)})"
+    parts = [f"## {path.stem}", f"{comparison.question} {about_runs}", answer(path)]
+    tables = [table for name in comparison.conditions if (table := gains_table(comparison, name)) is not None]
     for metric in comparison.metrics:
         values = value_tables(comparison, metric)[0]
-        parts.append((values.transposed() if len(values.columns) > 7 else values).markdown())
-        parts.append(shortened(verdicts(comparison, metric)).markdown())
-    parts.append(diagnostics_table(comparison).markdown())
-    return [part for part in parts if part]
+        tables.append(values.transposed() if len(values.columns) > WIDEST else values)
+        tables.append(shortened(verdicts(comparison, metric)))
+    tables.append(diagnostics_table(comparison))
+    return [part for part in (*parts, *(table.markdown() for table in tables)) if part]
 
 
 def held_out(comparison: Comparison) -> str:

@@ -15,6 +15,10 @@ CLASSES: Final = (
 )
 DOMAINS: Final = ("blueprint", "cartoon", "painting", "photo", "silhouette", "sketch")
 
+FAULTS: Final = ("wrong_domains", "wrong_labels", "spurious_color", "negatives")
+"""Settings that leave out the target."""
+NEGATIVE: Final = "-negative"
+"""What the name of a domain with negative colours ends with."""
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -30,8 +34,8 @@ class OverlapConfig(Config):
 class ShapesConfig(Config):
     """Number and seed of the images of DomainShapes, and the faults among them.
 
-    Wrong class labels, wrong domain labels and the spurious colour leave out the ``target``, the domain that will be
-    held out.
+    Wrong class labels, wrong domain labels, the spurious colour and negatives leave out the ``target``, the domain that
+    will be held out.
     """
 
     images_per_class: Count = 20
@@ -52,12 +56,18 @@ class ShapesConfig(Config):
     """Share of the images outside the target whose object has the colour of its class. In the target the object has
     the colour of some class, drawn at random, so that the same colours occur in every domain. 0: colours say nothing
     about the class."""
+    noise: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default={})
+    """Domain -> strength of the noise on its images, which makes it a hard domain: a random number is added to each
+    colour value, up to so much of the whole range."""
+    negatives: bool = False
+    """Whether every second image outside the target has negative colours, and a domain of its own: ``photo`` becomes
+    ``photo`` and ``photo-negative``. Twice as many domains on as many images."""
     overlap: OverlapConfig | None = None
     """Two domains whose styles are blended. Unset: none."""
 
     @model_validator(mode="after")
     def _consistent(self) -> ShapesConfig:
-        named = [*self.per_domain, *([self.target] if self.target is not None else [])]
+        named = [*self.per_domain, *self.noise, *([self.target] if self.target is not None else [])]
         if self.overlap is not None:
             named += [self.overlap.first, self.overlap.second]
             if self.overlap.first == self.overlap.second:
@@ -66,7 +76,7 @@ class ShapesConfig(Config):
             if name not in DOMAINS:
                 known = ", ".join(DOMAINS)
                 raise ValueError(f"no domain {name!r} in DomainShapes{did_you_mean(name, DOMAINS)} (domains: {known})")
-        faults = [name for name in ("wrong_domains", "wrong_labels", "spurious_color") if getattr(self, name) > 0]
+        faults = [name for name in FAULTS if getattr(self, name)]
         if faults and self.target is None:
             raise ValueError(
                 f"{', '.join(faults)} needs target, the domain to be held out: its images and labels must stay as they "
@@ -77,6 +87,13 @@ class ShapesConfig(Config):
     def count(self, domain: str) -> int:
         """Number of images of each class in ``domain``."""
         return self.per_domain.get(domain, self.images_per_class)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The names of the domains that it can have."""
+        if not self.negatives:
+            return DOMAINS
+        return tuple(sorted([*DOMAINS, *(f"{domain}{NEGATIVE}" for domain in DOMAINS if domain != self.target)]))
 
     @property
     def total(self) -> int:

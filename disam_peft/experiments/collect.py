@@ -114,6 +114,7 @@ def collected(
         rows=rows,
         runs=runs,
         failed=failed,
+        baseline=plan.baseline,
         recorded=len(before.cells),
         recorded_with=before.made_with,
     )

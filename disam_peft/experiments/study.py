@@ -17,15 +17,13 @@ from disam_peft.config.names import folder_name
 from disam_peft.config.overrides import set_key
 from disam_peft.config.protocol import ALL, as_held_out, named_domain
 from disam_peft.config.recipe import Recipe, checked
-from disam_peft.config.shapes import DOMAINS
+from disam_peft.config.shapes import DOMAINS, FAULTS
 from disam_peft.config.study import PRESETS, Overrides, Reading
 from disam_peft.errors import UserError, did_you_mean
 from disam_peft.experiments import study_readings
 from disam_peft.experiments.study_files import StudySources, read_sources
 from disam_peft.experiments.study_presets import preset
 from disam_peft.report.run_measures import MEASURES, ON_HELD_OUT
-
-_FAULTS = ("wrong_domains", "wrong_labels", "spurious_color")
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,8 @@ class StudyPlan:
     readings: dict[str, Reading] = field(default_factory=dict)
     records: Path | None = None
     """The file with numbers of runs that need not be run again; it may be missing."""
+    baseline: str = ""
+    """The arm that others are compared with where nobody names pairs."""
 
 
 def load_plan(
@@ -144,7 +144,10 @@ class _Planner:
         cells = [cell for group in grouped.values() for cell in group]
         fresh = study.data_seed == "seed" and all(cell.recipe.data.shapes is not None for cell in cells)
         title, question, records = self.sources.title, study.question, self.sources.records
-        return StudyPlan(title, question, arms, self.conditions, pairs, metrics, fresh, cells, study.readings, records)
+        baseline = study.baseline if study.baseline is not None else next(iter(self.arms))
+        return StudyPlan(
+            title, question, arms, self.conditions, pairs, metrics, fresh, cells, study.readings, records, baseline
+        )
 
     def _metrics(self, cells: Sequence[Cell]) -> list[str]:
         """The measures of the study. Where no run holds a domain out, what is measured there is no measure."""
@@ -176,7 +179,7 @@ class _Planner:
         if shapes is not None:
             if self.study.data_seed == "seed":
                 shapes["seed"] = seed
-            if held_out is not None and any(shapes.get(fault) for fault in _FAULTS):
+            if held_out is not None and any(shapes.get(fault) for fault in FAULTS):
                 shapes.setdefault("target", held_out)
         found: list[str] = []
         recipe = checked(values, found)

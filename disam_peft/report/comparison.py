@@ -84,6 +84,8 @@ class Comparison:
     rows: list[MeasureRow]
     runs: list[RunPlace]
     failed: list[Failure]
+    baseline: str = ""
+    """The arm that gains are counted from; empty in a comparison of 0.1."""
     recorded: int = 0
     """How many runs were not run here: their numbers were taken from records."""
     recorded_with: list[str] = field(default_factory=list)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -20,6 +21,8 @@ from disam_peft.report.comparison import (
     verdict_table,
 )
 from disam_peft.report.comparison_figures import arm_lines, difference_intervals, domain_panels
+from disam_peft.report.drawing import draw
+from disam_peft.report.gains import gains_figure, gains_table
 from disam_peft.report.result_tables import markdown_text, training_domains
 from disam_peft.report.run_measures import MEASURES
 from disam_peft.report.runs import RunRecord
@@ -49,6 +52,14 @@ class _Section:
 
 
 @dataclass(frozen=True)
+class _Gains:
+    """What every arm gains under one condition."""
+
+    table: TextTable
+    figure: Markup
+
+
+@dataclass(frozen=True)
 class _Curves:
     """Training without one domain, under one condition."""
 
@@ -71,6 +82,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
     page = environment.get_template("comparison.html.j2").render(
         comparison=comparison,
         sections=[_section(comparison, metric) for metric in comparison.metrics],
+        gains=_gains(comparison),
         diagnostics=diagnostics_table(comparison),
         curves=_curves(comparison, folder),
         method=about(comparison),
@@ -93,6 +105,15 @@ def _section(comparison: Comparison, metric: str) -> _Section:
         Markup(difference_intervals(comparison, metric)),
         Markup(arm_lines(comparison, metric, means(comparison, metric))) if several else None,
     )
+
+
+def _gains(comparison: Comparison) -> list[_Gains]:
+    found = []
+    for condition in comparison.conditions:
+        if (table := gains_table(comparison, condition)) is not None:
+            figure = draw("gains", table.title, partial(gains_figure, comparison, condition))
+            found.append(_Gains(table, Markup(figure.wide)))
+    return found
 
 
 def _curves(comparison: Comparison, folder: Path) -> list[_Curves]:
@@ -119,7 +140,8 @@ def _tables(comparison: Comparison) -> list[TextTable]:
     tables = []
     for metric in comparison.metrics:
         tables += [*value_tables(comparison, metric), verdict_table(comparison, metric)]
-    return [*tables, diagnostics_table(comparison)]
+    gained = [table for name in comparison.conditions if (table := gains_table(comparison, name)) is not None]
+    return [*tables, *gained, diagnostics_table(comparison)]
 
 
 def _markdown(comparison: Comparison, tables: Sequence[TextTable]) -> str:

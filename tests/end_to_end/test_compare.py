@@ -85,7 +85,7 @@ def _look(page):
     assert not fetched, "the page is self-contained"
     assert not {"script", "link", "b"} & tags
     assert "Is &lt;b&gt;SAM&lt;/b&gt; better?" in page
-    assert page.count("<svg") == 2 + 2  # intervals of two measures, curves of losses and of weights
+    assert page.count("<svg") == 2 + 1 + 2  # intervals of two measures, gains, curves of losses and of weights
 
 
 def test_readings_are_numbers_of_the_runs_and_records_take_their_place(tmp_path, study, monkeypatch):

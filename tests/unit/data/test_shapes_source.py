@@ -129,9 +129,46 @@ def test_full_overlap_makes_one_style_of_two():
     )
 
 
+def test_negatives_are_domains_of_their_own_and_spare_the_target():
+    config = ShapesConfig(images_per_class=3, target="sketch", negatives=True)
+    samples = list_shapes(config)
+    assert {sample.key for sample in samples} == {
+        sample.key for sample in list_shapes(ShapesConfig(images_per_class=3))
+    }
+    assert Counter(sample.domain_label for sample in samples) == {
+        domain: 36 if domain == "sketch" else 12 if domain.endswith("-negative") else 24 for domain in config.domains
+    }
+    assert len(config.domains) == 11
+    plain = paint_shape(ShapesConfig(), "photo", "star", 1)
+    np.testing.assert_array_equal(paint_shape(config, "photo", "star", 1), 255 - plain)
+    for domain, index in (("photo", 0), ("sketch", 1)):
+        np.testing.assert_array_equal(
+            paint_shape(config, domain, "star", index), paint_shape(ShapesConfig(), domain, "star", index)
+        )
+    data = load(DataConfig(shapes=config, domains=["photo-negative", "sketch"], verify=False))
+    assert data.domains == ("photo-negative", "sketch")
+
+
+def test_noise_makes_one_domain_hard_and_is_as_strong_as_it_says():
+    config = ShapesConfig(noise={"photo": 0.5})
+    plain, noisy = (paint_shape(of, "photo", "star", 1).astype(int) for of in (ShapesConfig(), config))
+    within = (plain > 130) & (plain < 200)  # not cut off at the ends of the range
+    change = (noisy - plain)[within & (noisy > 0) & (noisy < 255)]
+    assert np.abs(noisy - plain).max() <= 128
+    assert change.min() < -100
+    assert abs(change.mean()) < 40
+    np.testing.assert_array_equal(paint_shape(config, "photo", "star", 1), noisy)
+    np.testing.assert_array_equal(
+        paint_shape(config, "cartoon", "star", 1), paint_shape(ShapesConfig(), "cartoon", "star", 1)
+    )
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"noise": {"photos": 0.3}}, "no domain 'photos'.*did you mean 'photo'"),
+        ({"noise": {"photo": 2}}, "less than or equal to 1"),
+        ({"negatives": True}, "negatives needs target"),
         ({"per_domain": {"photos": 3}}, "no domain 'photos'.*did you mean 'photo'"),
         ({"target": "sketches"}, "did you mean 'sketch'"),
         ({"wrong_domains": 0.1}, "wrong_domains needs target"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from disam_peft.common.progress import track
-from disam_peft.config.shapes import CLASSES, DOMAINS, ShapesConfig
+from disam_peft.config.shapes import CLASSES, DOMAINS, NEGATIVE, ShapesConfig
 from disam_peft.data.sources.samples import Samples, require_domains
 from disam_peft.data.sources.shapes.raster import HUES, SIZE, Draws
 from disam_peft.data.sources.shapes.scene import draw_scene, paint
@@ -17,6 +17,7 @@ from disam_peft.data.sources.shapes.styles import STYLES, Style, blended
 from disam_peft.errors import UserError
 
 _MILLION = 1_000_000
+_WHOLE = 1024  # of a share, so that noise is computed in whole numbers
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class ShapeSample:
     class_name: str
     index: int
     domain_label: str
-    """The domain that it is labelled with: its own, except for the share ``wrong_domains``."""
+    """The domain that it is labelled with: its own or that of negatives, except for the share ``wrong_domains``."""
     label: str
     """The class that it is labelled with: its own, except for the share ``wrong_labels``."""
 
@@ -49,7 +50,7 @@ def list_shapes(config: ShapesConfig, domains: Sequence[str] | None = None) -> l
 
 
 def paint_shape(config: ShapesConfig, domain: str, class_name: str, index: int) -> np.ndarray:
-    """(64, 64, 3) uint8; a pure function of the config's seed, split, overlap and spurious colour and of the rest."""
+    """(64, 64, 3) uint8; a pure function of the config's seed, split and faults and of the rest."""
     scene = draw_scene(
         config.seed,
         config.split,
@@ -59,7 +60,12 @@ def paint_shape(config: ShapesConfig, domain: str, class_name: str, index: int) 
         style=_style(config, domain),
         hue=object_hue(config, domain, class_name, index),
     )
-    return paint(scene)
+    picture = paint(scene)
+    if strength := config.noise.get(domain, 0):
+        draws = Draws("noise", config.seed, config.split, domain, class_name, index)
+        noisy = picture.astype(np.int32) + draws.noise(*picture.shape) * round(strength * _WHOLE) // (_WHOLE // 2)
+        picture = noisy.clip(0, 255).astype(np.uint8)
+    return 255 - picture if _is_negative(config, domain, index) else picture
 
 
 def read_shapes(config: ShapesConfig, domains: Sequence[str] | None = None) -> Samples:
@@ -72,7 +78,7 @@ def read_shapes(config: ShapesConfig, domains: Sequence[str] | None = None) -> S
 
     origin = f"DomainShapes (seed {config.seed}, {config.split})"
     if domains is not None:
-        require_domains(domains, DOMAINS, origin)
+        require_domains(domains, config.domains, origin)
     samples = list_shapes(config, domains)
     # As plain pixels: how a compressed file looks depends on the version of the library that wrote it.
     files = [{"bytes": to_ppm(picture), "path": f"{sample.key}.ppm"} for sample, picture in _painted(config, samples)]
@@ -117,7 +123,7 @@ def _painted(config: ShapesConfig, samples: Sequence[ShapeSample]) -> Iterator[t
 
 
 def _labelled(config: ShapesConfig, domain: str, class_name: str, index: int) -> ShapeSample:
-    domain_label, label = domain, class_name
+    domain_label, label = f"{domain}{NEGATIVE}" if _is_negative(config, domain, index) else domain, class_name
     if domain != config.target:
         draws = Draws("faults", config.seed, config.split, domain, class_name, index)
         # Drawn in any case and then compared, so that a larger share changes the same samples and some more.
@@ -129,6 +135,10 @@ def _labelled(config: ShapesConfig, domain: str, class_name: str, index: int) ->
         if label_chance < config.wrong_labels * _MILLION:
             label = other_label
     return ShapeSample(domain, class_name, index, domain_label, label)
+
+
+def _is_negative(config: ShapesConfig, domain: str, index: int) -> bool:
+    return config.negatives and domain != config.target and index % 2 == 1
 
 
 def _other(names: Sequence[str], taken: Sequence[str | None], draws: Draws) -> str:
