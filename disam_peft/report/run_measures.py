@@ -64,6 +64,8 @@ DIAGNOSTICS = {
 """What is shown of every arm beside the comparison."""
 
 
+_CLOSE = 0.1
+"""The largest residual of an eigenvalue, as a share of it."""
 _BY_DOMAIN = [name for name in ON_HELD_OUT if not MEASURES[name].worst_of]
 
 
@@ -135,10 +137,13 @@ def _frontier_measures(frontier: Frontier, place: int) -> dict[str, float | None
 
 
 def _sharpness_measures(rows: Sequence[ResultRow]) -> dict[str, float | None]:
-    """Of the first radius, on validation images of all sources together."""
+    """Of the first radius, on validation images of all sources together. An eigenvalue whose search was given too few
+    iterations is none."""
     pooled = {row.metric: row.value for row in rows if row.split == "source_validation" and row.pooled == "pooled"}
     radius = next((value for name, value in pooled.items() if name.startswith("sharpness_rho_")), None)
-    return {"sharpness": radius, "hessian_max": pooled.get("hessian_max")}
+    largest, residual = pooled.get("hessian_max"), pooled.get("hessian_residual")
+    is_known = largest is not None and residual is not None and residual <= _CLOSE * abs(largest)
+    return {"sharpness": radius, "hessian_max": largest if is_known else None}
 
 
 def zero_shot_measures(run: RunRecord) -> dict[str, float | None]:
