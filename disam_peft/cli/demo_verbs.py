@@ -14,14 +14,16 @@ from disam_peft.cli.terminal import say
 def demo(
     output: Annotated[Path, typer.Option(help="A folder for the report and the runs.")] = Path("disam-peft-demo"),
     held_out: Annotated[str, typer.Option(help="The domain that training does not see.")] = "painting",
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each method.", min=1)] = 150,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each arm.", min=1)] = 400,
 ) -> None:
-    """See it work: a small CLIP, six drawing styles, ERM against SAM against DISAM; no download, no GPU."""
-    from disam_peft.cli.output import print_held_out
+    """See it work: a small CLIP, six drawing styles, ERM, SAM, DISAM and an anchor; no download, no GPU."""
+    from disam_peft.cli.output import print_demo
+    from disam_peft.experiments.demo import MISLEADING
     from disam_peft.experiments.demo import demo as run_demo
 
-    rows = run_demo(output, held_out, steps=steps, say=say)
-    print_held_out(rows)
+    lines = run_demo(output, held_out, steps=steps, say=say)
+    print_demo(lines, held_out)
+    say(MISLEADING)
     say(f"open {output / 'report.html'}")
     say("next, on your own data: disam-peft check-data FOLDER   |   disam-peft train RECIPE data.root=FOLDER")
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from disam_peft.common.cache import Kept
     from disam_peft.doctor.check_result import CheckResult
     from disam_peft.doctor.examine import Examination
+    from disam_peft.experiments.demo import DemoLine
     from disam_peft.report.comparison import Comparison, TextTable
 
 _LISTED = 20
@@ -116,6 +117,20 @@ def _print_by_domain(shown: list[ResultRow], title: str, corner: str, console: C
 
 def _split_title(split: str) -> str:
     return "source val." if split == "source_validation" else split.replace("_", " ")
+
+
+def print_demo(lines: Iterable[DemoLine], held_out: str, console: Console | None = None) -> None:
+    """Every arm of the demo on the held-out domain, and what it cost."""
+    texts = [
+        (
+            line.arm,
+            *(f"{100 * line.accuracy:.1f}", f"{line.nll:.3f}", f"{line.ece:.3f}"),
+            "none" if line.gradients is None else str(line.gradients),
+        )
+        for line in lines
+    ]
+    columns = ("arm", "accuracy (%)", "NLL", "ECE", "gradients")
+    _print_texts(console or Terminal(), f"On {held_out}, which training did not see", columns, texts)
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:

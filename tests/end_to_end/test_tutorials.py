@@ -76,7 +76,7 @@ def test_a_recipe_uses_them_all(copy, tmp_path):
         "-m",
         "disam_peft.cli",
         "train",
-        "recipes/studies/base.yaml",
+        "recipes/studies/lora.yaml",
         "adapter={kind: feature_scale}",
         "objective={penalties: [{kind: mean_prediction, weight: 0.5}]}",
         "average={kind: tail_mean, skip: 2}",
@@ -89,6 +89,6 @@ def test_a_recipe_uses_them_all(copy, tmp_path):
     )
     [run] = tmp_path.glob("*/painting")
     rows = json.loads((run / "results.json").read_text())
-    assert {"raw", "tail_mean"} == {row["weights"] for row in rows if row["method"] == "disam"}
+    assert {"raw", "tail_mean"} == {row["weights"] for row in rows if row["method"] == "erm"}
     assert {row["adapter"] for row in rows} >= {"feature_scale"}
     assert (run / "tracking.csv").read_text().startswith("1,")

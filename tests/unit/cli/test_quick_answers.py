@@ -59,7 +59,7 @@ def test_help_and_version_import_nothing_heavy(words: list[str]) -> None:
     [
         ["train", "recipes/pacs/lora_disam.yaml"],
         ["sweep", "recipes/pacs/linear_probe_disam.yaml"],
-        ["compare", "recipes/studies/a_separated.yaml"],
+        ["compare", "recipes/studies/c_methods.yaml"],
         ["compare", "recipes/pacs/lora_disam.yaml"],
         ["doctor", "recipes/pacs/lora_disam.yaml"],
     ],

@@ -9,6 +9,7 @@ from disam_peft.config.adapters import ADAPTER_KINDS
 from disam_peft.config.shapes import DOMAINS
 from disam_peft.errors import UserError
 from disam_peft.experiments.study import load_plan
+from disam_peft.report.run_measures import ON_HELD_OUT
 from tests.helpers.paths import RECIPES
 
 RECIPE = """
@@ -169,15 +170,27 @@ def test_every_kind_of_adapter_can_be_compared_by_its_name_alone_but_peft_which_
 STUDIES = sorted((RECIPES / "studies").glob("[a-z]_*.yaml"))
 
 
+CHOOSING = {"a_settings", "b_forms", "e_adapter_settings"}
+"""Studies that choose settings, on seeds of their own."""
+
+
 @pytest.mark.slow
-def test_every_shipped_study_loads(tmp_path):
-    assert {path.name[0] for path in STUDIES} == set("abcdef")
+def test_every_shipped_study_loads_and_those_that_choose_settings_share_no_seed_with_those_that_judge(tmp_path):
+    assert {path.stem for path in STUDIES} > CHOOSING
+    seeds = {True: set(), False: set()}
     for path in STUDIES:
         found = load_plan(path, output=tmp_path)
         assert found.question
-        assert len({cell.seed for cell in found.cells}) >= 5
+        of = {cell.seed for cell in found.cells}
+        chooses = path.stem in CHOOSING
+        seeds[chooses] |= of
+        assert chooses or len(of) >= 5
+        judged = set(found.metrics) & set(ON_HELD_OUT)
+        assert bool(judged) is not chooses, "settings are chosen by source validation alone"
         header = path.read_text().split("question:")[0]
         assert f"disam-peft compare recipes/studies/{path.name}" in header
+        assert found.records == RECIPES / f"studies/records/{path.stem}.csv"
+    assert not seeds[True] & seeds[False]
 
 
 def test_row_47_arms_and_conditions_have_folders_of_their_own_inside_the_study(tmp_path):
