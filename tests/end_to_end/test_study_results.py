@@ -1,0 +1,26 @@
+"""What the studies found is what their records say: everybody makes the page again, without a run."""
+
+import subprocess
+import sys
+
+from disam_peft.report.cell_records import read_records
+from disam_peft.report.comparison import is_zero_shot
+from tests.helpers.paths import RECIPES, ROOT, SCRIPTS, environment
+
+RECORDS = sorted((RECIPES / "studies/records").glob("*.csv"))
+
+
+def test_the_page_and_the_figure_are_made_from_the_records(tmp_path):
+    page = tmp_path / "RESULTS.md"
+    command = [sys.executable, str(SCRIPTS / "study_results.py"), "--output", str(page), "--figure", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment())
+    assert page.read_text() == (RECIPES / "studies/RESULTS.md").read_text()
+    assert (tmp_path / "which_method.svg").read_text() == (ROOT / "docs/guide/which_method.svg").read_text()
+
+
+def test_every_run_of_the_records_trained(tmp_path):
+    assert RECORDS
+    for path in RECORDS:
+        lines = [line for line in read_records(path) if not is_zero_shot(line.arm)]
+        assert len({line.key for line in lines}) == len(lines), "a line for each run and reading"
+        assert all(line.values["gradients"] > 0 and 0 < line.values["source_top1"] < 1 for line in lines)
