@@ -84,14 +84,16 @@ def gains_table(comparison: Comparison, condition: str) -> TextTable | None:
             measure = MEASURES[metric]
             digits = measure.digits if metric == "nll" else 1
             cells.append(f"{measure.scale * gain.means[metric]:.{digits}f}" if metric in gain.means else "n/a")
-            cells.append(_difference(gain, metric, comparison.baseline))
+            cells.append(difference_text(gain, metric, comparison.baseline))
         lines.append(tuple(cells))
     of = f", {condition}" if condition else ""
     title = f"Gains on held-out domains over {arm_title(comparison.baseline)}{of}: mean difference and 95 % interval"
     return TextTable(title, tuple(columns), tuple(lines))
 
 
-def _difference(gain: Gain, metric: str, baseline: str) -> str:
+def difference_text(gain: Gain, metric: str, baseline: str) -> str:
+    """Mean difference to the baseline with its interval, in the units in which the measure is printed; empty for the
+    baseline itself."""
     difference, measure = gain.differences.get(metric), MEASURES[metric]
     if gain.arm == baseline or difference is None or difference.mean is None:
         return ""

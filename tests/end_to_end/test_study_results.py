@@ -10,12 +10,13 @@ from tests.helpers.paths import RECIPES, ROOT, SCRIPTS, environment
 RECORDS = sorted((RECIPES / "studies/records").glob("*.csv"))
 
 
-def test_the_page_and_the_figure_are_made_from_the_records(tmp_path):
+def test_the_page_and_what_the_manual_shows_are_made_from_the_records(tmp_path):
     page = tmp_path / "RESULTS.md"
-    command = [sys.executable, str(SCRIPTS / "study_results.py"), "--output", str(page), "--figure", str(tmp_path)]
+    command = [sys.executable, str(SCRIPTS / "study_results.py"), "--output", str(page), "--manual", str(tmp_path)]
     subprocess.run(command, check=True, cwd=tmp_path, env=environment())
     assert page.read_text() == (RECIPES / "studies/RESULTS.md").read_text()
-    assert (tmp_path / "which_method.svg").read_text() == (ROOT / "docs/guide/which_method.svg").read_text()
+    for name in ("which_method.md", "which_method.svg"):
+        assert (tmp_path / name).read_text() == (ROOT / "docs/guide" / name).read_text()
 
 
 def test_every_run_of_the_records_trained(tmp_path):
