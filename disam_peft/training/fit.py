@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import Tensor
 
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.fit_start import Start, start_from_features
@@ -120,16 +121,19 @@ def fit(
         "metrics": trainer.metrics,
         "best": best,
     }
-    manager = CheckpointManager(checkpoints, components, list(trainer.trained.values()), config, accelerator)
+    params: list[Tensor] = list(trainer.trained.values())
+    adapter = classifier.adapter.config if classifier.adapter else None
+    manager = CheckpointManager(checkpoints, components, params, config, accelerator)
     trainer.steps_done = resumed_after = manager.resume()
     if resumed_after == 0:
         start = start_from_features(
             classifier, dataset, features, autocast=accelerator.autocast, workers=config.workers
         )
-        trainer.objective.remember_start(list(trainer.trained.values()))
+        trainer.objective.remember_start(params)
         if start is not None:
             trainer.averages.begin()
             _tell(start, validate, emit)
+        trainer.metrics.warn_at_the_start(params, adapter)
     sampler = make_sampler(
         dataset,
         config,
@@ -169,7 +173,7 @@ def fit(
             manager.end_of_step(step, validated=is_validated)
         trainer.metrics.require_training()
 
-    trainer.metrics.warn_at_the_end()
+    trainer.metrics.warn_at_the_end(params, adapter)
     states = best.finish(config.steps, announce=resumed_after > 0)  # a power cut may have taken what was saved of it
     chosen = states[best.chosen]
     about = {"weights": best.chosen} if averages else {}

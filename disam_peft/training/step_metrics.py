@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from disam_peft.config.base import Config
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.training import TrainConfig
@@ -18,6 +19,7 @@ from disam_peft.data.dataset import DomainDataset
 from disam_peft.disam.step_report import StepReport
 from disam_peft.errors import Diverged
 from disam_peft.training.guarded_optimizer import StepOutcome
+from disam_peft.training.idle_method import IdleMethod
 
 MAX_SKIPPED_IN_A_ROW = 10
 RARE = 0.05
@@ -79,6 +81,7 @@ class StepMetrics:
         self._steps, self.skipped, self._skipped_in_a_row = 0, 0, 0
         self._counts: Tensor | None = None  # in the order of COUNTED
         self._losses: Tensor | None = None  # of the first and the last step
+        self._idle = IdleMethod(method, config, len(dataset.present_domains), accelerator.device)
         self.recorded: tuple[int, float] | None = None
         """Number and loss of the last step that was recorded; to read another one, the host would have to wait for the
         device."""
@@ -122,6 +125,8 @@ class StepMetrics:
             ]
         )
         self._counts = seen if self._counts is None else self._counts + seen
+        if not skipped:
+            self._idle.count(report, is_perturbed=step.rho > 0)
         self._steps += 1
         self.skipped += skipped
 
@@ -180,7 +185,12 @@ class StepMetrics:
         return {"steps": self._steps, "skipped_steps": self.skipped, **dict(zip(COUNTED, counts, strict=True))}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"totals": self.totals(), "skipped_in_a_row": self._skipped_in_a_row, "losses": self._losses}
+        return {
+            "totals": self.totals(),
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "losses": self._losses,
+            "idle_method": self._idle.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         totals, losses = state["totals"], state["losses"]
@@ -190,6 +200,7 @@ class StepMetrics:
         # a state of a version that did not count what the variance did alone goes on from 0
         self._counts = torch.tensor([totals.get(name, 0) for name in COUNTED], device=device)
         self._losses = None if losses is None else losses.to(device)
+        self._idle.load_state_dict(state.get("idle_method"))
 
     @property
     def has_trained(self) -> bool:
@@ -208,8 +219,18 @@ class StepMetrics:
                 f"and were skipped; try {self._remedy}"
             )
 
-    def warn_at_the_end(self) -> None:
-        """Say what happened more often than the method is meant for."""
+    def warn_at_the_start(self, params: Sequence[Tensor], adapter: Config | None) -> None:
+        """Say before the first step what the trained tensors of this adapter show already."""
+        self._idle.notice_at_the_start(params, adapter)
+
+    def warn_at_the_end(self, params: Sequence[Tensor], adapter: Config | None) -> None:
+        """Say what happened more often than the method is meant for, and where it could not act.
+
+        Args:
+            params: the trained tensors after the last step.
+            adapter: the adapter whose tensors they are.
+        """
+        self._idle.notice_at_the_end(params, adapter, self._steps - self.skipped)
         if self._method.effective_variance_weight == 0:
             return
         totals = self.totals()

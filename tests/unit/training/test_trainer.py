@@ -20,7 +20,7 @@ from disam_peft.config.method import MethodConfig
 from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
-from disam_peft.errors import Diverged, UserError
+from disam_peft.errors import Diverged, Notice, UserError
 from disam_peft.evaluation.protocols import Score
 from disam_peft.objectives.cross_entropy import cross_entropy
 from disam_peft.training.accelerator import check_precision, start_accelerator
@@ -207,6 +207,15 @@ def test_a_weight_that_a_penalty_makes_negative_is_not_blamed_on_the_variance(tr
     told = "because of the variance.*more from a domain than its weight in the objective.*variance_weight=500"
     with pytest.warns(UserWarning, match=told):
         trained(method=MethodConfig(variance_weight=500.0), objective=vrex)
+
+
+def test_a_method_that_cannot_act_is_said_once(trained):
+    with pytest.warns(Notice) as caught:
+        trained(steps=1, method=MethodConfig(variance_weight=1e-6, rho=100.0))
+    texts = [str(w.message) for w in caught if w.category is Notice]
+    assert len(texts) == 2
+    assert "method.rho=100 is above the norm of all trained weights together" in texts[0]
+    assert "at the start of the run" in texts[0] and "the run was SAM for all practical purposes" in texts[1]
 
 
 def test_records_have_the_value_of_each_term(trained):
