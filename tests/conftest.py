@@ -1,8 +1,9 @@
 """Shared by all tests: the two lanes, no network, one thread, and the tiny checkpoints written once per process.
 
-``pytest`` runs the fast lane: the unit tests that are not marked slow. ``pytest --full`` runs every test. Both use all
-cores if pytest-xdist is installed and ``-n`` does not say otherwise. ``pytest PATH`` runs every test of that path, in
-one process. The repository's root is on ``sys.path``: ``from tests.helpers.tiny import tiny_openclip``.
+``pytest`` runs the fast lane: the unit tests that are not marked slow. ``pytest --full`` runs every test, and ``pytest
+--rest`` those that the fast lane leaves out. All use all cores if pytest-xdist is installed and ``-n`` does not say
+otherwise. ``pytest PATH`` runs every test of that path, in one process. The repository's root is on ``sys.path``: ``from
+tests.helpers.tiny import tiny_openclip``.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ LEFT_OUT = pytest.StashKey[int]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the slow tests too; naming a path does the same for it")
+    parser.addoption("--rest", action="store_true", help="run the slow tests alone, which the fast lane leaves out")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -41,7 +43,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         return
     if option.file_or_dir:
-        option.full = True
+        option.full = not option.rest
     elif config.pluginmanager.hasplugin("xdist") and option.numprocesses is None and not option.usepdb:
         # A file's tests stay together: its module's fixtures may take longer than its tests.
         option.numprocesses, option.dist = "auto", "loadfile"
@@ -56,6 +58,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         is_fast = unit in item.path.parents and item.get_closest_marker("slow") is None
         (fast if is_fast else slow).append(item)
+    if config.option.rest:
+        config.hook.pytest_deselected(items=fast)
+        items[:] = slow
+        return
     config.stash[LEFT_OUT] = len(slow)
     config.hook.pytest_deselected(items=slow)
     items[:] = fast
