@@ -1,11 +1,10 @@
-"""Write recipes/studies/RESULTS.md, and the numbers and the figure of the manual, from the records of the studies.
+"""Write recipes/studies/RESULTS.md, and what README and manual show of the studies, from their records.
 
     disam-peft compare recipes/studies/c_methods.yaml --output studies/c_methods
     cp studies/c_methods/records.csv recipes/studies/records/c_methods.csv
     python scripts/study_results.py
 
-Nothing is run. The answer of each study is the comment in its file that begins with ``# Answer``. In the manual's page
-"Which method?" the lines between the marks are replaced.
+Nothing is run. The answer of each study is the comment in its file that begins with ``# Answer``.
 """
 
 from __future__ import annotations
@@ -13,27 +12,21 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+
+from study_manual import write_pages
 
 from disam_peft.experiments.collect import collected, key_of, recorded
 from disam_peft.experiments.study import load_plan
 from disam_peft.report.comparison import NONE, Comparison, TextTable, diagnostics_table, value_tables
 from disam_peft.report.comparison import verdict_table as verdicts
 from disam_peft.report.comparison_page import about
-from disam_peft.report.drawing import draw
-from disam_peft.report.gains import difference_text, gains, gains_figure, gains_table
+from disam_peft.report.gains import gains_table
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "recipes/studies"
-MAIN, MANUAL = "c_methods", ROOT / "docs/guide/which_method.md"
-BEGIN, END = "<!-- from the records: begin -->", "<!-- from the records: end -->"
+MAIN = "c_methods"
 WIDEST = 7
-ADVICE = (
-    ("You can train once more", "a KL anchor to the zero-shot logits, weight 1", "anchor"),
-    ("You have twice the time", "the same, twice as long", "anchor 2x"),
-)
-"""Situation, what to do, and the arm of the main study that did it."""
 HEAD = """# What the studies found
 
 On DomainShapes with the CLIP that ships with the package: a synthetic benchmark and a very small model. What is found
@@ -43,8 +36,7 @@ from the records in `recipes/studies/records/`, with which `disam-peft compare` 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write recipes/studies/RESULTS.md and the numbers of the manual.")
-    parser.add_argument("--output", type=Path, default=STUDIES / "RESULTS.md")
-    parser.add_argument("--manual", type=Path, default=MANUAL.parent, help="folder of which_method.md, .svg and .png")
+    parser.add_argument("--output", type=Path, default=ROOT, help="stands for the root of the repository")
     given = parser.parse_args()
     parts = [HEAD]
     for path, comparison, planned in comparisons():
@@ -52,12 +44,10 @@ def main() -> None:
             parts.append(about(replace(comparison, recorded=0)))
         parts += section(path, comparison, planned)
         if path.stem == MAIN:
-            alt = "Accuracy against NLL on held-out domains: a point for each method, its colour by what it costs"
-            draw("which_method", alt, partial(gains_figure, comparison, "")).save(given.manual)
-            before, rest = MANUAL.read_text(encoding="utf-8").split(BEGIN)
-            page = f"{before}{BEGIN}\n\n{advice(comparison).markdown()}\n\n{END}{rest.split(END)[1]}"
-            (given.manual / MANUAL.name).write_text(page, encoding="utf-8")
-    given.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+            write_pages(comparison, ROOT, given.output)
+    page = given.output / STUDIES.relative_to(ROOT) / "RESULTS.md"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def comparisons() -> Iterator[tuple[Path, Comparison, int]]:
@@ -68,23 +58,6 @@ def comparisons() -> Iterator[tuple[Path, Comparison, int]]:
         done = replace(plan, cells=[cell for cell in plan.cells if key_of(cell) in before.cells])
         if done.cells:
             yield path, collected(done, Path("studies"), {}, before)[0], len(plan.cells)
-
-
-def advice(comparison: Comparison) -> TextTable:
-    """What to do in which situation, and what it gained in the main study over ERM of the same number of steps."""
-    found = {gain.arm: gain for gain in gains(comparison, "")}
-    lines = []
-    for situation, todo, arm in ADVICE:
-        gain = found[arm]
-        numbers = [difference_text(gain, metric, comparison.baseline) for metric in ("top1", "nll", "ece")]
-        lines.append((situation, todo, *numbers, f"{gain.gradients:.3g}"))
-    columns = ("situation", "what to do", "accuracy (points)", "NLL (nats)", "ECE (points)", "gradients, ERM = 1")
-    seeds = f"{len(comparison.seeds)} seeds, {len(comparison.held_out[''])} held-out domains"
-    return TextTable(
-        f"Gained over ERM of 400 steps on domains that nobody trained on, [95 % interval]; {seeds}",
-        columns,
-        tuple(lines),
-    )
 
 
 def section(path: Path, comparison: Comparison, planned: int) -> list[str]:

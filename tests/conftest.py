@@ -1,9 +1,9 @@
 """Shared by all tests: the two lanes, no network, one thread, and the tiny checkpoints written once per process.
 
-``pytest`` runs the fast lane: the unit tests that are not marked slow. ``pytest --full`` runs every test, and ``pytest
---rest`` those that the fast lane leaves out. All use all cores if pytest-xdist is installed and ``-n`` does not say
-otherwise. ``pytest PATH`` runs every test of that path, in one process. The repository's root is on ``sys.path``: ``from
-tests.helpers.tiny import tiny_openclip``.
+``pytest`` runs the fast lane: the unit tests that are not marked slow. ``pytest --full`` runs every test, and
+``pytest --rest`` those that the fast lane leaves out. All use all cores if pytest-xdist is installed and ``-n`` does
+not say otherwise. ``pytest PATH`` runs every test of that path, in one process. The repository's root is on
+``sys.path``: ``from tests.helpers.tiny import tiny_openclip``.
 """
 
 from __future__ import annotations

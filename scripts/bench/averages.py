@@ -12,7 +12,7 @@ from disam_peft import DISAM
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.config.adapters import AdapterConfig, FullConfig, LoraAdapterConfig
-from disam_peft.config.average import AverageConfig, BmaConfig, EmaConfig, SwaConfig, SwadConfig
+from disam_peft.config.average import BmaConfig, EmaConfig, KeptAverageConfig, SwaConfig, SwadConfig
 from disam_peft.objectives.objective import Objective
 from disam_peft.training.accelerator import start_accelerator
 from disam_peft.training.averages.weight_averages import WeightAverages
@@ -28,7 +28,7 @@ ADAPTERS: dict[str, AdapterConfig] = {
     "LoRA all 12": LoraAdapterConfig(rank=4, alpha=8, seed=0),
     "whole image tower": FullConfig(),
 }
-AVERAGES: dict[str, AverageConfig] = {
+AVERAGES: dict[str, KeptAverageConfig] = {
     "EMA": EmaConfig(),
     "SWA": SwaConfig(start=0.0),
     "BMA": BmaConfig(),
