@@ -50,7 +50,23 @@ INTRODUCTION = (
     "anchor to the zero-shot predictions. The sixth style is used for nothing but the numbers below.",
 )
 
-MISLEADING = "One seed can mislead: TBD"
+SINGLE_RUNS: Final = {
+    ("sam", "erm"): (0.0, 0.0, 0.0),
+    ("disam", "sam"): (0.0, 0.0, 0.0),
+    ("anchor", "erm"): (0.0, 0.0, 0.0),
+}
+"""Differences of accuracy in points between two arms of ``recipes/studies/c_methods.yaml``: mean, least and largest of
+all pairs of runs that share a seed and a held-out domain."""
+PAIRS: Final = 0
+MISLEADING = (
+    f"One seed can mislead. In {PAIRS} such pairs of runs, with pictures of their own and six styles held out in turn "
+    "(recipes/studies/c_methods.yaml), the differences in accuracy were, in points: "
+    + "; ".join(
+        f"{ARMS[first][0]} minus {ARMS[second][0]} {low:+.1f} to {high:+.1f}, on average {mean:+.1f}"
+        for (first, second), (mean, low, high) in SINGLE_RUNS.items()
+    )
+    + "."
+)
 
 
 @dataclass(frozen=True)

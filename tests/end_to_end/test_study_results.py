@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from statistics import fmean
 
+from disam_peft.experiments.demo import PAIRS, SINGLE_RUNS
 from disam_peft.report.cell_records import read_records
 from disam_peft.report.comparison import is_zero_shot
 from tests.helpers.paths import RECIPES, ROOT, SCRIPTS, environment
@@ -21,7 +23,17 @@ def test_the_page_and_what_the_manual_shows_are_made_from_the_records(tmp_path):
         assert (tmp_path / name).read_text() == (ROOT / name).read_text(), name
 
 
-def test_every_run_of_the_records_trained(tmp_path):
+def test_what_the_demo_says_of_single_runs_is_what_the_main_study_measured():
+    values = {}
+    for line in read_records(RECIPES / "studies/records/c_methods.csv"):
+        values.setdefault(line.arm, {})[line.held_out, line.seed] = 100 * line.values["top1"]
+    for (first, second), told in SINGLE_RUNS.items():
+        differences = [values[first][place] - values[second][place] for place in values[first]]
+        assert len(differences) == PAIRS
+        assert told == tuple(round(x, 1) for x in (fmean(differences), min(differences), max(differences)))
+
+
+def test_every_run_of_the_records_trained():
     assert RECORDS
     for path in RECORDS:
         lines = [line for line in read_records(path) if not is_zero_shot(line.arm)]
