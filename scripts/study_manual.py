@@ -54,7 +54,8 @@ def write_pages(comparison: Comparison, source: Path, output: Path) -> None:
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
     alt = "Accuracy against NLL on held-out domains: a point for each method, its colour by what it costs"
-    draw(Path(FIGURE).stem, alt, partial(gains_figure, comparison, "")).save((output / FIGURE).parent)
+    figure = draw(Path(FIGURE).stem, alt, partial(gains_figure, comparison, ""))
+    (output / FIGURE).write_text(figure.wide, encoding="utf-8")
 
 
 def advice(found: Mapping[str, Gain], size: str) -> TextTable:

@@ -1,5 +1,6 @@
 """What the studies found is what their records say: everybody makes the page again, without a run."""
 
+import re
 import subprocess
 import sys
 from statistics import fmean
@@ -20,7 +21,12 @@ def test_the_page_and_what_the_manual_shows_are_made_from_the_records(tmp_path):
         *("RESULTS.md", "README.md", "averages.md", "which_method.md", "which_method.svg"),
     }
     for name in written:
-        assert (tmp_path / name).read_text() == (ROOT / name).read_text(), name
+        if name.suffix == ".md":
+            assert (tmp_path / name).read_text() == (ROOT / name).read_text(), name
+        else:  # another version of matplotlib draws the same with other bytes
+            drawn = [re.findall(r">(\d+  [^<]+)<", (folder / name).read_text()) for folder in (tmp_path, ROOT)]
+            assert drawn[0] == drawn[1]
+            assert len(drawn[0]) > 20
 
 
 def test_what_the_demo_says_of_single_runs_is_what_the_main_study_measured():
