@@ -59,8 +59,8 @@ SINGLE_RUNS: Final = {
 all pairs of runs that share a seed and a held-out domain."""
 PAIRS: Final = 24
 MISLEADING = (
-    f"One seed can mislead. In {PAIRS} such pairs of runs, with pictures of their own and six styles held out in turn "
-    "(recipes/studies/c_methods.yaml), the differences in accuracy were, in points: "
+    f"One seed can mislead. In {PAIRS} pairs of runs that differ in the method alone, with pictures of their own and "
+    "six styles held out in turn (recipes/studies/c_methods.yaml), the differences in accuracy were, in points: "
     + "; ".join(
         f"{ARMS[first][0]} minus {ARMS[second][0]} {low:+.1f} to {high:+.1f}, on average {mean:+.1f}"
         for (first, second), (mean, low, high) in SINGLE_RUNS.items()
