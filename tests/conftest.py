@@ -15,12 +15,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Before anything imports torch, and for the processes that tests start: there may be one test per core at a time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from tests.helpers.folders import write_domains
 from tests.helpers.tiny import twin_checkpoints
@@ -108,6 +110,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("DISAM_PEFT_CACHE", str(folder))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def precision_is_left_as_it_was() -> Iterator[None]:
+    """Accelerate keeps one precision for all of a process: a test that trained in another one leaves none behind."""
+    yield
+    if AcceleratorState._shared_state.get("_mixed_precision", "no") != "no":
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

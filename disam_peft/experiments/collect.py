@@ -132,7 +132,7 @@ def _lines(plan: StudyPlan, cell: Cell, record: RunRecord, zero_shot: str) -> li
     found = [line(cell.arm, run_measures(record))]
     found += [line(name, measures(of, record)) for name, of in plan.readings.items() if of.arm == cell.arm]
     before = zero_shot_measures(record)
-    return [*([line(zero_shot, before, "")] if before else []), *found]
+    return [*found, *([line(zero_shot, before, "")] if before else [])]
 
 
 def _zero_shot_names(plan: StudyPlan, records: Mapping[Key, RunRecord]) -> dict[str, str]:

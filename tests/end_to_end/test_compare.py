@@ -79,7 +79,8 @@ def _look(page):
     class Reader(html.parser.HTMLParser):
         def handle_starttag(self, tag, attributes):
             tags.add(tag)
-            fetched.extend(v for k, v in attributes if k in ("src", "href", "xlink:href") and not v.startswith("#"))
+            links = [v for k, v in attributes if k in ("src", "href", "xlink:href")]
+            fetched.extend(link for link in links if not link.startswith(("#", "data:image/png;base64,")))
 
     Reader().feed(page)
     assert not fetched, "the page is self-contained"
