@@ -112,9 +112,11 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     return folder
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def precision_is_left_as_it_was() -> Iterator[None]:
-    """Accelerate keeps one precision for all of a process: a test that trained in another one leaves none behind."""
+    """Accelerate keeps one precision for all of a process: a file that trained in another one leaves none behind.
+
+    Not after each test: within a file, a workplace of several tests keeps its Accelerator."""
     yield
     if AcceleratorState._shared_state.get("_mixed_precision", "no") != "no":
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from disam_peft.config.anchors import ClassFeaturesAnchorConfig
 from disam_peft.config.objective import ObjectiveConfig
@@ -40,12 +39,6 @@ def uneven_folder(domains_folder: Path, tmp_path_factory: pytest.TempPathFactory
         if number % 3:
             file.unlink()
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def afterwards() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
