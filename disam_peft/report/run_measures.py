@@ -139,7 +139,7 @@ def _frontier_measures(frontier: Frontier, place: int) -> dict[str, float | None
 def _sharpness_measures(rows: Sequence[ResultRow]) -> dict[str, float | None]:
     """Of the first radius, on validation images of all sources together. An eigenvalue whose search was given too few
     iterations is none."""
-    pooled = {row.metric: row.value for row in rows if row.split == "source_validation" and row.pooled == "pooled"}
+    pooled = {row.metric: row.value for row in rows if row.split == "source_validation" and row.pooled == "all"}
     radius = next((value for name, value in pooled.items() if name.startswith("sharpness_rho_")), None)
     largest, residual = pooled.get("hessian_max"), pooled.get("hessian_residual")
     is_known = largest is not None and residual is not None and residual <= _CLOSE * abs(largest)

@@ -24,7 +24,8 @@ from disam_peft.experiments.split_data import split_data
 from disam_peft.experiments.study import load_plan
 from disam_peft.experiments.sweep import best_command, sweep
 from disam_peft.report.page import build_report
-from disam_peft.report.runs import read_runs
+from disam_peft.report.run_measures import run_measures
+from disam_peft.report.runs import RunRecord, read_runs
 from disam_peft.training.step_metrics import StepMetrics
 from tests.helpers.folders import write_domains
 
@@ -73,7 +74,10 @@ def test_a_run_on_all_domains_is_trained_kept_evaluated_exported_and_reported(ma
     confusions = read_list(outcome.folder / "confusion.json", Confusion)
     assert [one.domain for one in confusions] == ["art", "cartoon", "photo"]
     assert sum(count for one in confusions for _, _, count in one.counts) == 18
-    assert {row.split for row in read_results(outcome.folder / "sharpness.json")} == {"source_validation"}
+    sharpness = read_results(outcome.folder / "sharpness.json")
+    assert {row.split for row in sharpness} == {"source_validation"}
+    [rise] = [row.value for row in sharpness if row.pooled == "all" and row.metric.startswith("sharpness_rho_")]
+    assert rise is not None and run_measures(RunRecord(outcome.folder))["sharpness"] == rise
     assert len(json.loads((outcome.folder / "loss_slice.json").read_text())) == 1
 
     assert run.train(recipe)[0].fit is None, "kept"
