@@ -138,6 +138,10 @@ def loading_tokenizer(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, ImportError) and "sentencepiece" in str(error).lower():
+            raise UserError(
+                f"the tokenizer of '{name}' needs the package sentencepiece: `pip install sentencepiece protobuf`"
+            ) from error
         raise UserError(
             f"the tokenizer of '{name}' does not load ({type(error).__name__}: {_first_line(error)}); with a "
             "connection, fetch all its files with `hf download`, or install the library that it needs"

@@ -263,6 +263,11 @@ def _markers(backbone: ClipBackbone) -> tuple[int, int]:
     Read off the tokenizer: CLIP's has a start marker, SigLIP's has none.
     """
     empty_L, word_L = backbone.tokenize(["", "a"])
+    if word_L[0] == word_L[1]:
+        raise UserError(
+            f"the tokenizer of {backbone.config.name} puts padding in front of a text, where the context would go: "
+            "train another adapter, or set padding_side to right in tokenizer_config.json if the model was trained so"
+        )
     start = int(empty_L[0] == word_L[0])
     return start, int(empty_L[start])
 

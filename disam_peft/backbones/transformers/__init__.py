@@ -1,2 +1,3 @@
-"""CLIP models of transformers. ``clip.py`` implements the contract for ``CLIPModel``; ``checkpoint.py`` says where a
-checkpoint comes from, and ``processor.py`` what its image processor does."""
+"""CLIP models of transformers. ``architectures.py``, the file to read first, says which, and what differs between them.
+``clip.py`` implements the contract for all, ``checkpoint.py`` says where a checkpoint comes from, and ``processor.py``
+what its image processor does."""

@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import CLIPConfig, CLIPModel
 from transformers.utils import logging
 
 from disam_peft.backbones.hub import hub_folder, refuse_file_settings
+from disam_peft.backbones.transformers.architectures import ARCHITECTURES, WITHOUT_ONE_SIZE, Architecture
 from disam_peft.config.backbone import RANDOM_WEIGHTS, BackboneConfig
 from disam_peft.errors import UserError
 
 WEIGHTS = "model*.safetensors"
 PROCESSOR = "*processor_config.json"
-VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("*.model",))
+"""Files of which a tokenizer needs one group; ``*.model`` is sentencepiece's."""
 
 
 def require_known(config: BackboneConfig) -> None:
@@ -61,9 +62,9 @@ def checkpoint_folder(config: BackboneConfig) -> Path:
             config.name,
             [[*common, *vocabulary] for vocabulary in VOCABULARIES],
             revision=config.revision,
-            optional=["*.json", "*.txt"],
+            optional=["*.json", "*.txt", "*.model"],  # some tokenizers read sentencepiece's file whatever else is there
         )
-    _check_model_type(folder, config.name)
+    architecture_of(folder, config.name)
     return folder
 
 
@@ -72,11 +73,11 @@ def _check_folder(folder: Path, weights: list[str]) -> None:
     if pickled and any(not list(folder.glob(pattern)) for pattern in weights):
         raise UserError(
             f"{folder} has only pickled weights ({pickled[0]}), which could run code and are not loaded; convert "
-            "them where you trust them (CLIPModel.from_pretrained(...).save_pretrained(...) writes safetensors)"
+            "them where you trust them (AutoModel.from_pretrained(...).save_pretrained(...) writes safetensors)"
         )
     missing = [pattern for pattern in ("config.json", PROCESSOR, *weights) if not list(folder.glob(pattern))]
-    if not any(all((folder / name).exists() for name in vocabulary) for vocabulary in VOCABULARIES):
-        missing.append("tokenizer.json (or vocab.json + merges.txt)")
+    if not any(all(list(folder.glob(name)) for name in vocabulary) for vocabulary in VOCABULARIES):
+        missing.append("tokenizer.json (or vocab.json + merges.txt, vocab.txt, or a sentencepiece *.model)")
     if missing:
         raise UserError(
             f"{folder} is not a complete transformers CLIP: no {', '.join(missing)}; save model, image processor "
@@ -84,26 +85,44 @@ def _check_folder(folder: Path, weights: list[str]) -> None:
         )
 
 
-def _check_model_type(folder: Path, name: str) -> None:
+def architecture_of(folder: Path, name: str) -> Architecture:
+    """What the config in the folder says that the model is.
+
+    Raises:
+        UserError: it is no config, or of a model that is not supported.
+    """
     try:
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
         raise UserError(f"{folder / 'config.json'} is not a transformers config: {error}") from error
-    if model_type != "clip":
+    if model_type == WITHOUT_ONE_SIZE:
         raise UserError(
-            f"backbone '{name}' is a transformers model of type '{model_type}'; only type 'clip' is supported so far "
-            "(many others have an open_clip version: backbone.family: open_clip)"
+            f"backbone '{name}' is a Siglip2Model (NaFlex): it takes images of any size as lists of patches, which is "
+            "not supported; use a SigLIP 2 of one image size, such as google/siglip2-base-patch16-224, which "
+            "transformers loads as a SiglipModel"
         )
+    if model_type not in ARCHITECTURES:
+        raise UserError(
+            f"backbone '{name}' is a transformers model of type '{model_type}'; supported are "
+            f"{', '.join(ARCHITECTURES)} (many others have an open_clip version: backbone.family: open_clip)"
+        )
+    return ARCHITECTURES[model_type]
 
 
-def load_model(folder: Path, config: BackboneConfig) -> CLIPModel:
+def load_model(folder: Path, config: BackboneConfig, architecture: Architecture) -> Any:
+    """The model in float32. Its attention is torch's, of which blocks that are computed in another way give the result.
+
+    Raises:
+        UserError: the weights cannot be read, or are not those of the whole model.
+    """
+    kind = architecture.model
     if config.pretrained == RANDOM_WEIGHTS:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            return CLIPModel(CLIPConfig.from_pretrained(folder, attn_implementation="sdpa"))
+            return kind(kind.config_class.from_pretrained(folder, attn_implementation="sdpa"))
     try:
         with without_bars():
-            loaded: Any = CLIPModel.from_pretrained(
+            loaded: Any = kind.from_pretrained(
                 folder,
                 dtype=torch.float32,
                 attn_implementation="sdpa",
@@ -113,14 +132,14 @@ def load_model(folder: Path, config: BackboneConfig) -> CLIPModel:
                 ignore_mismatched_sizes=True,  # they are reported, and refused below
             )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise UserError(f"the weights in {folder} do not load as a CLIPModel: {error}") from error
+        raise UserError(f"the weights in {folder} do not load as a {kind.__name__}: {error}") from error
     model, report = loaded
     # transformers would go on with random values in their place.
     wrong = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
     if wrong:
         raise UserError(
             f"the weights in {folder} do not fit its config: {len(wrong)} are missing or of another shape "
-            f"({', '.join(wrong[:3])}, ...); is it the folder of a whole CLIPModel?"
+            f"({', '.join(wrong[:3])}, ...); is it the folder of a whole {kind.__name__}?"
         )
     return model
 

@@ -1,67 +1,62 @@
-"""CLIPs of transformers: ``CLIPModel`` from a hub repository or a local folder.
+"""CLIPs of transformers (``CLIPModel``, ``SiglipModel``, ``MetaClip2Model``) from a hub repository or a local folder.
 
-With ``checkpoint.py`` the only file that imports transformers models. Shapes: B images, C prompts, L tokens, W token
-width, E embedding width.
+Shapes in this file: B images, C prompts, L tokens, W token width, E embedding width.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.activations import QuickGELUActivation
-from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 
 from disam_peft.backbones import towers
 from disam_peft.backbones.base import ClipBackbone, Target, TowerName, TowerParameter
 from disam_peft.backbones.blocks import BlockParts, at_one_position, replace_quick_gelu, shallow_clone
 from disam_peft.backbones.hub import loading_tokenizer
 from disam_peft.backbones.pass_cache import PassCache
-from disam_peft.backbones.transformers.checkpoint import checkpoint_folder, load_model, without_bars
+from disam_peft.backbones.transformers.architectures import PRE_NORM_ROLES, pre_norm_parts
+from disam_peft.backbones.transformers.checkpoint import architecture_of, checkpoint_folder, load_model, without_bars
 from disam_peft.backbones.transformers.processor import preprocessing
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.errors import UserError
-
-BLOCK_ROLES: towers.BlockRoles = {
-    "layer_norm1": ("norm1", "norm"),
-    "self_attn.q_proj": ("q", "linear"),
-    "self_attn.k_proj": ("k", "linear"),
-    "self_attn.v_proj": ("v", "linear"),
-    "self_attn.out_proj": ("out", "linear"),
-    "layer_norm2": ("norm2", "norm"),
-    "mlp.fc1": ("fc1", "linear"),
-    "mlp.fc2": ("fc2", "linear"),
-}
 
 PROBE = "a photo of a cat"
 
 
 class HfBackbone(ClipBackbone):
-    """A ``transformers.CLIPModel``; see ``ClipBackbone``."""
+    """A CLIP of transformers; see ``ClipBackbone``, and ``architectures.py`` for those that are known."""
 
     family = "transformers"
 
     def __init__(self, config: BackboneConfig) -> None:
         folder = checkpoint_folder(config)
         self.config = config
-        model: Any = load_model(folder, config)
+        self.architecture = architecture_of(folder, config.name)
+        model: Any = load_model(folder, config, self.architecture)
+        self._require_pooling(model)
         replace_quick_gelu(model, QuickGELUActivation)
         self.model = model
         here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # unset, it would ask the user
         self._processor: Any = AutoImageProcessor.from_pretrained(folder, **here)
         with loading_tokenizer(config.name):
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, **here)
+        if self._tokenizer.pad_token_id is None:
+            raise UserError(f"the tokenizer of '{config.name}' has no token for padding: set pad_token in its config")
 
         self._set_end_of_text()
+        self._warn_of_capitals()
 
         text, vision = model.config.text_config, model.config.vision_config
         self.image_blocks = vision.num_hidden_layers
         self.text_blocks = text.num_hidden_layers
-        self.embed_dim = model.config.projection_dim
+        self.embed_dim = model.get_submodule(self.architecture.text.projection).out_features
         self.token_width = text.hidden_size
         self.context_length = text.max_position_embeddings
         self.quick_gelu = "quick_gelu" in (text.hidden_act, vision.hidden_act)
@@ -70,6 +65,15 @@ class HfBackbone(ClipBackbone):
         self._state_names = frozenset(model.state_dict())
         self._freeze()
 
+    def _require_pooling(self, model: Any) -> None:
+        tower = model.vision_model
+        missing = [name for name in self.architecture.image.after_blocks if not hasattr(tower, name)]
+        if missing:
+            raise UserError(
+                f"the image tower of '{self.config.name}' has no {missing[0]}, so it gives no feature of an image: use "
+                "a checkpoint of the whole model (vision_use_head: true)"
+            )
+
     # -- images ----------------------------------------------------------------------------------------------
 
     def image_trunk(self, pixels_BCHW: Tensor, blocks: int) -> Tensor:
@@ -77,8 +81,9 @@ class HfBackbone(ClipBackbone):
         vision: Any = self.model.vision_model
         trunk = shallow_clone(
             vision,
-            encoder=_with_layers(vision.encoder, slice(None, blocks), _at_one_position(vision.encoder, None)),
-            post_layernorm=nn.Identity(),  # it would see an unfinished class token, for nothing
+            encoder=_with_layers(vision.encoder, slice(None, blocks), self._last_image_layer()),
+            # They would see unfinished tokens, for nothing.
+            **_identities(self.architecture.image.after_blocks),
         )
         return trunk(pixel_values=pixels_BCHW.to(self.dtype)).last_hidden_state
 
@@ -88,11 +93,18 @@ class HfBackbone(ClipBackbone):
         head = shallow_clone(
             vision,
             embeddings=towers.Given(hidden),
-            pre_layrnorm=nn.Identity(),
-            encoder=_with_layers(vision.encoder, slice(blocks, None), _at_one_position(vision.encoder, None), cache),
+            encoder=_with_layers(vision.encoder, slice(blocks, None), self._last_image_layer(), cache),
+            **_identities(self.architecture.image.before_blocks),
         )
         # The embeddings stand in for the pixels, which this part has not got.
-        return self._project("visual_projection", head(pixel_values=hidden).pooler_output)
+        return self._project(self.architecture.image.projection, head(pixel_values=hidden).pooler_output)
+
+    def _last_image_layer(self) -> Any:
+        """The last layer for the class token alone; None where more than that is pooled."""
+        vision: Any = self.model.vision_model
+        if self.architecture.image.pooling != "class token":
+            return None
+        return self._at_one_position(vision.encoder.layers[-1], None, causal=False)
 
     def blocks(self, tower: TowerName) -> list[nn.Module]:
         root: Any = self._root(tower)
@@ -102,21 +114,38 @@ class HfBackbone(ClipBackbone):
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         tokens_CL = torch.full((len(texts), self.context_length), self._tokenizer.pad_token_id, dtype=torch.int64)
+        # Where padding is a part of the prompt, its side is the tokenizer's; elsewhere positions count from the start.
+        in_front = self.architecture.text.pooling == "last" and self._tokenizer.padding_side == "left"
         for row, text in enumerate(texts):
             ids = self._tokenizer(text, verbose=False)["input_ids"]
             towers.check_length(text, len(ids), self.context_length)
-            tokens_CL[row, : len(ids)] = torch.tensor(ids)
+            place = slice(self.context_length - len(ids), None) if in_front else slice(None, len(ids))
+            tokens_CL[row, place] = torch.tensor(ids)
         return tokens_CL.to(self.device)
 
     def _set_end_of_text(self) -> None:
         """A config's wrong id for the end of a text is replaced by the tokenizer's, also in what is saved."""
         text: Any = self.model.text_model
-        if text.eos_token_id == 2:  # old configs have a wrong id; transformers takes the highest then
+        if self.architecture.text.pooling != "end" or self._reads_highest_id():
             return
         prompt = self._tokenizer(PROBE)["input_ids"]
         end = towers.end_of_text(self.config.name, text.eos_token_id, prompt, self._tokenizer.eos_token_id)
         text.eos_token_id = end
         text.config.eos_token_id = end
+
+    def _warn_of_capitals(self) -> None:
+        lower, upper = (self._tokenizer(text)["input_ids"] for text in (PROBE, PROBE.upper()))
+        if self.architecture.text.lower_case and lower != upper:
+            warnings.warn(
+                f"the tokenizer of '{self.config.name}' keeps capital letters, but models of this type were trained on "
+                "lower case: write prompts and class names in lower case",
+                stacklevel=2,
+            )
+
+    def _reads_highest_id(self) -> bool:
+        """Old configs of CLIPModel have a wrong id, 2; transformers then takes the highest in the prompt."""
+        text: Any = self.model.text_model
+        return self.architecture.text.end_may_be_wrong and text.eos_token_id == 2
 
     def embed_tokens(self, tokens_CL: Tensor) -> Tensor:
         text: Any = self.model.text_model
@@ -133,43 +162,46 @@ class HfBackbone(ClipBackbone):
         towers.check_split(blocks, self.text_blocks, "text")
         tokens_CL = self.cut_prompts(tokens_CL)
         text: Any = self.model.text_model
-        # No padding mask here and below: attention is causal, and padding comes after the token that is pooled.
         hidden = text.embeddings(input_ids=tokens_CL)
-        return self._text_part(hidden, tokens_CL, slice(None, blocks), nn.Identity()).last_hidden_state
+        unfinished = _identities(self.architecture.text.after_blocks)
+        return self._text_part(hidden, tokens_CL, slice(None, blocks), unfinished).last_hidden_state
 
     def text_head(self, hidden: Tensor, tokens_CL: Tensor, blocks: int) -> Tensor:
         towers.check_split(blocks, self.text_blocks, "text")
-        text: Any = self.model.text_model
-        pooled = self._text_part(hidden, tokens_CL, slice(blocks, None), text.final_layer_norm).pooler_output
-        return self._project("text_projection", pooled)
+        pooled = self._text_part(hidden, tokens_CL, slice(blocks, None), {}).pooler_output
+        text = self.architecture.text
+        return pooled if text.projects_itself else self._project(text.projection, pooled)
 
-    def _text_part(self, hidden: Tensor, tokens_CL: Tensor, which: slice, final_norm: nn.Module) -> Any:
+    def _text_part(self, hidden: Tensor, tokens_CL: Tensor, which: slice, instead: Mapping[str, nn.Module]) -> Any:
         """Some layers of the tower, the last one for the pooled position alone; then norm and pooling."""
+        # No padding mask is given. Causal towers have the padding behind the token that is pooled; the others were
+        # trained to see it.
         text: Any = self.model.text_model
-        last = _at_one_position(text.encoder, self._pooled_positions(tokens_CL))
+        ends_C = self._pooled_positions(tokens_CL)
+        last = self._at_one_position(text.encoder.layers[-1], ends_C, causal=self._is_causal_text())
         part = shallow_clone(
-            text,
-            embeddings=towers.Given(hidden),
-            encoder=_with_layers(text.encoder, which, last),
-            final_layer_norm=final_norm,
+            text, embeddings=towers.Given(hidden), encoder=_with_layers(text.encoder, which, last), **instead
         )
         if last is not None:
             tokens_CL = tokens_CL.new_zeros(len(tokens_CL), 1)  # one position is left, and the pooling takes it
         return part(input_ids=tokens_CL)
 
     def _is_causal_text(self) -> bool:
-        return True  # all of type 'clip' are
+        return self.architecture.text.is_causal
 
     def _pooled_positions(self, tokens_CL: Tensor) -> Tensor:
         text: Any = self.model.text_model
-        end = text.eos_token_id
-        if end == 2:  # see _set_end_of_text
+        if self.architecture.text.pooling == "last":
+            return tokens_CL.new_full((len(tokens_CL),), tokens_CL.shape[1] - 1)
+        if self._reads_highest_id():
             return tokens_CL.argmax(dim=1)
-        return (tokens_CL == end).int().argmax(dim=1)
+        return (tokens_CL == text.eos_token_id).int().argmax(dim=1)
 
     def _text_pooling(self) -> str:
         text: Any = self.model.text_model
-        return "argmax" if text.eos_token_id == 2 else f"token {text.eos_token_id}"
+        if self.architecture.text.pooling == "last":
+            return "last"
+        return "argmax" if self._reads_highest_id() else f"token {text.eos_token_id}"
 
     def _vocabulary(self) -> Mapping[str, int]:
         return self._tokenizer.get_vocab()
@@ -179,7 +211,7 @@ class HfBackbone(ClipBackbone):
 
     def _text_parts(self) -> list[BlockParts] | None:
         text: Any = self.model.text_model
-        parts = [_parts(layer) for layer in text.encoder.layers]
+        parts = [pre_norm_parts(layer, self.architecture) for layer in text.encoder.layers]
         known = [one for one in parts if one is not None]
         return known if len(known) == len(parts) else None
 
@@ -191,45 +223,65 @@ class HfBackbone(ClipBackbone):
         tokens_C1 = torch.zeros(len(pooled_CW), 1, dtype=torch.int64, device=pooled_CW.device)
         return self.text_head(pooled_CW.unsqueeze(1), tokens_C1, self.text_blocks)
 
-    def _project(self, projection: str, pooled: Tensor) -> Tensor:
-        return self.model.get_submodule(projection)(pooled)
+    def _project(self, projection: str | None, pooled: Tensor) -> Tensor:
+        return pooled if projection is None else self.model.get_submodule(projection)(pooled)
+
+    def _at_one_position(self, layer: Any, position_B: Tensor | None, *, causal: bool) -> Any:
+        parts = pre_norm_parts(layer, self.architecture)
+        return None if parts is None else at_one_position(layer, parts, position_B, causal)
 
     # -- scale, targets, saving ------------------------------------------------------------------------------
 
     @property
     def logit_scale(self) -> Tensor:
         scale: Any = self.model.logit_scale
-        return scale.detach().exp()
+        return scale.detach().exp().reshape(())
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        name = self.architecture.bias
+        return None if name is None else self.model.get_parameter(name).detach().reshape(())
 
     def targets(self) -> list[Target]:
         return list(self._targets)
 
     def _find_targets(self) -> tuple[Target, ...]:
-        layers = "encoder.layers"
-        image = ["vision_model", "visual_projection"]
-        text = ["text_model", "text_projection"]
-        return (
-            *towers.tower_targets(
-                self.model, "image", image, f"{image[0]}.{layers}", self.image_blocks, BLOCK_ROLES, "pre_layrnorm"
-            ),
-            *towers.tower_targets(self.model, "text", text, f"{text[0]}.{layers}", self.text_blocks, BLOCK_ROLES, ""),
+        found: list[Target] = []
+        for tower in ("image", "text"):
+            root, roots = self._roots(tower)
+            stack, blocks = f"{root}.encoder.layers", self.image_blocks if tower == "image" else self.text_blocks
+            stem_norm = "pre_layrnorm" if tower == "image" else ""
+            found += towers.tower_targets(self.model, tower, roots, stack, blocks, PRE_NORM_ROLES, stem_norm)
+        # A pooling has layers of the same last names as the blocks, and "fc1" means those of the blocks.
+        pooling = "vision_model.head."
+        return tuple(
+            replace(one, projection=f"pool_{one.projection}") if one.name.startswith(pooling) else one for one in found
         )
 
     def tower_parameters(self, tower: TowerName) -> list[TowerParameter]:
-        root, projection = (
-            ("vision_model", "visual_projection") if tower == "image" else ("text_model", "text_projection")
-        )
-        stem = [f"{root}.embeddings", f"{root}.pre_layrnorm"]
+        root, roots = self._roots(tower)
+        architecture = self.architecture
+        stem = [f"{root}.{name}" for name in ("embeddings", *architecture.image.before_blocks)]
         blocks = self.image_blocks if tower == "image" else self.text_blocks
-        roots = [root, projection]
-        return towers.tower_parameters(self.model, roots, f"{root}.encoder.layers", blocks, stem, [projection])
+        projection = architecture.image.projection if tower == "image" else architecture.text.projection
+        ends = [] if projection is None else [projection]
+        return towers.tower_parameters(self.model, roots, f"{root}.encoder.layers", blocks, stem, ends)
+
+    def _roots(self, tower: TowerName) -> tuple[str, list[str]]:
+        """The module of a tower with its blocks, and all modules that make up the tower."""
+        image, text = self.architecture.image, self.architecture.text
+        if tower == "image":
+            return "vision_model", ["vision_model", *([] if image.projection is None else [image.projection])]
+        return "text_model", ["text_model", *([] if text.projects_itself else [text.projection])]
 
     def save(self, directory: Path, model: nn.Module) -> None:
         towers.refuse_adapter_keys(model.state_dict(), self._state_names)
-        if not isinstance(model, CLIPModel):
-            raise UserError(f"cannot save a {type(model).__name__} as a transformers CLIP; pass a CLIPModel")
+        kind = self.architecture.model
+        if not isinstance(model, kind):
+            raise UserError(f"cannot save a {type(model).__name__} as a transformers CLIP; pass a {kind.__name__}")
+        saved: Any = model
         with without_bars():
-            model.save_pretrained(directory)
+            saved.save_pretrained(directory)
         self._processor.save_pretrained(directory)
         self._tokenizer.save_pretrained(directory)
 
@@ -238,16 +290,5 @@ def _with_layers(encoder: Any, which: slice, last: nn.Module | None, cache: Pass
     return shallow_clone(encoder, layers=towers.some_blocks(encoder.layers, which, last, cache))
 
 
-def _at_one_position(encoder: Any, position_B: Tensor | None) -> Any:
-    """The last layer for one position: of causal text, or for None the class token of an image."""
-    parts = _parts(encoder.layers[-1])
-    return None if parts is None else at_one_position(encoder.layers[-1], parts, position_B, position_B is not None)
-
-
-def _parts(layer: Any) -> BlockParts | None:
-    """The parts of a standard layer as they are now; None for any other, or one whose attention drops out."""
-    attention = layer.self_attn
-    drops_out = attention.training and attention.dropout > 0
-    if type(layer) is not CLIPEncoderLayer or type(attention) is not CLIPAttention or drops_out:
-        return None
-    return BlockParts(layer.layer_norm1, attention, None, layer.layer_norm2, layer.mlp, None)
+def _identities(names: Sequence[str]) -> dict[str, nn.Module]:
+    return {name: nn.Identity() for name in names}
