@@ -128,7 +128,11 @@ class ClipBackbone(ABC):
 
     def current_hash(self) -> str:
         """sha256 of the base weights as they are now: equal to ``base_hash`` for as long as nobody touched them."""
-        return weights_hash(self._base)
+        return weights_hash(self._hashed_weights())
+
+    def _hashed_weights(self) -> Mapping[str, Tensor]:
+        """The frozen weights under the names and in the form in which they are hashed."""
+        return self._base
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """The frozen weights by the names they had at load, whatever adapters are attached by now."""

@@ -1,2 +1,3 @@
-"""CLIP models of open_clip. ``backbone.py`` implements the contract; ``weights.py`` says where a checkpoint comes from,
-and ``weights_file.py`` what a bare file cannot say. These three alone import open_clip."""
+"""CLIP models of open_clip. ``backbone.py`` implements the contract and runs the text tower, ``image_towers.py`` and
+``timm_trunk.py`` run image towers, and ``weights.py`` says where a checkpoint comes from. This folder alone imports
+open_clip and timm."""

@@ -31,9 +31,9 @@ class SplitAttention(nn.Module):
             weights = (fused.q_proj_weight, fused.k_proj_weight, fused.v_proj_weight)
         biases = (None, None, None) if fused.in_proj_bias is None else fused.in_proj_bias.chunk(3)
         self.q_proj, self.k_proj, self.v_proj = (
-            _linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)
+            linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)
         )
-        self.out_proj = _linear(fused.out_proj.weight, fused.out_proj.bias)
+        self.out_proj = linear(fused.out_proj.weight, fused.out_proj.bias)
 
     def forward(
         self,
@@ -103,7 +103,7 @@ def fused_state(root: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     out_features, in_features = weight.shape
     # On "meta" the initialisation that would be overwritten costs nothing and draws no random numbers.
     linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")

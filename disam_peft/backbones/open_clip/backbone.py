@@ -1,8 +1,8 @@
 """CLIPs of open_clip: built-in names with pretrained tags, local folders, hub repositories.
 
-With ``weights.py`` and ``weights_file.py`` the only file that imports open_clip. The text tower is always the module
-``model.text`` (open_clip's "custom text" layout), so that names do not depend on the checkpoint; ``save`` goes back to
-the checkpoint's own layout. Shapes: B images, C prompts, L tokens, W token width, E embedding width.
+The text tower is always the module ``model.text`` (open_clip's "custom text" layout), so that names do not depend on
+the checkpoint; ``save`` goes back to the checkpoint's own layout. Shapes: B images, C prompts, L tokens, W token width,
+E embedding width.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ import torch
 from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
 from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import PreprocessCfg
-from open_clip.transformer import QuickGELU, ResidualAttentionBlock, TextTransformer, VisionTransformer
+from open_clip.transformer import QuickGELU, TextTransformer, VisionTransformer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from disam_peft.backbones import towers
 from disam_peft.backbones.base import ClipBackbone, Target, TowerName, TowerParameter
-from disam_peft.backbones.blocks import BlockParts, at_one_position, replace_quick_gelu, shallow_clone
-from disam_peft.backbones.open_clip.attention import SplitAttention, fused_state, split_attention
+from disam_peft.backbones.blocks import BlockParts, replace_quick_gelu, shallow_clone
+from disam_peft.backbones.open_clip.attention import fused_state, split_attention
+from disam_peft.backbones.open_clip.image_towers import ImageTower, OwnVit, WholeTower
+from disam_peft.backbones.open_clip.resblocks import (
+    BLOCK_ROLES,
+    STACK,
+    last_at_one_position,
+    parts_of,
+    pooled,
+    with_blocks,
+)
+from disam_peft.backbones.open_clip.timm_attention import Fused, split_layers
+from disam_peft.backbones.open_clip.timm_trunk import TimmTrunk, is_known_trunk
 from disam_peft.backbones.open_clip.weights import create, is_custom_text, load_tokenizer, preprocessing, resolve
 from disam_peft.backbones.pass_cache import PassCache
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.errors import UserError
-
-BLOCK_ROLES: towers.BlockRoles = {
-    "ln_1": ("norm1", "norm"),
-    "attn.q_proj": ("q", "linear"),
-    "attn.k_proj": ("k", "linear"),
-    "attn.v_proj": ("v", "linear"),
-    "attn.out_proj": ("out", "linear"),
-    "ln_2": ("norm2", "norm"),
-    "mlp.c_fc": ("fc1", "linear"),
-    "mlp.c_proj": ("fc2", "linear"),
-}
 
 PROBE = "a photo of a cat"
 
@@ -58,12 +58,13 @@ class OpenClipBackbone(ClipBackbone):
         self._model_config = source.model_config
         self._tokenizer = load_tokenizer(source, config.name)
 
-        self._visual_splits = isinstance(model.visual, VisionTransformer)
+        self._image = image_tower(model.visual)
+        self._image.split_projections(model.visual)
+        self._split_layers = split_layers(model)
         self._text_splits = isinstance(model.text, TextTransformer)
-        for tower, splits in ((model.visual, self._visual_splits), (model.text, self._text_splits)):
-            if splits:
-                split_attention(tower)
-        self.image_blocks = len(model.visual.transformer.resblocks) if self._visual_splits else 0
+        if self._text_splits:
+            split_attention(model.text)
+        self.image_blocks = len(self._image.blocks(model.visual))
         self.text_blocks = len(model.text.transformer.resblocks) if self._text_splits else 0
         self.embed_dim = source.model_config["embed_dim"]
         self.token_width = source.model_config["text_cfg"].get("width", 512) if self._text_splits else 0
@@ -83,32 +84,18 @@ class OpenClipBackbone(ClipBackbone):
 
     def image_trunk(self, pixels_BCHW: Tensor, blocks: int) -> Tensor:
         towers.check_split(blocks, self.image_blocks, "image")
-        if not self._visual_splits:
-            return pixels_BCHW
-        visual: Any = self.model.visual
-        hidden = visual._embeds(pixels_BCHW.to(self.dtype))
-        return self._image_part(slice(None, blocks))(hidden)
+        pixels_BCHW = pixels_BCHW.to(self.dtype) if self.image_blocks else pixels_BCHW
+        return self._image.trunk(self.model.visual, pixels_BCHW, blocks)
 
     def image_head(self, hidden: Tensor, blocks: int, cache: PassCache | None = None) -> Tensor:
         towers.check_split(blocks, self.image_blocks, "image")
-        visual: Any = self.model.visual
-        if not self._visual_splits:
-            return _pooled(visual(hidden.to(self.dtype)))
-        rest = shallow_clone(visual, transformer=self._image_part(slice(blocks, None), cache))
-        rest._embeds = lambda given: given
-        return _pooled(rest(hidden))
-
-    def _image_part(self, which: slice, cache: PassCache | None = None) -> Any:
-        """Some blocks of the tower, the last one for the class token alone where only that is pooled."""
-        visual: Any = self.model.visual
-        class_token = visual.attn_pool is None and visual.pool_type == "tok"
-        last = _at_one_position(visual.transformer, None, causal=False) if class_token else None
-        return _with_blocks(visual.transformer, which, last, cache)
+        hidden = hidden if self.image_blocks else hidden.to(self.dtype)
+        return self._image.head(self.model.visual, hidden, blocks, cache)
 
     def blocks(self, tower: TowerName) -> list[nn.Module]:
-        splits = self._visual_splits if tower == "image" else self._text_splits
-        root: Any = self._root(tower)
-        return list(root.transformer.resblocks) if splits else []
+        if tower == "image":
+            return self._image.blocks(self.model.visual)
+        return list(self._text_tower().transformer.resblocks) if self._text_splits else []
 
     # -- text ------------------------------------------------------------------------------------------------
 
@@ -151,13 +138,13 @@ class OpenClipBackbone(ClipBackbone):
         tokens_CL = self.cut_prompts(tokens_CL)
         text = self._text_tower()
         hidden, mask = text._embeds(tokens_CL)
-        part = _with_blocks(text.transformer, slice(None, blocks), self._last_text_block(tokens_CL))
+        part = with_blocks(text.transformer, slice(None, blocks), self._last_text_block(tokens_CL))
         return part(hidden, attn_mask=_cut(mask, hidden.shape[1]))
 
     def text_head(self, hidden: Tensor, tokens_CL: Tensor, blocks: int) -> Tensor:
         towers.check_split(blocks, self.text_blocks, "text")
         if not self._text_splits:
-            return _pooled(self.model.text(tokens_CL))  # type: ignore[operator]
+            return pooled(self.model.text(tokens_CL))  # type: ignore[operator]
         text = self._text_tower()
         if text.use_pad_mask or text.cls_emb is not None:  # the mask depends on the tokens
             with torch.no_grad():
@@ -169,18 +156,18 @@ class OpenClipBackbone(ClipBackbone):
     def _text_rest(self, hidden: Tensor, mask: Tensor | None, tokens_CL: Tensor, blocks: int) -> Tensor:
         text = self._text_tower()
         last = self._last_text_block(tokens_CL)
-        rest = shallow_clone(text, transformer=_with_blocks(text.transformer, slice(blocks, None), last))
+        rest = shallow_clone(text, transformer=with_blocks(text.transformer, slice(blocks, None), last))
         rest._embeds = lambda _: (hidden, _cut(mask, hidden.shape[1]))
         if last is not None:
             tokens_CL = tokens_CL.new_zeros(len(tokens_CL), 1)  # one position is left, and any pooling takes it
-        return _pooled(rest(tokens_CL))
+        return pooled(rest(tokens_CL))
 
     def _last_text_block(self, tokens_CL: Tensor) -> Any:
         """The last block for the pooled position alone; None where that is not a single one."""
         ends_C = self._pooled_positions(tokens_CL)
         if ends_C is None:
             return None
-        return _at_one_position(self._text_tower().transformer, ends_C, causal=self._is_causal_text())
+        return last_at_one_position(self._text_tower().transformer, ends_C, causal=self._is_causal_text())
 
     def _is_causal_text(self) -> bool:
         text: Any = self.model.text
@@ -212,7 +199,7 @@ class OpenClipBackbone(ClipBackbone):
         return self.model.get_submodule("visual" if tower == "image" else "text")
 
     def _text_parts(self) -> list[BlockParts] | None:
-        parts = [_parts(block) for block in self._text_tower().transformer.resblocks]
+        parts = [parts_of(block) for block in self._text_tower().transformer.resblocks]
         known = [one for one in parts if one is not None]
         return known if len(known) == len(parts) else None
 
@@ -247,27 +234,24 @@ class OpenClipBackbone(ClipBackbone):
         return list(self._targets)
 
     def _find_targets(self) -> tuple[Target, ...]:
-        stack = "transformer.resblocks"
-        image = towers.tower_targets(
-            self.model, "image", ["visual"], f"visual.{stack}", self.image_blocks, BLOCK_ROLES, "ln_pre"
-        )
-        text = towers.tower_targets(self.model, "text", ["text"], f"text.{stack}", self.text_blocks, BLOCK_ROLES, "")
-        return (*image, *text)
+        stack = f"text.{STACK}"
+        text = towers.tower_targets(self.model, "text", ["text"], stack, self.text_blocks, BLOCK_ROLES, "")
+        return (*self._image.targets(self.model), *text)
 
     def tower_parameters(self, tower: TowerName) -> list[TowerParameter]:
-        stack = "transformer.resblocks"
         if tower == "image":
-            stem = [f"visual.{name}" for name in ("conv1", "class_embedding", "positional_embedding", "ln_pre")]
-            blocks, projection = self.image_blocks, ["visual.proj"]
-            return towers.tower_parameters(self.model, ["visual"], f"visual.{stack}", blocks, stem, projection)
+            return self._image.parameters(self.model)
         stem = [f"text.{name}" for name in ("token_embedding", "positional_embedding", "cls_emb")]
         blocks, projection = self.text_blocks, ["text.text_projection"]
-        return towers.tower_parameters(self.model, ["text"], f"text.{stack}", blocks, stem, projection)
+        return towers.tower_parameters(self.model, ["text"], f"text.{STACK}", blocks, stem, projection)
+
+    def _hashed_weights(self) -> Mapping[str, Tensor]:
+        return Fused(super()._hashed_weights(), self._split_layers)
 
     def save(self, directory: Path, model: nn.Module) -> None:
         towers.refuse_adapter_keys(model.state_dict(), self._state_names)
         directory.mkdir(parents=True, exist_ok=True)
-        state = fused_state(model)
+        state = {**Fused(fused_state(model), self._split_layers)}
         if not is_custom_text(self._model_config):
             # The plain layout keeps at the top level what the custom text layout keeps under "text.".
             state = {name.removeprefix("text."): tensor for name, tensor in state.items()}
@@ -284,28 +268,13 @@ def imagenet_templates() -> tuple[str, ...]:
     return tuple(sentence("{}") for sentence in open_clip.OPENAI_IMAGENET_TEMPLATES)
 
 
-def _with_blocks(transformer: Any, which: slice, last: nn.Module | None, cache: PassCache | None = None) -> Any:
-    return shallow_clone(transformer, resblocks=towers.some_blocks(transformer.resblocks, which, last, cache))
-
-
-def _at_one_position(transformer: Any, position_B: Tensor | None, *, causal: bool) -> Any:
-    block = transformer.resblocks[-1]
-    parts = _parts(block)
-    return None if parts is None else at_one_position(block, parts, position_B, causal)
-
-
-def _parts(block: Any) -> BlockParts | None:
-    """The parts of a standard block as they are now; None for any other block."""
-    if type(block) is not ResidualAttentionBlock or type(block.attn) is not SplitAttention:
-        return None
-    return BlockParts(block.ln_1, block.attn, block.ls_1, block.ln_2, block.mlp, block.ls_2)
-
-
 def _cut(mask: Tensor | None, length: int) -> Tensor | None:
     """open_clip keeps the causal mask at full length; prompts cut to the longest are shorter."""
     return mask[:length, :length] if mask is not None and mask.ndim == 2 else mask
 
 
-def _pooled(output: Any) -> Tensor:
-    """Towers with ``output_tokens`` return (pooled, tokens)."""
-    return output[0] if isinstance(output, tuple) else output
+def image_tower(visual: nn.Module) -> ImageTower:
+    """How an image tower is run in parts, by its class."""
+    if isinstance(visual, VisionTransformer):
+        return OwnVit()
+    return TimmTrunk() if is_known_trunk(visual) else WholeTower()

@@ -1,7 +1,4 @@
-"""Where an open_clip checkpoint comes from: built-in names with pretrained tags, local folders, hub repositories.
-
-``backbone.py``, ``weights_file.py`` and this file are the only ones that import open_clip.
-"""
+"""Where an open_clip checkpoint comes from: built-in names with pretrained tags, local folders, hub repositories."""
 
 from __future__ import annotations
 

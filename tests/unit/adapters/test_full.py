@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
+from disam_peft.backbones.open_clip.image_towers import WholeTower
 from disam_peft.classification.classifier import ClipClassifier, zero_shot
 from disam_peft.classification.saved_classifier import load_adapter, save_adapter
 from disam_peft.config.adapters import FullConfig, LastBlocks, LoraAdapterConfig
@@ -219,7 +220,7 @@ def test_a_tower_that_cannot_be_split_is_trained_as_a_whole(
         build_adapter(FullConfig(stem=False), backbone, PROMPTS)
     with pytest.raises(UserError, match="no separate blocks"):
         build_adapter(FullConfig(blocks=LastBlocks(last=1)), backbone, PROMPTS)
-    backbone._visual_splits = False  # type: ignore[attr-defined]
+    monkeypatch.setattr(backbone, "_image", WholeTower())
     adapter = build_adapter(FullConfig(), backbone, PROMPTS)
     assert adapter.image_split == 0
     assert list(adapter.trainable()) == [name for name in names if not name.endswith("k_proj.bias")]

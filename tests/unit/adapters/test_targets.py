@@ -119,14 +119,16 @@ def test_row_22_targets_that_match_nothing(backbone: ClipBackbone, changes: dict
 
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory: pytest.TempPathFactory) -> ClipBackbone:
-    """A tower of timm with a pooling head, as SigLIP has it: its blocks have a fused qkv, its head has q and kv."""
+    """A tower with a pooling head, as SigLIP has it, of a class that is not known: its blocks have a fused qkv, its
+    head has q and kv."""
     tower = {"timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False, "timm_pool": "map"}
     vision = {**tower, "timm_proj": "none", "image_size": 224}
     text = {"context_length": 16, "layers": 1, "width": 32, "heads": 2, "vocab_size": 49408}
     config = {"embed_dim": 192, "custom_text": True, "vision_cfg": vision, "text_cfg": text}
     folder = tmp_path_factory.mktemp("siglip")
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
-    with pytest.warns(UserWarning, match="RANDOM"):
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match="RANDOM"):
+        patch.setattr("disam_peft.backbones.open_clip.backbone.is_known_trunk", lambda visual: False)
         return load_backbone(BackboneConfig(name=f"local-dir:{folder}", pretrained="random"))
 
 

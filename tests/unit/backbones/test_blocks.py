@@ -16,7 +16,7 @@ from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.blocks import BlockParts, replace_quick_gelu
 from disam_peft.backbones.families import load_backbone
 from disam_peft.backbones.open_clip.attention import split_attention
-from disam_peft.backbones.open_clip.backbone import _parts
+from disam_peft.backbones.open_clip.resblocks import parts_of
 from disam_peft.backbones.packed_prompts import PackedPrompts
 from disam_peft.config.backbone import BackboneConfig
 from tests.helpers.tiny import tiny_openclip
@@ -256,7 +256,7 @@ def test_memory_for_backward_is_what_it_is_taken_for(activation: type[nn.Module]
     split_attention(blocks)
     replace_quick_gelu(blocks, QuickGELU)
     blocks.requires_grad_(False)
-    parts = [part for part in map(_parts, blocks) if part is not None]
+    parts = [part for part in map(parts_of, blocks) if part is not None]
     assert len(parts) == 3 and isinstance(parts[0], BlockParts)
     rows = PackedPrompts([3, 4, 6, 3, 5] * 12, 17)
     hidden = torch.randn(17 + sum(rows.lengths), 256, requires_grad=True)
