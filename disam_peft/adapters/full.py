@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ from disam_peft.errors import UserError
 _FROZEN = "weights_before_training"
 """Name of a module of ``backbone.model`` that keeps the frozen weights while trained ones stand in their places."""
 
-_KEY_BIAS = "k_proj.bias"
+_KEY_BIAS = re.compile(r"k_proj\.bias$|^text_model\..*\.self\.key\.bias$")
 """It adds the same number to every score of a query, which the softmax takes away again."""
+
+_TOKEN_TABLE = re.compile(r"token_embedding\b|word_embeddings\b")
 
 _WIDE = "_unrounded"
 
@@ -140,7 +143,7 @@ def chosen_parameters(config: FullConfig, backbone: ClipBackbone) -> dict[TowerN
     for tower in dict.fromkeys(config.towers):
         is_chosen = _rule(config, backbone, tower)
         parameters = backbone.tower_parameters(tower)
-        chosen[tower] = [one for one in parameters if not one.name.endswith(_KEY_BIAS) and is_chosen(one)]
+        chosen[tower] = [one for one in parameters if not _KEY_BIAS.search(one.name) and is_chosen(one)]
         if not chosen[tower]:
             parts = ", ".join(dict.fromkeys(one.part for one in parameters))
             raise UserError(
@@ -175,7 +178,7 @@ def _rule(config: FullConfig, backbone: ClipBackbone, tower: TowerName) -> Calla
         if one.part == "whole":
             return everything
         if one.part == "stem":
-            return config.token_embedding if "token_embedding" in one.name else stem
+            return config.token_embedding if _TOKEN_TABLE.search(one.name) else stem
         block = count - 1 if one.block is None else one.block  # what follows the blocks counts as the last one
         if is_bias and block in biases:
             return True

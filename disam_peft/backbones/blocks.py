@@ -85,14 +85,14 @@ def at_one_position(block: nn.Module, parts: BlockParts, position_B: Tensor | No
         if causal and position_B is not None:
             unseen_BL = torch.arange(hidden_BLW.shape[1], device=hidden_BLW.device) > position_B[:, None]
         query_BW = parts.attention.q_proj(_at(normed_BLW, position_B)).squeeze(1)
-        mixed_BW = _one_query(parts.attention, query_BW, normed_BLW, unseen_BL)
+        mixed_BW = one_query(parts.attention, query_BW, normed_BLW, unseen_BL)
         return parts.finish(_at(hidden_BLW, position_B), mixed_BW.unsqueeze(1))
 
     clone.forward = forward  # in the clone alone; its hooks are those of the block
     return clone
 
 
-def _one_query(attention: Any, query_BW: Tensor, normed_BLW: Tensor, unseen_BL: Tensor | None) -> Tensor:
+def one_query(attention: Any, query_BW: Tensor, normed_BLW: Tensor, unseen_BL: Tensor | None) -> Tensor:
     """Attention of one query for each sequence, all heads: (B, W).
 
     With one query, the products are computed in another order: the scores ``q (x K)^T`` of a head are ``(q K^T) x^T``,

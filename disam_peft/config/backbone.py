@@ -40,8 +40,8 @@ class BackboneConfig(Config):
     family: Literal["open_clip", "transformers"] = "open_clip"
     name: str
     """open_clip: a model name (``ViT-B-16``), ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``.
-    transformers: a hub id (``openai/clip-vit-base-patch32``) or a local folder, of a CLIPModel, a SiglipModel or a
-    MetaClip2Model.
+    transformers: a hub id (``openai/clip-vit-base-patch32``) or a local folder, of a CLIPModel, SiglipModel,
+    MetaClip2Model, AltCLIPModel or ChineseCLIPModel.
     Both: ``demo``, the small CLIP that comes with the package."""
     pretrained: Annotated[str | None, BeforeValidator(_one_word)] = None
     """open_clip: a pretrained tag (``openai``) or a safetensors file. Both: ``random`` (or ``none``) for random weights

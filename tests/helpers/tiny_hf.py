@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import torch
@@ -62,6 +63,14 @@ TYPES: dict[str, TinyType] = {
         projected=False,
     ),
     "metaclip_2": TinyType("MetaClip2Model", _XLM, "<s> $A </s>", _XLM_ENDS, _XLM_IDS),
+    "altclip": TinyType("AltCLIPModel", _XLM, "<s> $A </s>", _XLM_ENDS, {**_XLM_IDS, "project_dim": 20}),
+    "chinese_clip": TinyType(
+        "ChineseCLIPModel",
+        ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
+        "",
+        {"tokenizer_class": "BertTokenizer", "pad_token": "[PAD]"},
+        {"pad_token_id": 0},
+    ),
 }
 
 
@@ -114,10 +123,27 @@ def write_processor(kind: str, folder: Path) -> None:
 
 
 def write_tokenizer(kind: str, folder: Path) -> int:
-    """A byte-level BPE learned from a few sentences, with the special tokens of the kind; returns its size."""
+    """A byte-level BPE learned from a few sentences, with the special tokens of the kind; for Chinese-CLIP letters and
+    some words as BERT's vocab.txt. Returns its size."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
     tiny = TYPES[kind]
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": POSITIONS, **tiny.ends}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if kind == "chinese_clip":
+        letters = [*ascii_lowercase, *"0123456789.,!'-"]
+        words = [
+            *tiny.specials,
+            *letters,
+            *(f"##{one}" for one in letters),
+            "photo",
+            "drawing",
+            "bear",
+            "cat",
+            "\u732b",
+        ]
+        (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+        return len(words)
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     if tiny.lower:
@@ -132,8 +158,6 @@ def write_tokenizer(kind: str, folder: Path) -> int:
     used = [(token, tokenizer.token_to_id(token)) for token in tiny.specials]
     tokenizer.post_processor = processors.TemplateProcessing(single=tiny.prompt, special_tokens=used)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": POSITIONS, **tiny.ends}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return tokenizer.get_vocab_size()
 
 
@@ -146,7 +170,7 @@ def own_image(backbone: ClipBackbone, images: Tensor) -> Tensor:
 def own_text(backbone: ClipBackbone, tokens: Tensor, embeddings: Tensor | None = None, **mask: Tensor) -> Tensor:
     """The same of padded prompts; with other embeddings in the tokens' place, or another mask than the model needs."""
     model: Any = backbone.model
-    table = model.text_model.embeddings.token_embedding
+    table = model.text_model.get_input_embeddings()
     handle = None if embeddings is None else table.register_forward_hook(lambda *_: embeddings)
     try:
         return model.get_text_features(input_ids=tokens, **(mask or mask_of(model, tokens))).pooler_output
@@ -157,7 +181,12 @@ def own_text(backbone: ClipBackbone, tokens: Tensor, embeddings: Tensor | None =
 
 def mask_of(model: Any, tokens: Tensor) -> dict[str, Tensor]:
     """The attention mask, for the models that need one."""
-    return {}
+    pad = model.config.text_config.pad_token_id
+    return {"attention_mask": (tokens != pad).long()} if masks_padding(model) else {}
+
+
+def masks_padding(model: Any) -> bool:
+    return model.config.model_type in ("altclip", "chinese_clip")
 
 
 def images_of(count: int, dtype: torch.dtype = torch.float32) -> Tensor:

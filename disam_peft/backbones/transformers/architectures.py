@@ -6,15 +6,20 @@ A class that is not here is refused: no rule would tell whether it masks padding
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from transformers import CLIPModel, MetaClip2Model, SiglipModel
+from transformers import AltCLIPModel, ChineseCLIPModel, CLIPModel, MetaClip2Model, SiglipModel
+from transformers.models.altclip.modeling_altclip import AltCLIPAttention, AltCLIPEncoderLayer, AltRobertaLayer
+from transformers.models.chinese_clip.modeling_chinese_clip import (
+    ChineseCLIPTextLayer,
+    ChineseCLIPVisionAttention,
+    ChineseCLIPVisionLayer,
+)
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 from transformers.models.metaclip_2.modeling_metaclip_2 import MetaClip2Attention, MetaClip2EncoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEncoderLayer
 
-from disam_peft.backbones.blocks import BlockParts
 from disam_peft.backbones.towers import BlockRoles
 
 PRE_NORM_ROLES: BlockRoles = {
@@ -27,6 +32,18 @@ PRE_NORM_ROLES: BlockRoles = {
     "mlp.fc1": ("fc1", "linear"),
     "mlp.fc2": ("fc2", "linear"),
 }
+
+POST_NORM_ROLES: BlockRoles = {
+    "attention.self.query": ("q", "linear"),
+    "attention.self.key": ("k", "linear"),
+    "attention.self.value": ("v", "linear"),
+    "attention.output.dense": ("out", "linear"),
+    "attention.output.LayerNorm": ("norm1", "norm"),
+    "intermediate.dense": ("fc1", "linear"),
+    "output.dense": ("fc2", "linear"),
+    "output.LayerNorm": ("norm2", "norm"),
+}
+"""BERT's block, whose norms follow the sums: ``norm1`` that of the attention and ``norm2`` that of the MLP."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +66,10 @@ class TextTower:
 
     after_blocks: tuple[str, ...]
     """Its modules behind the blocks."""
-    pooling: Literal["end", "last"]
+    pooling: Literal["end", "last", "first"]
     """``end``: the first token that ends a text, where the tower is causal. ``last``: the last position of the padded
-    prompt, in a tower that sees all positions: padding is a part of the prompt and is never masked or cut."""
+    prompt, in a tower that sees all positions: padding is a part of the prompt and is never masked or cut. ``first``:
+    the first position, in a tower that sees all but the padding: it must be masked, and may be cut."""
     projection: str
     """The Linear layer into the shared space; full name."""
     projects_itself: bool = False
@@ -60,10 +78,30 @@ class TextTower:
     """An end-of-text id of 2 stands for the highest id in the prompt, as in old configs."""
     lower_case: bool = False
     """It was trained on texts in lower case alone."""
+    inner: str | None = None
+    """The module below ``text_model`` that has embeddings and blocks; None: it is ``text_model`` itself."""
+    table: str = "token_embedding"
+    """The table of tokens among the embeddings."""
+    stack: str = "layers"
+    """The list of blocks in the encoder."""
+    roles: BlockRoles = field(default_factory=lambda: PRE_NORM_ROLES)
+    stem_norm: str = ""
+    """The norm before the blocks: its last name."""
+    counts_from_padding: bool = False
+    """Positions begin behind the id of the padding token, as in RoBERTa; so many fewer tokens fit."""
 
     @property
     def is_causal(self) -> bool:
         return self.pooling == "end"
+
+    @property
+    def masks_padding(self) -> bool:
+        return self.pooling == "first"
+
+    @property
+    def root(self) -> str:
+        """Full name of the module with embeddings and blocks."""
+        return "text_model" if self.inner is None else f"text_model.{self.inner}"
 
 
 @dataclass(frozen=True)
@@ -73,11 +111,13 @@ class Architecture:
     model: Any
     """The class."""
     layers: frozenset[tuple[type, type]]
-    """Its standard blocks: the class of the block and of its attention."""
+    """Its standard blocks, whose norms come first: the class of the block and of its attention."""
     image: ImageTower
     text: TextTower
     bias: str | None = None
     """The parameter that is added to every logit."""
+    post_norm_layers: frozenset[type] = frozenset()
+    """Its blocks with ``POST_NORM_ROLES``."""
 
 
 _CLASS_TOKEN = ImageTower(("pre_layrnorm",), ("post_layernorm",), "class token", "visual_projection")
@@ -102,16 +142,39 @@ ARCHITECTURES: dict[str, Architecture] = {
         _CLASS_TOKEN,
         TextTower(("final_layer_norm",), "end", "text_projection"),
     ),
+    "altclip": Architecture(
+        AltCLIPModel,
+        frozenset({(AltCLIPEncoderLayer, AltCLIPAttention)}),
+        _CLASS_TOKEN,
+        TextTower(
+            ("pre_LN", "transformation"),
+            "first",
+            "text_projection",
+            inner="roberta",
+            table="word_embeddings",
+            roles=POST_NORM_ROLES,
+            stem_norm="LayerNorm",
+            counts_from_padding=True,
+        ),
+        post_norm_layers=frozenset({AltRobertaLayer}),
+    ),
+    "chinese_clip": Architecture(
+        ChineseCLIPModel,
+        frozenset({(ChineseCLIPVisionLayer, ChineseCLIPVisionAttention)}),
+        _CLASS_TOKEN,
+        TextTower(
+            (),
+            "first",
+            "text_projection",
+            table="word_embeddings",
+            stack="layer",
+            roles=POST_NORM_ROLES,
+            stem_norm="LayerNorm",
+        ),
+        post_norm_layers=frozenset({ChineseCLIPTextLayer}),
+    ),
 }
 """By the ``model_type`` of a config."""
 
 WITHOUT_ONE_SIZE = "siglip2"
 """The ``model_type`` of NaFlex checkpoints, whose images are patches in any number."""
-
-
-def pre_norm_parts(layer: Any, architecture: Architecture) -> BlockParts | None:
-    """The parts of a standard layer as they are now; None for any other, or one whose attention drops out."""
-    attention: Any = getattr(layer, "self_attn", None)
-    if (type(layer), type(attention)) not in architecture.layers or (attention.training and attention.dropout > 0):
-        return None
-    return BlockParts(layer.layer_norm1, attention, None, layer.layer_norm2, layer.mlp, None)

@@ -1,4 +1,4 @@
-"""CLIPs of transformers (``CLIPModel``, ``SiglipModel``, ``MetaClip2Model``) from a hub repository or a local folder.
+"""CLIPs of transformers from a hub repository or a local folder: ``CLIPModel``, ``SiglipModel`` and their relatives.
 
 Shapes in this file: B images, C prompts, L tokens, W token width, E embedding width.
 """
@@ -18,11 +18,12 @@ from transformers.activations import QuickGELUActivation
 
 from disam_peft.backbones import towers
 from disam_peft.backbones.base import ClipBackbone, Target, TowerName, TowerParameter
-from disam_peft.backbones.blocks import BlockParts, at_one_position, replace_quick_gelu, shallow_clone
+from disam_peft.backbones.blocks import BlockParts, replace_quick_gelu, shallow_clone
 from disam_peft.backbones.hub import loading_tokenizer
 from disam_peft.backbones.pass_cache import PassCache
-from disam_peft.backbones.transformers.architectures import PRE_NORM_ROLES, pre_norm_parts
+from disam_peft.backbones.transformers.architectures import PRE_NORM_ROLES
 from disam_peft.backbones.transformers.checkpoint import architecture_of, checkpoint_folder, load_model, without_bars
+from disam_peft.backbones.transformers.last_layer import last_layer, pre_norm_parts
 from disam_peft.backbones.transformers.processor import preprocessing
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.errors import UserError
@@ -58,7 +59,8 @@ class HfBackbone(ClipBackbone):
         self.text_blocks = text.num_hidden_layers
         self.embed_dim = model.get_submodule(self.architecture.text.projection).out_features
         self.token_width = text.hidden_size
-        self.context_length = text.max_position_embeddings
+        used = text.pad_token_id + 1 if self.architecture.text.counts_from_padding else 0
+        self.context_length = text.max_position_embeddings - used
         self.quick_gelu = "quick_gelu" in (text.hidden_act, vision.hidden_act)
         self.preprocessing = preprocessing(self._processor)
         self._targets = self._find_targets()
@@ -104,11 +106,11 @@ class HfBackbone(ClipBackbone):
         vision: Any = self.model.vision_model
         if self.architecture.image.pooling != "class token":
             return None
-        return self._at_one_position(vision.encoder.layers[-1], None, causal=False)
+        return last_layer(vision.encoder.layers[-1], self.architecture, None, causal=False)
 
     def blocks(self, tower: TowerName) -> list[nn.Module]:
-        root: Any = self._root(tower)
-        return list(root.encoder.layers)
+        found: Any = self.model.get_submodule(self._stack(tower))
+        return list(found)
 
     # -- text ------------------------------------------------------------------------------------------------
 
@@ -148,59 +150,80 @@ class HfBackbone(ClipBackbone):
         return self.architecture.text.end_may_be_wrong and text.eos_token_id == 2
 
     def embed_tokens(self, tokens_CL: Tensor) -> Tensor:
-        text: Any = self.model.text_model
-        return text.embeddings.token_embedding(tokens_CL)
+        return self._text_root().embeddings.get_submodule(self.architecture.text.table)(tokens_CL)
 
     def encode_text_embeddings(self, embeddings_CLW: Tensor, tokens_CL: Tensor) -> Tensor:
         tokens_CL = self.cut_prompts(tokens_CL)
-        text: Any = self.model.text_model
         given = towers.Given(embeddings_CLW[:, : tokens_CL.shape[1]])
-        hidden = shallow_clone(text.embeddings, token_embedding=given)(input_ids=tokens_CL)
+        # With the ids, which say where the padding is.
+        embeddings = shallow_clone(self._text_root().embeddings, **{self.architecture.text.table: given})
+        hidden = embeddings(input_ids=tokens_CL)
         return self.text_head(hidden, tokens_CL, 0)
 
     def text_trunk(self, tokens_CL: Tensor, blocks: int) -> Tensor:
         towers.check_split(blocks, self.text_blocks, "text")
         tokens_CL = self.cut_prompts(tokens_CL)
-        text: Any = self.model.text_model
-        hidden = text.embeddings(input_ids=tokens_CL)
+        hidden = self._text_root().embeddings(input_ids=tokens_CL)
         unfinished = _identities(self.architecture.text.after_blocks)
         return self._text_part(hidden, tokens_CL, slice(None, blocks), unfinished).last_hidden_state
 
     def text_head(self, hidden: Tensor, tokens_CL: Tensor, blocks: int) -> Tensor:
         towers.check_split(blocks, self.text_blocks, "text")
-        pooled = self._text_part(hidden, tokens_CL, slice(blocks, None), {}).pooler_output
         text = self.architecture.text
+        output = self._text_part(hidden, tokens_CL, slice(blocks, None), {})
+        pooled = output.last_hidden_state[:, 0] if text.pooling == "first" else output.pooler_output
         return pooled if text.projects_itself else self._project(text.projection, pooled)
+
+    def cut_prompts(self, tokens_CL: Tensor) -> Tensor:
+        """As ``ClipBackbone.cut_prompts``; a tower that masks the padding does without it, too."""
+        if not self.architecture.text.masks_padding:
+            return super().cut_prompts(tokens_CL)
+        return tokens_CL[:, : int(self._seen(tokens_CL).any(dim=0).nonzero().max()) + 1]
 
     def _text_part(self, hidden: Tensor, tokens_CL: Tensor, which: slice, instead: Mapping[str, nn.Module]) -> Any:
         """Some layers of the tower, the last one for the pooled position alone; then norm and pooling."""
-        # No padding mask is given. Causal towers have the padding behind the token that is pooled; the others were
-        # trained to see it.
-        text: Any = self.model.text_model
-        ends_C = self._pooled_positions(tokens_CL)
-        last = self._at_one_position(text.encoder.layers[-1], ends_C, causal=self._is_causal_text())
-        part = shallow_clone(
-            text, embeddings=towers.Given(hidden), encoder=_with_layers(text.encoder, which, last), **instead
-        )
-        if last is not None:
+        text, root = self.architecture.text, self._text_root()
+        layers, unseen_CL, mask = root.encoder.get_submodule(text.stack), None, {}
+        position_C = self._pooled_positions(tokens_CL)
+        if text.masks_padding:
+            tokens_CL = tokens_CL[:, : hidden.shape[1]]
+            unseen_CL = ~self._seen(tokens_CL)
+            mask = {"attention_mask": (~unseen_CL).long()}
+        # The others get no mask: padding comes after the token that a causal tower pools, and SigLIP has to see it.
+        last = last_layer(layers[-1], self.architecture, position_C, causal=self._is_causal_text(), unseen_BL=unseen_CL)
+        encoder = _with_layers(root.encoder, which, last, stack=text.stack)
+        own: dict[str, nn.Module] = {"embeddings": towers.Given(hidden), "encoder": encoder}
+        if text.inner is not None:
+            own = {text.inner: shallow_clone(root, **own)}
+        part = shallow_clone(self.model.get_submodule("text_model"), **own, **instead)
+        if last is not None and not text.masks_padding:
             tokens_CL = tokens_CL.new_zeros(len(tokens_CL), 1)  # one position is left, and the pooling takes it
-        return part(input_ids=tokens_CL)
+        return part(input_ids=tokens_CL, **mask)
+
+    def _text_root(self) -> Any:
+        """The module with embeddings and blocks."""
+        return self.model.get_submodule(self.architecture.text.root)
+
+    def _seen(self, tokens_CL: Tensor) -> Tensor:
+        """Which tokens are no padding."""
+        return tokens_CL != self._tokenizer.pad_token_id
 
     def _is_causal_text(self) -> bool:
         return self.architecture.text.is_causal
 
     def _pooled_positions(self, tokens_CL: Tensor) -> Tensor:
         text: Any = self.model.text_model
-        if self.architecture.text.pooling == "last":
-            return tokens_CL.new_full((len(tokens_CL),), tokens_CL.shape[1] - 1)
+        if self.architecture.text.pooling != "end":
+            first = self.architecture.text.pooling == "first"
+            return tokens_CL.new_full((len(tokens_CL),), 0 if first else tokens_CL.shape[1] - 1)
         if self._reads_highest_id():
             return tokens_CL.argmax(dim=1)
         return (tokens_CL == text.eos_token_id).int().argmax(dim=1)
 
     def _text_pooling(self) -> str:
         text: Any = self.model.text_model
-        if self.architecture.text.pooling == "last":
-            return "last"
+        if self.architecture.text.pooling != "end":
+            return self.architecture.text.pooling
         return "argmax" if self._reads_highest_id() else f"token {text.eos_token_id}"
 
     def _vocabulary(self) -> Mapping[str, int]:
@@ -210,8 +233,7 @@ class HfBackbone(ClipBackbone):
         return self.model.get_submodule("vision_model" if tower == "image" else "text_model")
 
     def _text_parts(self) -> list[BlockParts] | None:
-        text: Any = self.model.text_model
-        parts = [pre_norm_parts(layer, self.architecture) for layer in text.encoder.layers]
+        parts = [pre_norm_parts(layer, self.architecture) for layer in self.blocks("text")]
         known = [one for one in parts if one is not None]
         return known if len(known) == len(parts) else None
 
@@ -225,10 +247,6 @@ class HfBackbone(ClipBackbone):
 
     def _project(self, projection: str | None, pooled: Tensor) -> Tensor:
         return pooled if projection is None else self.model.get_submodule(projection)(pooled)
-
-    def _at_one_position(self, layer: Any, position_B: Tensor | None, *, causal: bool) -> Any:
-        parts = pre_norm_parts(layer, self.architecture)
-        return None if parts is None else at_one_position(layer, parts, position_B, causal)
 
     # -- scale, targets, saving ------------------------------------------------------------------------------
 
@@ -247,11 +265,14 @@ class HfBackbone(ClipBackbone):
 
     def _find_targets(self) -> tuple[Target, ...]:
         found: list[Target] = []
+        text = self.architecture.text
         for tower in ("image", "text"):
-            root, roots = self._roots(tower)
-            stack, blocks = f"{root}.encoder.layers", self.image_blocks if tower == "image" else self.text_blocks
-            stem_norm = "pre_layrnorm" if tower == "image" else ""
-            found += towers.tower_targets(self.model, tower, roots, stack, blocks, PRE_NORM_ROLES, stem_norm)
+            blocks = self.image_blocks if tower == "image" else self.text_blocks
+            roles, stem_norm = (PRE_NORM_ROLES, "pre_layrnorm") if tower == "image" else (text.roles, text.stem_norm)
+            roots, stack = self._roots(tower), self._stack(tower)
+            found += towers.tower_targets(self.model, tower, roots, stack, blocks, roles, stem_norm)
+        ends = [*(f"text_model.{name}" for name in text.after_blocks), text.projection]
+        found.sort(key=lambda one: ends.index(one.name) if one.name in ends else -1)  # AltCLIP defines them in reverse
         # A pooling has layers of the same last names as the blocks, and "fc1" means those of the blocks.
         pooling = "vision_model.head."
         return tuple(
@@ -259,20 +280,25 @@ class HfBackbone(ClipBackbone):
         )
 
     def tower_parameters(self, tower: TowerName) -> list[TowerParameter]:
-        root, roots = self._roots(tower)
-        architecture = self.architecture
-        stem = [f"{root}.{name}" for name in ("embeddings", *architecture.image.before_blocks)]
-        blocks = self.image_blocks if tower == "image" else self.text_blocks
-        projection = architecture.image.projection if tower == "image" else architecture.text.projection
-        ends = [] if projection is None else [projection]
-        return towers.tower_parameters(self.model, roots, f"{root}.encoder.layers", blocks, stem, ends)
-
-    def _roots(self, tower: TowerName) -> tuple[str, list[str]]:
-        """The module of a tower with its blocks, and all modules that make up the tower."""
         image, text = self.architecture.image, self.architecture.text
         if tower == "image":
-            return "vision_model", ["vision_model", *([] if image.projection is None else [image.projection])]
-        return "text_model", ["text_model", *([] if text.projects_itself else [text.projection])]
+            stem = [f"vision_model.{name}" for name in ("embeddings", *image.before_blocks)]
+            blocks, ends = self.image_blocks, [] if image.projection is None else [image.projection]
+        else:
+            stem, blocks, ends = [f"{text.root}.embeddings"], self.text_blocks, [text.projection]
+        return towers.tower_parameters(self.model, self._roots(tower), self._stack(tower), blocks, stem, ends)
+
+    def _roots(self, tower: TowerName) -> list[str]:
+        """All modules that make up a tower."""
+        image, text = self.architecture.image, self.architecture.text
+        if tower == "image":
+            return ["vision_model", *([] if image.projection is None else [image.projection])]
+        return ["text_model", *([] if text.projects_itself else [text.projection])]
+
+    def _stack(self, tower: TowerName) -> str:
+        """Full name of the list of blocks."""
+        text = self.architecture.text
+        return "vision_model.encoder.layers" if tower == "image" else f"{text.root}.encoder.{text.stack}"
 
     def save(self, directory: Path, model: nn.Module) -> None:
         towers.refuse_adapter_keys(model.state_dict(), self._state_names)
@@ -286,8 +312,10 @@ class HfBackbone(ClipBackbone):
         self._tokenizer.save_pretrained(directory)
 
 
-def _with_layers(encoder: Any, which: slice, last: nn.Module | None, cache: PassCache | None = None) -> Any:
-    return shallow_clone(encoder, layers=towers.some_blocks(encoder.layers, which, last, cache))
+def _with_layers(
+    encoder: Any, which: slice, last: nn.Module | None, cache: PassCache | None = None, stack: str = "layers"
+) -> Any:
+    return shallow_clone(encoder, **{stack: towers.some_blocks(encoder.get_submodule(stack), which, last, cache)})
 
 
 def _identities(names: Sequence[str]) -> dict[str, nn.Module]:

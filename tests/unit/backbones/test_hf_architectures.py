@@ -45,7 +45,7 @@ from tests.helpers.towers import assert_same, relative
 NAMES, TEMPLATE = ("cat", "polar bear", "fire truck"), "a photo of a {}."
 TEXTS = [TEMPLATE.format(name) for name in NAMES]
 BOTH = LoraAdapterConfig(towers=["image", "text"], rank=2, seed=1)
-CLASS_TOKEN = ("metaclip_2",)
+CLASS_TOKEN = ("metaclip_2", "altclip", "chinese_clip")
 every_type = pytest.mark.parametrize("kind", TYPES)
 
 
@@ -213,6 +213,40 @@ def test_metaclip_prompts_are_cut_and_share_their_beginning(folders: dict[str, s
         assert relative(found, own_text(backbone, tokens)) < 2e-6
 
 
+@pytest.mark.parametrize("kind", ["altclip", "chinese_clip"])
+def test_padding_is_masked_and_may_be_cut(folders: dict[str, str], kind: str) -> None:
+    """The library masks nothing by itself: a forward without the mask, which looks like any other, would be wrong."""
+    backbone = loaded(folders[kind])
+    model: Any = backbone.model
+    tokens, pad = backbone.tokenize(TEXTS), model.config.text_config.pad_token_id
+    assert tokens.shape[1] == backbone.context_length == POSITIONS - 2 * (kind == "altclip")
+    longest = int((tokens != pad).sum(dim=1).max())
+    assert torch.equal(backbone.cut_prompts(tokens), tokens[:, :longest]) and longest < POSITIONS - 8
+    assert backbone.pack_prompts(tokens, 2) is None, "every token sees those behind it"
+    with torch.no_grad():
+        wanted = own_text(backbone, tokens)
+        assert relative(backbone.encode_text(tokens), wanted) < 2e-6
+        assert relative(own_text(backbone, tokens, attention_mask=torch.ones_like(tokens)), wanted) > 0.01
+        hidden = backbone.text_trunk(tokens, 1)
+        assert hidden.shape[1] == longest
+        padded = nn.functional.pad(hidden, (0, 0, 0, 5))  # as among other prompts, of which one is longer
+        assert relative(backbone.text_head(padded, tokens, 1), wanted) < 2e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["altclip", "chinese_clip"])
+def test_weights_of_the_text_without_effect_are_not_trained(folders: dict[str, str], kind: str) -> None:
+    """The bias of the keys, and the table of tokens unless it is asked for, have other names than in CLIPModel."""
+    backbone = backbone_of(folders[kind])
+    whole = FullConfig(towers=["text"])
+    trained = set(adapted(backbone_of(folders[kind]), whole).trainable())
+    names = {one.name for one in backbone.tower_parameters("text")}
+    left = {name for name in names if name.endswith(("self.key.bias", "word_embeddings.weight"))}
+    assert len(left) == TEXT_BLOCKS + 1 and trained == names - left
+    table = adapted(backbone, whole.model_copy(update={"token_embedding": True}))
+    assert set(table.trainable()) - trained == {name for name in left if "word" in name}
+
+
 # -- adapters ------------------------------------------------------------------------------------------------
 
 
@@ -257,7 +291,7 @@ def test_weights_of_a_tower_are_known_by_their_place(folders: dict[str, str], ki
     everything = {name for name, _ in model.named_parameters() if not name.startswith("logit_")}
     assert {one.name for parameters in found.values() for one in parameters} == everything
     stems = {one.name for one in (*found["image"], *found["text"]) if one.part == "stem"}
-    assert stems == {name for name in everything if "embeddings." in name or "pre_layrnorm" in name}
+    assert stems == {name for name in everything if ".embeddings." in name or "pre_layrnorm" in name}
     whole = adapted(backbone_of(folders[kind]), FullConfig(towers=["text"], blocks=LastBlocks(last=1), projection=True))
     assert whole.adapter is not None and whole.adapter.text_split == TEXT_BLOCKS - 1
     assert any(one.part == "projection" for one in found["text"])
