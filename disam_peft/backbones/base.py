@@ -138,6 +138,12 @@ class ClipBackbone(ABC):
         """The frozen weights by the names they had at load, whatever adapters are attached by now."""
         return dict(self._base)
 
+    def use_fused_qkv(self) -> bool:
+        """Whether the image tower has a layer ``qkv`` that an adapter may attach to. A tower that was split when it was
+        loaded gets it back and runs as a whole, under its library's names, as version 0.1 ran it. That is for recipes
+        and adapters of that version. Features, hash and fingerprint stay the same, to the bit."""
+        return any(target.projection == "qkv" and target.tower == "image" for target in self.targets())
+
     @property
     def device(self) -> torch.device:
         return next(iter(self._base.values())).device

@@ -53,9 +53,9 @@ TOWERS: dict[str, tuple[Callable[..., Any], str, str | None]] = {
     "pe": (_of_timm("vit_pe_core_base_patch16_224", _PATCHES), "map", None),
     "eva02-b": (_of_timm("eva02_base_patch16_clip_224", _PATCHES), "token", None),
     "eva02-e": (_of_timm("eva02_enormous_patch14_clip_224", _PATCHES), "token", None),
-    "eva01": (_of_timm("eva_giant_patch14_224", _PATCHES), "token", None),
+    "eva01": (_of_timm("eva_giant_patch14_224", {**_PATCHES, "init_values": 0.1}), "token", None),
     "mobileclip-b": (_mobileclip, "token", None),
-    "mobileclip2-l": (_of_timm("vit_large_patch14_clip_224", _PATCHES), "token", None),
+    "mobileclip2-l": (_of_timm("vit_large_patch14_clip_224", {**_PATCHES, "init_values": 0.1}), "token", None),
     "vitamin": (_vitamin, "", "linear"),
     "gap": (_of_timm("vit_medium_patch16_gap_256", _PATCHES), "", "linear"),
 }

@@ -289,7 +289,10 @@ class LoraAdapter(PeftAdapter):
 
 
 def plan(config: LoraAdapterConfig | PeftAdapterConfig, backbone: ClipBackbone) -> tuple[list[Target], Any]:
-    """The targets and the ``peft.PeftConfig`` that a config means on this backbone; touches nothing.
+    """The targets and the ``peft.PeftConfig`` that a config means on this backbone; attaches nothing.
+
+    Projections that name ``qkv`` are those of version 0.1, where a fused layer was not split: the backbone is put into
+    the form that it had then (``ClipBackbone.use_fused_qkv``).
 
     Raises:
         UserError: unknown method or option, or targets that match nothing or only partly.
@@ -301,6 +304,14 @@ def plan(config: LoraAdapterConfig | PeftAdapterConfig, backbone: ClipBackbone) 
         options = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
     else:
         options, projections = config.options, config.projections or list(find_method(name).projections)
+    split_blocks = backbone.image_blocks
+    if "qkv" in projections and "image" in config.towers and backbone.use_fused_qkv() and split_blocks:
+        warnings.warn(
+            f"'qkv' is the fused layer of {backbone.config.name}, whose image tower therefore runs as a whole, as in "
+            "0.1: none of its blocks is frozen; projections=[q,k,v] are the same weights in layers of their own",
+            Notice,
+            stacklevel=2,
+        )
     targets = select_targets(
         backbone,
         towers=config.towers,

@@ -80,6 +80,16 @@ class OpenClipBackbone(ClipBackbone):
         self._state_names = frozenset(model.state_dict())
         self._freeze()
 
+    def use_fused_qkv(self) -> bool:
+        # Where the biases are not the layer's, the attention would not call it.
+        if isinstance(self._image, TimmTrunk) and set(self._split_layers.values()) == {"layer"}:
+            self._image.fuse_projections(self.model.visual)
+            self._image, self._split_layers, self.image_blocks = WholeTower(), {}, 0
+            self._targets = self._find_targets()
+            self._state_names = frozenset(self.model.state_dict())
+            self._base = dict(self.model.named_parameters())
+        return super().use_fused_qkv()
+
     # -- images ----------------------------------------------------------------------------------------------
 
     def image_trunk(self, pixels_BCHW: Tensor, blocks: int) -> Tensor:

@@ -71,6 +71,14 @@ def split_qkv(attention: Any) -> None:
     attention.q_bias = attention.k_bias = attention.v_bias = None
 
 
+def fuse_qkv(attention: Any) -> None:
+    """Undo ``split_qkv``, in place, where the biases are the layer's."""
+    split: SplitQkv = attention.qkv
+    parts: list[Any] = [split.q_proj, split.k_proj, split.v_proj]
+    bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+    attention.qkv = linear(torch.cat([part.weight for part in parts]), bias).requires_grad_(False)
+
+
 def projections(attention: Any) -> Any:
     """The module that has ``q_proj``, ``k_proj`` and ``v_proj``."""
     return attention if attention.qkv is None else attention.qkv

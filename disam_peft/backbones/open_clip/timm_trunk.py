@@ -21,7 +21,7 @@ from disam_peft.backbones import towers
 from disam_peft.backbones.base import Target, TowerParameter
 from disam_peft.backbones.blocks import shallow_clone
 from disam_peft.backbones.open_clip.image_towers import ROOT, ImageTower
-from disam_peft.backbones.open_clip.timm_attention import has_known_projections, split_qkv
+from disam_peft.backbones.open_clip.timm_attention import fuse_qkv, has_known_projections, split_qkv
 from disam_peft.backbones.open_clip.timm_class_token import last_for_class_token, pools_class_token
 from disam_peft.backbones.pass_cache import PassCache
 
@@ -68,6 +68,10 @@ class TimmTrunk(ImageTower):
     def split_projections(self, visual: Any) -> None:
         for block in visual.trunk.blocks:
             split_qkv(block.attn)
+
+    def fuse_projections(self, visual: Any) -> None:
+        for block in visual.trunk.blocks:
+            fuse_qkv(block.attn)
 
     def blocks(self, visual: Any) -> list[nn.Module]:
         return list(visual.trunk.blocks)

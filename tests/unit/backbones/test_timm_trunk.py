@@ -16,16 +16,16 @@ from disam_peft.adapters.registry import build_adapter, planned_image_split
 from disam_peft.backbones.base import BEFORE_STEM, ClipBackbone
 from disam_peft.backbones.families import load_backbone
 from disam_peft.backbones.fingerprint import model_parts, tower_parts, weights_hash
+from disam_peft.classification.saved_classifier import load_adapter, save_adapter
 from disam_peft.config.adapters import FullConfig, LastBlocks, LoraAdapterConfig, PeftAdapterConfig
 from disam_peft.config.backbone import BackboneConfig
-from disam_peft.errors import UserError
+from disam_peft.errors import Notice, UserError
 from disam_peft.export.merged import TOLERANCE, export_merged
 from tests.helpers.adapter_cells import LABELS, PROMPTS, pixels, tiny_classifier
 from tests.helpers.timm_towers import BLOCKS, TOWERS, tiny_timm, tiny_timm_name
-from tests.helpers.towers import relative
+from tests.helpers.towers import assert_same, relative
 
 CLASS_TOKEN = ("eva02-b", "eva02-e", "eva01", "mobileclip-b", "mobileclip2-l")
-SHORTCUT = ("eva01", "mobileclip-b", "mobileclip2-l")
 """Towers whose last block is computed for the class token alone, so that they agree with timm's up to rounding."""
 
 IN_THE_FAST_LANE = ("siglip",)
@@ -70,7 +70,7 @@ def test_every_split_gives_the_same_features(family: str) -> None:
     found = [backbone.image_head(hidden, blocks) for blocks, hidden in enumerate(frozen)]
     assert all(torch.equal(one, found[0]) for one in found)
     assert frozen[BLOCKS].shape[1] == (1 if family in CLASS_TOKEN else frozen[0].shape[1])
-    if family in SHORTCUT:
+    if family in CLASS_TOKEN:
         assert relative(found[0], wanted) < 2e-6
     else:
         assert torch.equal(found[0], wanted)
@@ -92,11 +92,11 @@ def test_gradients_do_not_depend_on_the_split(family: str) -> None:
     hidden, cache = backbone.image_trunk(images(), BLOCKS - 1).detach(), {}
     found = [gradients(backbone.image_head(hidden, BLOCKS - 1, cache)) for _ in range(2)]
     found += [gradients(backbone.image_head(backbone.image_trunk(images(), k), k)) for k in range(BLOCKS - 1)]
-    assert cache or family in SHORTCUT
+    assert cache or family in CLASS_TOKEN
     assert all(torch.equal(a, b) for one in found for a, b in zip(one, found[0], strict=True))
     wanted = gradients(backbone.model.get_submodule("visual")(images()))
     for ours, theirs in zip(found[0], wanted, strict=True):
-        assert relative(ours, theirs) < 2e-6 if family in SHORTCUT else torch.equal(ours, theirs)
+        assert relative(ours, theirs) < 2e-6 if family in CLASS_TOKEN else torch.equal(ours, theirs)
 
 
 @each(*TOWERS)
@@ -232,6 +232,17 @@ def test_row_79_a_norm_of_a_timm_stem_is_trained(family: str) -> None:
         assert relative(ours, reference) < 2e-6
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", CLASS_TOKEN)
+def test_the_class_token_alone_is_exact(family: str) -> None:
+    """Value, and gradient through layers of every kind of the last block, in float64."""
+    backbone = tiny_timm(family, torch.float64)
+    kinds = ["q", "k", "v", "out", "fc2"]
+    classifier = tiny_classifier(backbone, LoraAdapterConfig(projections=kinds, blocks=LastBlocks(last=1), seed=1))
+    inputs, x = list(classifier.trainable().values()), images(torch.float64)
+    assert_same(lambda: backbone.encode_image(x), lambda: backbone.model.get_submodule("visual")(x), inputs, 1e-12)
+
+
 @each("siglip", "pe")
 def test_names_of_layers_in_blocks_do_not_mean_those_of_the_pooling(family: str) -> None:
     targets = tiny_timm(family).targets()
@@ -255,3 +266,31 @@ def test_layers_that_only_some_families_have_have_names_of_their_own() -> None:
 
     assert names("eva02-b") - names("siglip") == {"attn_norm", "fc1_g", "fc1_x", "mlp_norm"}
     assert names("vitamin") - names("siglip") == {"w0", "w1", "w2", "mlp_norm"}
+
+
+@pytest.mark.slow
+def test_a_recipe_of_0_1_that_adapts_the_fused_layer_stays_valid(tmp_path: Path) -> None:
+    backbone, config = tiny_timm("siglip"), LoraAdapterConfig(projections=["qkv", "fc1"], rank=2, seed=1)
+    with pytest.warns(Notice, match=r"runs as a whole, as in 0\.1: .* projections=\[q,k,v\]"):
+        assert planned_image_split(config, backbone) == 0
+    assert backbone.image_blocks == 0
+    assert backbone.current_hash() == backbone.base_hash == tiny_timm("siglip").base_hash
+    classifier = tiny_classifier(backbone, config)
+    names = {name.partition(".lora_")[0] for name in classifier.trainable()}
+    in_blocks = {f"visual.trunk.blocks.{block}.{layer}" for block in range(BLOCKS) for layer in ("attn.qkv", "mlp.fc1")}
+    assert names == in_blocks | {"visual.trunk.attn_pool.mlp.fc1"}
+    save_adapter(tmp_path / "adapter", classifier, trained_with={})
+    with pytest.warns(Notice, match=r"as in 0\.1"):
+        again = load_adapter(tmp_path / "adapter", tiny_timm("siglip"))
+    wanted = classifier(images())
+    assert torch.equal(again(images()), wanted)
+    assert export_merged(tmp_path / "merged", classifier) <= TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["eva01", "eva02-b"])
+def test_row_79_a_fused_layer_that_the_attention_would_not_call_is_not_given_back(family: str) -> None:
+    with pytest.raises(
+        UserError, match=r"'qkv' matches nothing in the image tower.*; set adapter\.projections=\[q,v\]"
+    ):
+        build_adapter(LoraAdapterConfig(projections=["qkv"]), tiny_timm(family), PROMPTS)
