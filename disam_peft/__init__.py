@@ -35,6 +35,8 @@ _HOMES = {
     "LinearProbeConfig": "disam_peft.config.adapters",
     "LoraAdapterConfig": "disam_peft.config.adapters",
     "PeftAdapterConfig": "disam_peft.config.adapters",
+    "TaskResConfig": "disam_peft.config.feature_adapters",
+    "TipAdapterConfig": "disam_peft.config.feature_adapters",
     "BmaConfig": "disam_peft.config.average",
     "EmaConfig": "disam_peft.config.average",
     "NoAverageConfig": "disam_peft.config.average",
@@ -159,6 +161,8 @@ if TYPE_CHECKING:  # the same names, for type checkers; a test compares them wit
     from disam_peft.config.data import MixupConfig as MixupConfig
     from disam_peft.config.evaluation import EvaluationConfig as EvaluationConfig
     from disam_peft.config.evaluation import SharpnessConfig as SharpnessConfig
+    from disam_peft.config.feature_adapters import TaskResConfig as TaskResConfig
+    from disam_peft.config.feature_adapters import TipAdapterConfig as TipAdapterConfig
     from disam_peft.config.losses import ContrastiveConfig as ContrastiveConfig
     from disam_peft.config.losses import CrossEntropyConfig as CrossEntropyConfig
     from disam_peft.config.losses import FocalConfig as FocalConfig

@@ -18,6 +18,7 @@ from disam_peft.adapters.averaging import mean_of_tensors, require_same_shape
 from disam_peft.adapters.interpolation import MoveTo, require_alpha, tensors_on_a_line, wise_ft
 from disam_peft.adapters.matching_state import require_matching_state
 from disam_peft.adapters.prompts import ClassPrompts, FrozenText, ensemble
+from disam_peft.adapters.start_hooks import StartHooks
 from disam_peft.adapters.trained_scale import TrainedScale, zero_shot_scale
 from disam_peft.backbones.base import BEFORE_STEM, ClipBackbone
 from disam_peft.config.base import Config
@@ -27,7 +28,7 @@ Autocast = Callable[[], AbstractContextManager[object]]
 """Makes the context of a forward pass, as ``Accelerator.autocast`` does."""
 
 
-class Adapter(nn.Module, ABC):
+class Adapter(StartHooks, nn.Module, ABC):
     """A trainable part on a frozen backbone.
 
     An adapter is built once (``build``), which may change modules inside ``backbone.model``; its parameters are
@@ -39,7 +40,8 @@ class Adapter(nn.Module, ABC):
     and one line in ``registry.py``. Only ``build`` and the hooks that differ from zero-shot classification need code;
     ``docs/extending.md`` writes a complete example, and ``clip_adapter.py`` is the smallest shipped one: it has
     ``build`` and one hook. Each hook works on what it is given and returns a value, and never looks at the classifier
-    or at another adapter, so that several adapters could take part in one forward pass.
+    or at another adapter, so that several adapters could take part in one forward pass. The hooks of a start from the
+    training features are in ``start_hooks.py``.
     """
 
     kind: ClassVar[str]
@@ -82,30 +84,6 @@ class Adapter(nn.Module, ABC):
         Raises:
             UserError: the config asks for something that this backbone does not have.
         """
-
-    def fit_start(self, features_ME: Tensor, labels_M: Tensor, domains_M: Tensor) -> Mapping[str, float] | None:
-        """Set the initial weights from the training set, for example from a cache of features or a closed form.
-
-        Called at most once, before step 1 of a fresh run, without a graph; never when a run is resumed, so whatever it
-        sets must be in ``state``. It fills the existing parameters and buffers in place, because the optimizer may hold
-        them already.
-
-        Not overridden: training starts from what ``build`` made, and no features are computed.
-
-        Args:
-            features_ME: features of all M training images, in the order of the data set, as the image tower gives them:
-                not normalised, before ``image_features``. At least float32, on the backbone's device.
-            labels_M, domains_M: the class and the domain of each, int64, on the same device.
-
-        Returns:
-            Numbers that tell how it went, which are recorded and for which the start is validated; None: nothing.
-        """
-        return None
-
-    @classmethod
-    def starts_from_features(cls) -> bool:
-        """Whether this kind of adapter overrides ``fit_start``."""
-        return cls.fit_start is not Adapter.fit_start
 
     # -- the forward pass ----------------------------------------------------------------------------------------
 

@@ -11,6 +11,8 @@ from disam_peft.adapters.linear_probe import LinearProbeAdapter
 from disam_peft.adapters.lp_ft import LpFtAdapter
 from disam_peft.adapters.peft.peft_adapter import LoraAdapter, PeftAdapter
 from disam_peft.adapters.prompts import ClassPrompts, fill_templates
+from disam_peft.adapters.task_res import TaskResAdapter
+from disam_peft.adapters.tip_adapter import TipAdapter
 from disam_peft.adapters.trained_scale import TrainedScale
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.config.adapters import (
@@ -24,6 +26,7 @@ from disam_peft.config.adapters import (
     PeftAdapterConfig,
 )
 from disam_peft.config.base import Config
+from disam_peft.config.feature_adapters import TaskResConfig, TipAdapterConfig, takes_no_steps
 from disam_peft.errors import UserError
 
 ADAPTERS: dict[type[Config], type[Adapter]] = {
@@ -34,6 +37,8 @@ ADAPTERS: dict[type[Config], type[Adapter]] = {
     ClipAdapterConfig: ClipAdapter,
     FullConfig: FullAdapter,
     LpFtConfig: LpFtAdapter,
+    TaskResConfig: TaskResAdapter,
+    TipAdapterConfig: TipAdapter,
 }
 
 
@@ -54,7 +59,7 @@ def build_adapter(
     adapter = ADAPTERS[type(config)].build(config, backbone, prompts)
     if getattr(config, "logit_scale", "frozen") == "trained":
         adapter.trained_scale = TrainedScale(backbone)
-    if not adapter.trainable():
+    if not (adapter.trainable() or takes_no_steps(config)):
         adapter.detach(backbone)
         raise UserError(f"adapter '{config.kind}' has no trainable parameter with {config!r}; change its config")
     if to_train:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from disam_peft.adapters.base import Autocast, parameter_dtype
+from disam_peft.adapters.base import Autocast, cosine_logits, parameter_dtype
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.frozen_features import evaluation_store
 from disam_peft.common.device import to_device
@@ -43,10 +43,11 @@ def start_from_features(
     dataset: DomainDataset,
     features: FeatureConfig | None = None,
     *,
+    held_back: DomainDataset | None = None,
     autocast: Autocast = nullcontext,
     workers: int | Literal["auto"] = "auto",
 ) -> Start | None:
-    """Call ``Adapter.fit_start`` with the features of the training set.
+    """Call ``Adapter.fit_start`` with the features of the training set, and ``tune`` with those of ``held_back``.
 
     Every process calls this before step 1 of a fresh run. A run that is resumed does not, because what ``fit_start``
     set is part of the adapter's saved state.
@@ -59,6 +60,8 @@ def start_from_features(
         dataset: the training set, on every process the whole of it.
         features: with ``store``, the features come from the feature store, which is built first if it is not there;
             unset: from images.
+        held_back: images of the source domains that are not trained on, for an adapter that chooses settings by them;
+            on every process all of them.
         autocast: makes the context of a forward pass, for example ``accelerator.autocast``.
         workers: processes that decode images.
 
@@ -66,17 +69,26 @@ def start_from_features(
         What the adapter tells of its start; None where it does not start from features.
 
     Raises:
-        UserError: an empty training set, or ``fit_start`` left weights that are not finite.
+        UserError: an empty training set, no ``held_back`` where it is needed, or weights that are not finite.
         BadImage: an image that cannot be decoded.
     """
     adapter = classifier.adapter
     if adapter is None or not adapter.starts_from_features():
         return None
-    device = classifier.backbone.device
-    features_ME = _features(classifier, dataset, features or FeatureConfig(), autocast, workers)
-    labels_M, domains_M = (torch.from_numpy(ids).to(device) for ids in (dataset.labels, dataset.domain_ids))
+    features = features or FeatureConfig()
+    features_ME = _features(classifier, dataset, features, autocast, workers)
     with torch.no_grad():
-        numbers = adapter.fit_start(features_ME, labels_M, domains_M)
+        numbers = adapter.fit_start(features_ME, *_labels_and_domains(classifier, dataset))
+        if adapter.needs_tuning():
+            if held_back is None or len(held_back) == 0:
+                raise UserError(
+                    f"a '{adapter.kind}' adapter chooses settings by held-back images of the source domains, and there "
+                    "are none; hand over held_back=..., or set them in its config"
+                )
+            features_VE = _features(classifier, held_back, features, autocast, workers)
+            zero_shot_VC = _zero_shot_logits(classifier, features_VE)
+            chosen = adapter.tune(features_VE, *_labels_and_domains(classifier, held_back), zero_shot_VC)
+            numbers = {**(numbers or {}), **chosen}
     state = adapter.state()
     broken = sorted(name for name, tensor in state.items() if not torch.isfinite(tensor).all())
     if broken:
@@ -89,6 +101,24 @@ def start_from_features(
             dist.broadcast(tensor, src=0)
         adapter.load_state(state)
     return Start(numbers)
+
+
+def make_room(classifier: ClipClassifier, dataset: DomainDataset) -> None:
+    """Call ``Adapter.make_room``: tensors of the adapter get the size that this training set asks for."""
+    if classifier.adapter is not None:
+        classifier.adapter.make_room(*_labels_and_domains(classifier, dataset))
+
+
+def _labels_and_domains(classifier: ClipClassifier, dataset: DomainDataset) -> tuple[Tensor, Tensor]:
+    device = classifier.backbone.device
+    return torch.from_numpy(dataset.labels).to(device), torch.from_numpy(dataset.domain_ids).to(device)
+
+
+def _zero_shot_logits(classifier: ClipClassifier, features_BE: Tensor) -> Tensor:
+    """Logits (B, C) of zero-shot classification. The tower is frozen where an adapter works on its features."""
+    backbone = classifier.backbone
+    class_features_CE = classifier.zero_shot_class_features()
+    return cosine_logits(features_BE, class_features_CE, backbone.logit_scale, backbone.logit_bias)
 
 
 @torch.no_grad()

@@ -8,17 +8,15 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from disam_peft.config.adapter_parts import LARGEST_OPTION, CosineConfig, Seed
 from disam_peft.config.base import Config
+from disam_peft.config.feature_adapters import TaskResConfig, TipAdapterConfig
 
 Scalar = bool | int | float | str | None
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PEFT_METHODS = ("lora", "dora", "ia3", "oft", "loha", "lokr", "hra", "hira", "delora", "vera", "ln_tuning")
 """Methods of the peft library that ``kind: peft`` takes."""
 MAX_RANK = 4096
 """Beyond the width of any CLIP's layers. A config from a stranger must not be able to ask for all memory."""
-
-LARGEST_OPTION = 1e9
-"""Beyond it, a factor of an adapter makes every feature overflow. Such a number is a mistake or a trap."""
 
 
 class LastBlocks(Config):
@@ -29,15 +27,6 @@ class LastBlocks(Config):
 
 BlockIndex = Annotated[int, Field(ge=0)]
 Blocks = Literal["all"] | LastBlocks | Annotated[list[BlockIndex], Field(min_length=1)]
-
-
-class CosineConfig(Config):
-    """Adapters whose logits are CLIP's, scaled cosines."""
-
-    logit_scale: Literal["frozen", "trained"] = "frozen"
-    """The factor of the cosines, and the constant that SigLIP adds to them: those of the backbone, or trained with the
-    adapter, as contrastive and sigmoid losses do (FLYP, arXiv 2212.00638; SigLIP, arXiv 2303.15343). The scale stays at
-    100 at most, or at what the backbone has where that is more."""
 
 
 class _AttachedConfig(CosineConfig):
@@ -212,7 +201,9 @@ def _below_a_head(value: Any) -> Any:
     kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
     if kind == "coop":
         raise ValueError("coop trains prompts, and with a head of its own the text has no part in the logits")
-    if kind in ("linear_probe", "lp_ft"):
+    if kind == "task_res":
+        raise ValueError("task_res trains class features, which have no part in the logits of a head of its own")
+    if kind in ("linear_probe", "lp_ft", "tip_adapter"):
         raise ValueError(
             f"{kind} has a head of its own, and lp_ft has one already; choose lora, peft, full or clip_adapter"
         )
@@ -254,7 +245,9 @@ AdapterConfig = Annotated[
     | LinearProbeConfig
     | ClipAdapterConfig
     | FullConfig
-    | LpFtConfig,
+    | LpFtConfig
+    | TaskResConfig
+    | TipAdapterConfig,
     Field(discriminator="kind"),
 ]
 """The list of all adapters: recipes, ``compare --adapters``, the registry and the tests read it."""

@@ -16,6 +16,7 @@ from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.base import Config
 from disam_peft.config.data import AugmentConfig, DataConfig, DomainsConfig, FeatureConfig, require_mixable
 from disam_peft.config.evaluation import EvaluationConfig
+from disam_peft.config.feature_adapters import steps_conflict
 from disam_peft.config.identity import flat
 from disam_peft.config.losses import head_conflict
 from disam_peft.config.method import MethodConfig
@@ -92,6 +93,12 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _loss_trains_the_adapter(self) -> Recipe:
         if conflict := head_conflict(self.objective.loss, self.adapter):
+            raise ValueError(conflict)
+        return self
+
+    @model_validator(mode="after")
+    def _averages_over_steps(self) -> Recipe:
+        if conflict := steps_conflict(self.adapter, kept_averages(self.average)):
             raise ValueError(conflict)
         return self
 

@@ -6,11 +6,18 @@ that it does nothing."""
 from __future__ import annotations
 
 from disam_peft.config.base import Config
+from disam_peft.config.feature_adapters import takes_no_steps
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.recipe import Recipe
 from disam_peft.config.schedules import ScheduleConfig, in_words
 
 _OF_VARIANCE = tuple(f"method.variance_{name}" for name in ("weight", "over", "scale", "form"))
+
+_OF_STEPS = (
+    *("steps", "batch_size", "sampling", "class_sampling", "optimizer", "learning_rate", "weight_decay", "schedule"),
+    *("warmup_steps", "clip_norm", "compile", "gradient_accumulation_steps", "validate_every", "save_every"),
+)
+"""Settings of ``train`` that only steps have."""
 
 
 def method_in_words(method: MethodConfig) -> str:
@@ -42,6 +49,11 @@ def unused_settings(recipe: Recipe) -> list[str]:
     """``key=value (why)`` for every setting that was set, differs from its default, and has no effect here."""
     train = recipe.train
     reasons = _unused_by_method(recipe.method, train.steps)
+    if takes_no_steps(recipe.adapter):
+        of_steps = [f"method.{key}" for key in ("name", "rho", "adaptive", "alpha", "from", "every", "rho_factors")]
+        of_steps += [*_OF_VARIANCE, *(f"objective.{key}" for key in type(recipe.objective).model_fields)]
+        of_steps += [f"train.{key}" for key in _OF_STEPS]
+        reasons |= dict.fromkeys(of_steps, f"{recipe.adapter.kind} takes no step")
     if train.optimizer == "adamw":
         reasons["train.momentum"] = "adamw has its own"
     if not recipe.features.store:

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.config.feature_adapters import takes_no_steps
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.recipe import Recipe
 from disam_peft.config.schedules import largest
 from disam_peft.disam.disam import DISAM
+from disam_peft.errors import UserError
 from disam_peft.experiments.build import load_pretrained
 from disam_peft.objectives.cross_entropy import cross_entropy
 from disam_peft.training.trainer import rho_factors
@@ -166,14 +168,32 @@ class Subject:
         return seconds
 
 
+def _started(classifier: ClipClassifier) -> None:
+    """Give an adapter whose size is that of a training set a made-up one: two images of each class and domain."""
+    adapter = classifier.adapter
+    if adapter is None or all(p.numel() for p in adapter.trainable().values()):
+        return
+    cells = torch.cartesian_prod(torch.arange(len(CLASSES)), torch.tensor(sorted(set(DOMAINS)))).repeat(2, 1)
+    like = next(iter(adapter.trainable().values()))
+    features_ME = torch.randn(len(cells), like.shape[-1], generator=torch.Generator().manual_seed(0)).to(like)
+    with torch.no_grad():
+        adapter.fit_start(features_ME, *cells.to(like.device).unbind(1))
+
+
 def build_subject(recipe: Recipe, device: torch.device) -> Subject:
     """The recipe's backbone, adapter, method and prompts, with made-up classes and data; the same for the same recipe.
 
     Raises:
-        UserError: a backbone, adapter or prompt that cannot be used.
+        UserError: a backbone, adapter or prompt that cannot be used; an adapter that takes no step.
     """
+    if takes_no_steps(recipe.adapter):
+        raise UserError(
+            f"adapter.kind={recipe.adapter.kind} is fitted to the training features and takes no step, so there is "
+            "nothing to examine; set adapter.trained, or choose another adapter"
+        )
     pretrained = load_pretrained(recipe, CLASSES)
     prompts = ClassPrompts(CLASSES, pretrained.prompts.templates[:TEMPLATES])
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as if nothing had been built
         classifier = replace(pretrained, prompts=prompts).with_new_adapter()
+        _started(classifier)
     return Subject(classifier, recipe.method, device)

@@ -14,6 +14,7 @@ from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.frozen_features import require_frozen_part, stored_views
 from disam_peft.common.progress import duration
 from disam_peft.config.average import kept_averages, times_judged
+from disam_peft.config.feature_adapters import takes_no_steps
 from disam_peft.config.recipe import Recipe
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.loading.loader import resolve_workers
@@ -144,7 +145,8 @@ def estimated(recipe: Recipe, data: SplitData, measured: Rehearsal, state_bytes:
     judged = sum(map(len, splits.values())) / processes
     validated = len(data.validation) / processes
     interval, averages = config.validation_interval, kept_averages(recipe.average)
-    validations = math.ceil(config.steps / interval)
+    steps = 0 if takes_no_steps(recipe.adapter) else config.steps
+    validations = math.ceil(steps / interval) if steps else 1
     validations += sum(times_judged(average, config.steps, interval) for average in averages)
     views = stored_views(recipe.augment, recipe.features) if measured.stored else 1
     store = 0.0
@@ -159,7 +161,7 @@ def estimated(recipe: Recipe, data: SplitData, measured: Rehearsal, state_bytes:
     passes_before = (recipe.domains.infer != "none") + ADAPTERS[type(recipe.adapter)].starts_from_features()
     store += passes_before * len(data.training) / processes * (measured.judge_load_seconds + measured.judge_seconds)
     return Estimate(
-        steps_seconds=config.steps * step,
+        steps_seconds=steps * step,
         store_seconds=store,
         validation_seconds=validations * (measured.judge_start_seconds + validated * judge),
         judging_seconds=(2 + len(averages)) * (len(splits) * measured.judge_start_seconds + judged * judge),

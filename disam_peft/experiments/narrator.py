@@ -18,6 +18,7 @@ from disam_peft.common import progress
 from disam_peft.common.processes import is_main
 from disam_peft.config.average import kept_averages
 from disam_peft.config.data import DomainsConfig
+from disam_peft.config.feature_adapters import takes_no_steps
 from disam_peft.config.recipe import Recipe
 from disam_peft.config.unused import method_in_words, unused_settings
 from disam_peft.config.wording import objective_in_words, with_settings
@@ -110,6 +111,13 @@ class Narrator:
     def training(self, recipe: Recipe, data: SplitData, device: torch.device, processes: int) -> None:
         """The steps that are to come."""
         config = recipe.train
+        self._first, self._steps, self._rule = None, config.steps, recipe.selection.rule
+        if takes_no_steps(recipe.adapter):
+            self.say(
+                f"  training: {recipe.adapter.kind} is fitted to the features of the training images, and takes no step"
+            )
+            self._without_effect(recipe)
+            return
         where = "the CPU" if device.type == "cpu" else f"{device}"
         precision = {"no": "float32"}.get(config.mixed_precision, config.mixed_precision)
         together = f", {processes} processes" if processes > 1 else ""
@@ -123,19 +131,16 @@ class Narrator:
             self.say(f"  objective: {described}")
         if averages := kept_averages(recipe.average):
             self.say(f"  averages of the weights: {', '.join(with_settings(average) for average in averages)}")
-        unused = unused_settings(recipe)
-        if unused:
+        self._without_effect(recipe)
+
+    def _without_effect(self, recipe: Recipe) -> None:
+        if unused := unused_settings(recipe):
             self.say(f"  without effect: {'; '.join(unused)}")
-        self._first, self._steps, self._rule = None, config.steps, recipe.selection.rule
 
     def event(self, event: str, **values: Any) -> None:
         """A record of ``metrics.jsonl``, of which those of steps and validations are told."""
         if event == "start":
-            validated = f"; validation accuracy {100 * values['mean_top1']:.1f} %" if "mean_top1" in values else ""
-            self.say(
-                f"  start: the head was fitted to the training images, {_loss(values.get('training_loss'))}, accuracy "
-                f"{100 * values['training_top1']:.1f} %{validated}"
-            )
+            self.say(f"  start: {_start(values)}")
         if event not in ("step", "validation"):
             return
         step, now = int(values["step"]), time.monotonic()
@@ -157,6 +162,17 @@ class Narrator:
         if step <= first_step:
             return ""
         return f"{progress.duration((now - begin) / (step - first_step) * (self._steps - step))} left"
+
+
+def _start(values: Mapping[str, Any]) -> str:
+    """How an adapter started from the training features: what it told, and how good it is on source validation."""
+    validated = f"; validation accuracy {100 * values['mean_top1']:.1f} %" if "mean_top1" in values else ""
+    if "training_top1" in values:
+        loss, top1 = _loss(values.get("training_loss")), 100 * values["training_top1"]
+        return f"the head was fitted to the training images, {loss}, accuracy {top1:.1f} %{validated}"
+    of_validation = ("score", "mean_top1", "negative_nll", "worst_top1", "worst_negative_nll")
+    told = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if name not in of_validation)
+    return f"fitted to the training images ({told}){validated}"
 
 
 def _validation(values: Mapping[str, Any], rule: str) -> list[str]:

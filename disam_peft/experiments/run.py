@@ -10,10 +10,12 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from disam_peft.adapters.registry import ADAPTERS
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.families import local_files_hash
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.domain_inference import InferredDomains, infer_domains
+from disam_peft.classification.fit_start import make_room
 from disam_peft.classification.saved_classifier import save_adapter
 from disam_peft.common.prediction_table import PREDICTIONS, write_predictions
 from disam_peft.common.processes import on_main
@@ -160,6 +162,7 @@ def _train_one(
     )
 
     classifier = pretrained.with_new_adapter()
+    make_room(classifier, inferred.dataset)
     narrator.inferred(recipe.domains, inferred)
     narrator.model(recipe, classifier)
     narrator.training(recipe, data, accelerator.device, accelerator.num_processes)
@@ -168,6 +171,8 @@ def _train_one(
     if is_main and plan == "start":
         forget_tracked(tracked)
     trained_with = {"recipe": as_dict(recipe), "held_out": recipe.protocol.domain, "classes": list(dataset.classes)}
+    if ADAPTERS[type(recipe.adapter)].starts_from_features():  # a cache says by number which domain an entry is from
+        trained_with["domains"] = list(inferred.dataset.domains)
 
     def validate() -> Validation:
         predictions = evaluator.predict(classifier, data.validation, "validating")
@@ -193,6 +198,7 @@ def _train_one(
             seed=recipe.seed,
             accelerator=accelerator,
             validate=validate,
+            held_back=data.validation,
             on_best=save_best if is_main else None,
             on_event=record,
             checkpoints=_checkpoints(folder, plan, images, pretrained.backbone),

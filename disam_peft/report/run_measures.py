@@ -9,6 +9,7 @@ from typing import Any
 
 from disam_peft.common.frontier_records import Frontier
 from disam_peft.common.records import ResultRow
+from disam_peft.config.feature_adapters import takes_no_steps
 from disam_peft.config.recipe import Recipe
 from disam_peft.errors import UserError
 from disam_peft.report.runs import RunRecord
@@ -116,6 +117,8 @@ def alpha_measures(run: RunRecord, alpha: float | None) -> dict[str, float | Non
 
 def gradients(recipe: Recipe) -> int:
     """How many gradients of a batch a run computes: one in a plain step, two in a step that perturbs the weights."""
+    if takes_no_steps(recipe.adapter):
+        return 0
     steps = recipe.train.steps
     return sum(1 + (recipe.method.rho_in_step(step, steps) > 0) for step in range(steps))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from accelerate import Accelerator
@@ -17,6 +19,7 @@ from disam_peft.classification.frozen_features import training_store
 from disam_peft.common.progress import track
 from disam_peft.config.average import KeptAverageConfig
 from disam_peft.config.data import AugmentConfig, FeatureConfig, require_mixable
+from disam_peft.config.feature_adapters import steps_conflict, takes_no_steps
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.training import TrainConfig
@@ -26,7 +29,7 @@ from disam_peft.data.stores.features import FeatureStore
 from disam_peft.data.transforms.augment import TrainTransform
 from disam_peft.errors import UserError
 from disam_peft.training.accelerator import start_accelerator
-from disam_peft.training.averages.weight_averages import RAW
+from disam_peft.training.averages.weight_averages import RAW, WeightAverages
 from disam_peft.training.checkpoint.manager import CheckpointConfig, CheckpointManager, Stateful
 from disam_peft.training.selection import BestStates, KeptState, Validation
 from disam_peft.training.step_metrics import OnEvent
@@ -41,7 +44,7 @@ class FitResult:
         best_step: number of optimizer steps after which the chosen state was reached; the last one if nobody
             validated.
         best_score: its score, a tuple of numbers; None if nobody validated.
-        first_loss, last_loss: mean training loss of the first and the last step, at w.
+        first_loss, last_loss: mean training loss of the first and the last step, at w; NaN without a step.
         skipped_steps: steps without effect, because a loss or gradient was not finite.
         weights: whose state was chosen: ``raw``, the trained weights themselves, or the name of an average.
         states: the best state of the weights and of each average, for whoever judges them side by side.
@@ -69,6 +72,7 @@ def fit(
     seed: int = 0,
     accelerator: Accelerator | None = None,
     validate: Callable[[], Any] | None = None,
+    held_back: DomainDataset | None = None,
     on_best: Callable[[str], None] | None = None,
     on_event: OnEvent | None = None,
     checkpoints: CheckpointConfig | None = None,
@@ -87,6 +91,8 @@ def fit(
             better, or a ``selection.Validation``. Called at intervals and after the last step, for the weights and for
             each average in their place that is judged there; the state with the highest score (the first of equals) is
             the one that is kept. Unset: the last state of the weights is kept.
+        held_back: images of the source domains that are not trained on, for an adapter that chooses settings by them
+            before the first step (``Adapter.tune``); others do not look at them.
         on_best: called in that state, whenever it is a new best, to save it; after a resume once more at the end. It is
             told whose state it is: ``raw`` or the name of an average.
         on_event: called on the main process as ``on_event(name, **values)`` with the records of ``metrics.jsonl``.
@@ -104,10 +110,25 @@ def fit(
     emit = on_event if on_event is not None and accelerator.is_main_process else _ignore
     objective = objective or ObjectiveConfig()
     require_mixable(augment, features or FeatureConfig(), objective.loss.kind)
-    if not classifier.trainable():
+    adapter = classifier.adapter
+    if adapter is None or not (classifier.trainable() or takes_no_steps(adapter.config)):
         raise UserError("the classifier has no adapter with trainable parameters; build one and hand it over")
     set_seed(seed, device_specific=True)  # other dropout masks on other ranks
     classifier.to(accelerator.device)
+    start_it = partial(
+        start_from_features,
+        classifier,
+        dataset,
+        features,
+        held_back=held_back,
+        autocast=accelerator.autocast,
+        workers=config.workers,
+    )
+    if takes_no_steps(adapter.config):
+        if conflict := steps_conflict(adapter.config, averages):
+            raise UserError(conflict)
+        CheckpointManager(checkpoints, {}, [], config, accelerator).resume()  # records of an earlier try are cut
+        return _fit_without_steps(classifier, start_it, validate, on_best, emit)
     trainer = Trainer(classifier, dataset, method, objective, config, averages, accelerator, emit, seed)
     if validate is None and (names := trainer.averages.needing_validation_loss):
         raise UserError(f"the average {names[0]} needs the validation loss, and nobody validates; hand over validate")
@@ -122,18 +143,15 @@ def fit(
         "best": best,
     }
     params: list[Tensor] = list(trainer.trained.values())
-    adapter = classifier.adapter.config if classifier.adapter else None
     manager = CheckpointManager(checkpoints, components, params, config, accelerator)
     trainer.steps_done = resumed_after = manager.resume()
     if resumed_after == 0:
-        start = start_from_features(
-            classifier, dataset, features, autocast=accelerator.autocast, workers=config.workers
-        )
+        start = start_it()
         trainer.objective.remember_start(params)
         if start is not None:
             trainer.averages.begin()
             _tell(start, validate, emit)
-        trainer.metrics.warn_at_the_start(params, adapter)
+        trainer.metrics.warn_at_the_start(params, adapter.config)
     sampler = make_sampler(
         dataset,
         config,
@@ -173,7 +191,7 @@ def fit(
             manager.end_of_step(step, validated=is_validated)
         trainer.metrics.require_training()
 
-    trainer.metrics.warn_at_the_end(params, adapter)
+    trainer.metrics.warn_at_the_end(params, adapter.config)
     states = best.finish(config.steps, announce=resumed_after > 0)  # a power cut may have taken what was saved of it
     chosen = states[best.chosen]
     about = {"weights": best.chosen} if averages else {}
@@ -189,6 +207,23 @@ def fit(
         weights=best.chosen,
         states=states,
     )
+
+
+def _fit_without_steps(
+    classifier: ClipClassifier,
+    start_it: Callable[[], Start | None],
+    validate: Callable[[], Any] | None,
+    on_best: Callable[[str], None] | None,
+    emit: OnEvent,
+) -> FitResult:
+    """Fit an adapter that has nothing to descend: its start is all there is."""
+    start = start_it()
+    best = BestStates(classifier, WeightAverages((), (), 0), validate, on_best)
+    found = best.offer(0)
+    states = best.finish(0, announce=False)
+    emit("start", **((start.numbers if start else None) or {}), **(found[RAW].numbers if RAW in found else {}))
+    emit("trained", best_step=0, steps=0, skipped_steps=0)
+    return FitResult(0, states[RAW].score, math.nan, math.nan, 0, RAW, states)
 
 
 def _tell(start: Start, validate: Callable[[], Any] | None, emit: OnEvent) -> None:

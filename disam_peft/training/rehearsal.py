@@ -14,10 +14,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.classification.fit_start import make_room
 from disam_peft.common.device import to_device
 from disam_peft.common.processes import largest
 from disam_peft.config.data import AugmentConfig
 from disam_peft.config.evaluation import EvaluationConfig
+from disam_peft.config.feature_adapters import takes_no_steps
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.training import TrainConfig
@@ -43,7 +45,7 @@ class Rehearsal:
         load_seconds: to read, decode and augment one training image, in one process.
         encode_seconds: of the frozen part for one training image.
         step_seconds: of the passes of one step, without loading, and without the frozen part where ``stored``; the
-            mean over all steps, of which some may perturb nothing.
+            mean over all steps, of which some may perturb nothing. 0 for an adapter that takes none.
         stored: whether the frozen part's output will come from a store, so that steps do not compute it.
         judge_load_seconds, judge_seconds: to load and to judge one image in evaluation.
         judge_start_seconds: what each evaluation costs besides, whatever its size, for example to start processes.
@@ -87,7 +89,11 @@ def rehearse(
         BadImage: an image that cannot be decoded.
     """
     classifier.to(accelerator.device)
-    trainer = Trainer(classifier, training, method, objective, config, (), accelerator, lambda name, **values: None)
+    trainer = None
+    if classifier.adapter is not None and takes_no_steps(classifier.adapter.config):
+        make_room(classifier, training)
+    else:
+        trainer = Trainer(classifier, training, method, objective, config, (), accelerator, lambda name, **values: None)
     sampler = make_sampler(
         training,
         config,
@@ -100,6 +106,7 @@ def rehearse(
     transform = TrainTransform(classifier.backbone.preprocessing, augment, seed)
     classifier.train()
     perturbed = share_of_perturbed_steps(method, config)
+    kinds = [(is_perturbed, share) for is_perturbed, share in ((True, perturbed), (False, 1 - perturbed)) if share > 0]
     load, encode = [], []
     step: dict[bool, list[float]] = {is_perturbed: [] for is_perturbed in (True, False)}
     loader = make_train_loader(training, sampler, transform, workers=0)
@@ -112,12 +119,13 @@ def rehearse(
             with accelerator.autocast():
                 batch["frozen"] = _encoded(classifier, batch.pop("pixels"))
         encode.append((_now(accelerator) - begin) / images)
-        for is_perturbed, share in ((True, perturbed), (False, 1 - perturbed)):
-            if share > 0:
-                begin = _now(accelerator)
-                trainer.disam.rho = method.effective_rho if is_perturbed else 0.0
-                trainer.rehearse_step(batch)
-                step[is_perturbed].append(_now(accelerator) - begin)
+        for is_perturbed, _ in kinds:
+            if trainer is None:
+                break
+            begin = _now(accelerator)
+            trainer.disam.rho = method.effective_rho if is_perturbed else 0.0
+            trainer.rehearse_step(batch)
+            step[is_perturbed].append(_now(accelerator) - begin)
         for parameter in classifier.trainable().values():
             parameter.grad = None
     classifier.eval()
@@ -125,11 +133,7 @@ def rehearse(
     return Rehearsal(
         load_seconds=_typical(load),
         encode_seconds=_typical(encode),
-        step_seconds=sum(
-            share * _typical(step[is_perturbed])
-            for is_perturbed, share in ((True, perturbed), (False, 1 - perturbed))
-            if share > 0
-        ),
+        step_seconds=sum(share * _typical(step[is_perturbed]) for is_perturbed, share in kinds if step[is_perturbed]),
         stored=stored,
         judge_load_seconds=judge_load,
         judge_seconds=judge,

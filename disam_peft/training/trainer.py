@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from disam_peft.classification.classifier import ClipClassifier
+from disam_peft.classification.fit_start import make_room
 from disam_peft.config.average import EmaConfig, KeptAverageConfig, too_slow
 from disam_peft.config.losses import head_conflict
 from disam_peft.config.method import MethodConfig
@@ -63,6 +64,7 @@ class Trainer:
         seed: int = 0,
     ) -> None:
         self.classifier, self.config, self.accelerator = classifier, config, accelerator
+        make_room(classifier, dataset)  # before the optimizer takes hold of the parameters
         self.trained = classifier.trainable()
         params = list(self.trained.values())
         # A fused optimizer would hide from Accelerate that a loss scaler skipped its step.

@@ -142,6 +142,7 @@ ON_TWO = {
     "whole": {"pieces": 4, "batch": 9, "cell": "coop-shared"},
     "whole tower": {"pieces": 2, "batch": 13, "cell": "full"},
     "probe first": {"pieces": 2, "batch": 13, "cell": "lp_ft-lora"},
+    "cache": {"pieces": 2, "batch": 13, "cell": "tip_adapter-keys"},
     "one piece": {"pieces": 1, "batch": 13},
     "penalty": {"pieces": 2, "batch": 13, "objective": "vrex"},
     "penalty, one piece": {"pieces": 1, "batch": 13, "objective": "vrex"},

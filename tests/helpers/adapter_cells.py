@@ -27,6 +27,7 @@ from disam_peft.config.adapters import (
     ProbeStartConfig,
 )
 from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.feature_adapters import TipAdapterConfig
 
 FAMILIES = ("open_clip", "transformers")
 ALL_LINEAR = ["q", "k", "v", "out", "fc1", "fc2"]
@@ -59,6 +60,7 @@ CELLS: dict[str, AdapterConfig] = {
     "full-norms": FullConfig(blocks="none", norms="all"),
     "lp_ft-lora": LpFtConfig(adapter=LoraAdapterConfig(blocks=LAST_TWO, rank=2, seed=1)),
     "lp_ft-full": LpFtConfig(probe=ProbeStartConfig(bias=False), adapter=FullConfig(blocks=[2])),
+    "tip_adapter-keys": TipAdapterConfig(trained="keys", shots=2, alpha=0.5, beta=5.5),
     "full-biases": FullConfig(towers=["image", "text"], blocks="none", biases=LAST_TWO),
 }
 # Every other kind as its defaults make it, so that a new adapter is in the matrix once its config is in the union.
@@ -93,7 +95,12 @@ def tiny_classifier(
 ) -> ClipClassifier:
     """The cell's classifier with noise on every trained parameter, so that no gradient is zero by construction."""
     config = CELLS[cell] if isinstance(cell, str) else cell
-    classifier = ClipClassifier(backbone, build_adapter(config, backbone, prompts), prompts)
+    adapter = build_adapter(config, backbone, prompts)
+    classifier = ClipClassifier(backbone, adapter, prompts)
+    if not all(parameter.numel() for parameter in adapter.trainable().values()):  # its size is that of a training set
+        adapter.make_room(LABELS, DOMAINS)
+        with torch.no_grad():
+            adapter.fit_start(backbone.encode_image(pixels(dtype=backbone.dtype, seed=7)), LABELS, DOMAINS)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in classifier.trainable().values():
@@ -106,3 +113,4 @@ def pixels(count: int = 6, dtype: torch.dtype = torch.float64, seed: int = 0) ->
 
 
 LABELS = torch.tensor([0, 1, 2, 2, 1, 0])
+DOMAINS = torch.tensor([0, 0, 0, 1, 1, 1])

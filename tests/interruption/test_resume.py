@@ -124,6 +124,7 @@ def test_row_60_killed_before_any_write_at_the_end_of_a_run_it_is_completed(fini
     [
         {"adapter": {"kind": "full", "towers": ["image", "text"], "logit_scale": "trained"}},
         {"adapter": {"kind": "lp_ft", "adapter": LORA}, "average": [{"kind": "bma"}, {"kind": "ema", "decay": 0.9}]},
+        {"adapter": {"kind": "tip_adapter", "trained": "keys", "shots": 2, "search_step": [8, 5]}},
         {"data": {"pixel_store": 36}, "train": {"workers": 2}},
         {"features": {"store": True, "views": 2}},
         {"augment": {"mixup": {}}, "train": {"class_sampling": "balanced", "workers": 2}},
@@ -146,6 +147,7 @@ def test_row_60_killed_before_any_write_at_the_end_of_a_run_it_is_completed(fini
     ids=[
         "full towers",
         "probe first",
+        "cache",
         "pixel store",
         "feature store",
         "mixup",

@@ -9,7 +9,6 @@ Shapes in this file: C classes, L tokens, M context tokens, W token width, E emb
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,11 +16,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from disam_peft.adapters.base import Adapter, Autocast, parameter_dtype
+from disam_peft.adapters.class_features_file import class_features_file
 from disam_peft.adapters.coop.class_chunks import plan_chunks
 from disam_peft.adapters.prompts import ClassPrompts, FrozenText, ensemble
 from disam_peft.backbones.base import ClipBackbone
@@ -30,7 +29,6 @@ from disam_peft.config.adapters import CoOpConfig
 from disam_peft.config.base import Config
 from disam_peft.errors import UserError
 
-CLASS_FEATURES_NAME = "class_features.safetensors"
 _DEFAULT_CONTEXT_TOKENS = 16
 _INIT_STD = 0.02
 
@@ -109,10 +107,8 @@ class CoOpAdapter(Adapter):
         return classes * backbone.token_width if config.class_specific else 0
 
     def exported_files(self, class_names: tuple[str, ...], class_features: Callable[[], Tensor]) -> dict[str, bytes]:
-        """The class features (C, E) that the prompts came to, which is all that classification needs beside the image
-        tower; the class names stand in the file's metadata."""
-        metadata = {"format": "pt", "classes": json.dumps(list(class_names), ensure_ascii=False)}
-        return {CLASS_FEATURES_NAME: save_tensors({"class_features": class_features()}, metadata=metadata)}
+        """The class features (C, E) that the prompts came to."""
+        return class_features_file(class_names, class_features())
 
     def class_features(self, backbone: ClipBackbone, text: FrozenText) -> Tensor:
         """Normalised class features (C, E) of the learned prompts; the templates play no part."""

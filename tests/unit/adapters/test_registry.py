@@ -38,4 +38,7 @@ def test_the_kinds_that_start_from_features_are_those_that_override_the_hook() -
         def fit_start(self, *_: object) -> None: ...
 
     assert Starting.starts_from_features() and not Adapter.starts_from_features()
-    assert [adapter.kind for adapter in ADAPTERS.values() if adapter.starts_from_features()] == ["lp_ft"]
+    assert [adapter.kind for adapter in ADAPTERS.values() if adapter.starts_from_features()] == [
+        "lp_ft",
+        "tip_adapter",
+    ]

@@ -1,0 +1,69 @@
+"""The configs of adapters that work on the features of frozen towers. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from disam_peft.config.adapter_parts import LARGEST_OPTION, CosineConfig, Seed
+from disam_peft.config.base import Config
+
+Weight = Annotated[float, Field(ge=0, le=LARGEST_OPTION)]
+
+
+class TaskResConfig(CosineConfig):
+    """A trained residual on the class features, ``t + alpha x`` (Yu et al. 2023, arXiv 2211.10277)."""
+
+    other_names: ClassVar[Mapping[str, str]] = {"taskres": "kind: task_res"}
+
+    kind: Literal["task_res"] = "task_res"
+    alpha: float = Field(default=0.5, gt=0, le=LARGEST_OPTION)
+    """Factor of the residual, which starts at 0. The class features t that it is added to have length 1."""
+
+
+class TipAdapterConfig(Config):
+    """A cache of the features of training images, whose labels are added to the zero-shot logits of similar images
+    (Zhang et al. 2022, arXiv 2207.09519): Tip-Adapter, and with ``trained: keys`` Tip-Adapter-F."""
+
+    has_own_head: ClassVar[bool] = True
+    """The cache has a part in the logits, and no class features."""
+    other_names: ClassVar[Mapping[str, str]] = {
+        "tip-adapter": "kind: tip_adapter",
+        "tip": "kind: tip_adapter",
+        **dict.fromkeys(("tip_adapter_f", "tip-adapter-f", "tip_f"), "kind: tip_adapter, trained: keys"),
+    }
+
+    kind: Literal["tip_adapter"] = "tip_adapter"
+    trained: Literal["nothing", "keys"] = "nothing"
+    """``nothing``: the cache and its two factors are fitted, and no step is taken. ``keys``: the steps train the keys
+    of the cache, which start as the features (Tip-Adapter-F)."""
+    shots: Annotated[int, Field(ge=1)] | Literal["all"] = 16
+    """How many training images of each class and domain are in the cache, at most. ``all``: every one."""
+    seed: Seed = 0
+    """Draws them."""
+    alpha: Weight | None = None
+    """Factor of what the cache adds to the logits. Unset: the one that does best on source validation."""
+    beta: Weight | None = None
+    """How fast the weight of an image in the cache falls with its distance. Unset: as ``alpha``."""
+    search_scale: list[Annotated[float, Field(gt=0, le=1e6)]] = Field(default=[7.0, 3.0], min_length=2, max_length=2)
+    """Where the search for beta and for alpha ends, as in the authors' code; it begins at 0.1."""
+    search_step: list[Annotated[int, Field(ge=1, le=10_000)]] = Field(default=[200, 20], min_length=2, max_length=2)
+    """How many values of beta and of alpha are tried."""
+
+
+def takes_no_steps(adapter: Config) -> bool:
+    """Whether an adapter is fitted to the training features as a whole, so that nothing is left to descend."""
+    return getattr(adapter, "trained", "") == "nothing"
+
+
+def steps_conflict(adapter: Config, averages: Sequence[Config]) -> str | None:
+    """Why a run of this adapter cannot keep these averages of the weights, in a sentence; None: it can."""
+    if not averages or not takes_no_steps(adapter):
+        return None
+    kind = getattr(adapter, "kind", "")
+    return (
+        f"average={getattr(averages[0], 'kind', '')} is over steps, and adapter.kind={kind} takes none: it is fitted "
+        "to the training features as a whole; leave the average out, or set adapter.trained"
+    )
