@@ -17,7 +17,6 @@ FIGURE = "docs/guide/which_method.svg"
 ADVICE = (
     ("You train for accuracy", "hold on to zero-shot: a KL anchor of weight 1 to its logits", "anchor"),
     ("You can train twice as long", "the same anchor, twice the steps", "anchor 2x"),
-    ("You want accuracy and likelihood", "an anchor of weight 0.5 with SAM, rho 0.2", "anchor + sam"),
     ("Probabilities matter most", "SAM, rho 0.5", "sam, rho 0.5"),
     ("The same, for a fifth more", "SAM in every fifth step, rho 0.2", "sam every 5th"),
     ("The run is finished", "WiSE-FT at alpha 0.5", "wise 0.5"),
@@ -27,7 +26,7 @@ ADVICE = (
     ("You would train plain ERM longer", "do not", "erm_2x"),
 )
 """Situation, what to do, and the arm of the main study that did it."""
-SHORT = ("zero_shot", "erm", "erm_2x", "sam", "disam", "wise 0.5", "anchor", "anchor + sam", "anchor 2x")
+SHORT = ("zero_shot", "erm", "erm_2x", "sam", "disam", "wise 0.5", "anchor", "anchor 1 + sam", "anchor 2x")
 AVERAGES = ("erm", "ema", "swa", "swad", "bma")
 SINGLE = (("sam", "erm"), ("disam", "sam"), ("anchor", "erm"), ("erm_2x", "erm"), ("vrex", "erm"))
 """Pairs of which single runs are told."""
