@@ -122,26 +122,22 @@ class ClipBackbone(ABC):
 
     @property
     def identity(self) -> str:
-        """sha256, hex, over the weights and the fingerprint: equal exactly if the same images and texts give the same
-        features and logits. Stores of features are kept under it."""
+        """sha256, hex, over weights and fingerprint: equal exactly if equal inputs give equal features and logits."""
         return identity({"weights": self.base_hash, **self.fingerprint})
 
     def current_hash(self) -> str:
-        """sha256 of the base weights as they are now: equal to ``base_hash`` for as long as nobody touched them."""
+        """sha256 of the base weights as they are now: ``base_hash`` for as long as nobody touched them."""
         return weights_hash(self._hashed_weights())
 
     def _hashed_weights(self) -> Mapping[str, Tensor]:
-        """The frozen weights under the names and in the form in which they are hashed."""
-        return self._base
+        return self._base  # some families hash them in the form in which their library has them
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """The frozen weights by the names they had at load, whatever adapters are attached by now."""
         return dict(self._base)
 
     def use_fused_qkv(self) -> bool:
-        """Whether the image tower has a layer ``qkv`` that an adapter may attach to. A tower that was split when it was
-        loaded gets it back and runs as a whole, under its library's names, as version 0.1 ran it. That is for recipes
-        and adapters of that version. Features, hash and fingerprint stay the same, to the bit."""
+        """Whether the image tower has a ``qkv``; one that was split at load is put together, as users of 0.1 need."""
         return any(target.projection == "qkv" and target.tower == "image" for target in self.targets())
 
     @property

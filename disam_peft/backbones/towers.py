@@ -126,7 +126,7 @@ def tower_parameters(
     for name, _ in model.named_parameters():
         if not within(name, roots):
             continue
-        is_norm = _is_norm(model.get_submodule(name.rpartition(".")[0]))
+        is_norm = is_norm_layer(model.get_submodule(name.rpartition(".")[0]))
         if blocks == 0:
             found.append(TowerParameter(name, "whole", None, is_norm))
         elif within(name, [stack]):
@@ -139,7 +139,8 @@ def tower_parameters(
     return found
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm_layer(module: nn.Module) -> bool:
+    """Whether it is a normalisation layer, of torch or of a library."""
     known = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
     return isinstance(module, known) or type(module).__name__.endswith("Norm")
 

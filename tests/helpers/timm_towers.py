@@ -15,8 +15,8 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import fastvit, vitamin
 from timm.models import vision_transformer_hybrid as hybrid
-from timm.models import vitamin
 from timm.models._registry import _model_entrypoints
 
 from disam_peft.backbones.base import ClipBackbone
@@ -27,6 +27,7 @@ from tests.helpers.tiny import scramble, tiny_openclip_config
 BLOCKS = 3
 EMBED_DIM = 16
 _SIZES: dict[str, Any] = {"depth": BLOCKS, "num_heads": 2, "img_size": 32, "embed_dim": 32}
+_SWIN = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2)}
 _PATCHES = {**_SIZES, "patch_size": 8}
 
 
@@ -41,6 +42,18 @@ def _vitamin(**options: Any) -> Any:
     stem = vitamin.VitCfg((8, 16, 32), (1, 1, 1), stem_width=8, conv_cfg=convolutions, head_type="1d")
     own = {"mlp_layer": vitamin.GeGluMlp, "mlp_ratio": 2.0, "class_token": False, "global_pool": "avg"}
     return vitamin._create_vitamin("vitamin_small_224", embed_cfg=stem, **{**_SIZES, **own, **options})
+
+
+def _fastvit(mixers: list[str], **options: Any) -> Any:
+    positions = [None, None, partial(fastvit.RepConditionalPosEnc, spatial_shape=(3, 3))]
+    sizes = {
+        "layers": (1, 1, 2),
+        "embed_dims": (8, 32, 32),
+        "mlp_ratios": (2, 2, 2),
+        "downsamples": (False, True, True),
+    }
+    sizes |= {"se_downsamples": (False, True, True), "pos_embs": positions, "token_mixers": mixers, "lkc_use_act": True}
+    return fastvit._create_fastvit("fastvit_mci0", **{**sizes, **options})
 
 
 def _of_timm(name: str, sizes: dict[str, Any]) -> Callable[..., Any]:
@@ -59,9 +72,16 @@ TOWERS: dict[str, tuple[Callable[..., Any], str, str | None]] = {
     "vitamin": (_vitamin, "", "linear"),
     "gap": (_of_timm("vit_medium_patch16_gap_256", _PATCHES), "", "linear"),
 }
-"""Image towers by family that are run in parts."""
+"""Image towers that are one stack of blocks."""
+
+STAGES: dict[str, tuple[Callable[..., Any], str, str | None]] = {
+    "fastvit": (partial(_fastvit, ["repmixer", "attention", "attention"]), "avg", None),
+    "convnext": (_of_timm("convnext_base", {"depths": (1, 1, 1, 2), "dims": (8, 8, 16, 16)}), "", "mlp"),
+}
+"""Image towers in stages, of which some are run in parts."""
 
 OTHERS: dict[str, tuple[Callable[..., Any], str, str | None]] = {
+    "swin": (_of_timm("swin_base_patch4_window7_224", _SWIN), "", "linear"),
     "relpos": (_of_timm("vit_relpos_medium_patch16_cls_224", _PATCHES), "", "linear"),
 }
 """Image towers that are run as a whole."""
@@ -78,7 +98,7 @@ def write_tiny_timm(folder: Path, family: str) -> str:
     from open_clip.model import CustomTextCLIP
     from safetensors.torch import save_file
 
-    build, pool, proj = {**TOWERS, **OTHERS}[family]
+    build, pool, proj = {**TOWERS, **STAGES, **OTHERS}[family]
     _model_entrypoints[f"tiny-{family}"] = _entrypoint(build)
     vision = {"timm_model_name": f"tiny-{family}", "timm_model_pretrained": False, "timm_pool": pool}
     text = {**tiny_openclip_config()["text_cfg"], "layers": 1}

@@ -36,6 +36,7 @@ from disam_peft.backbones.open_clip.resblocks import (
     with_blocks,
 )
 from disam_peft.backbones.open_clip.timm_attention import Fused, split_layers
+from disam_peft.backbones.open_clip.timm_stages import TimmStages, first_known_stage
 from disam_peft.backbones.open_clip.timm_trunk import TimmTrunk, is_known_trunk
 from disam_peft.backbones.open_clip.weights import create, is_custom_text, load_tokenizer, preprocessing, resolve
 from disam_peft.backbones.pass_cache import PassCache
@@ -81,8 +82,9 @@ class OpenClipBackbone(ClipBackbone):
         self._freeze()
 
     def use_fused_qkv(self) -> bool:
+        """The tower then runs as a whole, under timm's names. Features, hash and fingerprint stay as they are."""
         # Where the biases are not the layer's, the attention would not call it.
-        if isinstance(self._image, TimmTrunk) and set(self._split_layers.values()) == {"layer"}:
+        if set(self._split_layers.values()) == {"layer"}:
             self._image.fuse_projections(self.model.visual)
             self._image, self._split_layers, self.image_blocks = WholeTower(), {}, 0
             self._targets = self._find_targets()
@@ -287,4 +289,7 @@ def image_tower(visual: nn.Module) -> ImageTower:
     """How an image tower is run in parts, by its class."""
     if isinstance(visual, VisionTransformer):
         return OwnVit()
-    return TimmTrunk() if is_known_trunk(visual) else WholeTower()
+    if is_known_trunk(visual):
+        return TimmTrunk()
+    first = first_known_stage(visual)
+    return WholeTower() if first is None else TimmStages(first)

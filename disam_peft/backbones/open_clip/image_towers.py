@@ -29,6 +29,10 @@ class ImageTower(ABC):
     def split_projections(self, visual: nn.Module) -> None:
         """Give every q, k and v of the blocks a Linear layer of its own, in place. No output changes by a bit."""
 
+    def fuse_projections(self, visual: Any) -> None:
+        """Undo ``split_projections``, in place; for towers of timm whose split layers hold their biases."""
+        raise NotImplementedError
+
     @abstractmethod
     def blocks(self, visual: Any) -> list[nn.Module]:
         """See ``ClipBackbone.blocks``."""

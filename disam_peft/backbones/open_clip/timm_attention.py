@@ -12,11 +12,12 @@ from typing import Any, Literal
 import torch
 from timm.layers import Attention, AttentionRope
 from timm.models.eva import EvaAttention
+from timm.models.fastvit import Attention as FastVitAttention
 from torch import Tensor, nn
 
 from disam_peft.backbones.open_clip.attention import linear
 
-_THIRDS = (Attention, AttentionRope, EvaAttention)
+_THIRDS = (Attention, AttentionRope, EvaAttention, FastVitAttention)
 """Classes whose ``qkv`` is the queries', the keys' and the values' layer, one after the other. Others, MaxViT's and
 TinyViT's for example, put the three of each head together; what is cut there in thirds would not be q, k and v. The
 class must be exactly one of these, because a subclass may do anything."""
