@@ -15,6 +15,7 @@ _OF_A_CHECKPOINT = {".safetensors", ".json", ".txt", ".model"}
 
 if TYPE_CHECKING:
     from disam_peft.backbones.base import ClipBackbone
+    from disam_peft.backbones.listed_model import ListedModel
 
 
 def located(config: BackboneConfig) -> BackboneConfig:
@@ -104,6 +105,20 @@ def require_known(config: BackboneConfig) -> None:
     else:
         from disam_peft.backbones.transformers.checkpoint import require_known as known
     known(config)
+
+
+def listed_models(family: str | None = None) -> list[ListedModel]:
+    """The models of both families, or of one, that are known by name; neither builds nor fetches any."""
+    found: list[ListedModel] = []
+    if family != "transformers":
+        from disam_peft.backbones.open_clip.built_in_models import built_in_models
+
+        found += built_in_models()
+    if family != "open_clip":
+        from disam_peft.backbones.transformers.architectures import known_models
+
+        found += known_models()
+    return found
 
 
 def imagenet_templates() -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLay
 from transformers.models.metaclip_2.modeling_metaclip_2 import MetaClip2Attention, MetaClip2EncoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEncoderLayer
 
+from disam_peft.backbones.listed_model import ListedModel
 from disam_peft.backbones.towers import BlockRoles
 
 PRE_NORM_ROLES: BlockRoles = {
@@ -110,6 +111,8 @@ class Architecture:
 
     model: Any
     """The class."""
+    example: str
+    """A hub repository of it, from the library's documentation."""
     layers: frozenset[tuple[type, type]]
     """Its standard blocks, whose norms come first: the class of the block and of its attention."""
     image: ImageTower
@@ -125,12 +128,14 @@ _CLASS_TOKEN = ImageTower(("pre_layrnorm",), ("post_layernorm",), "class token",
 ARCHITECTURES: dict[str, Architecture] = {
     "clip": Architecture(
         CLIPModel,
+        "openai/clip-vit-base-patch32",
         frozenset({(CLIPEncoderLayer, CLIPAttention)}),
         _CLASS_TOKEN,
         TextTower(("final_layer_norm",), "end", "text_projection", end_may_be_wrong=True),
     ),
     "siglip": Architecture(
         SiglipModel,
+        "google/siglip2-base-patch16-224",
         frozenset({(SiglipEncoderLayer, SiglipAttention)}),
         ImageTower((), ("post_layernorm", "head"), "attention", None),
         TextTower(("final_layer_norm", "head"), "last", "text_model.head", projects_itself=True, lower_case=True),
@@ -138,12 +143,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "metaclip_2": Architecture(
         MetaClip2Model,
+        "facebook/metaclip-2-worldwide-huge-quickgelu",
         frozenset({(MetaClip2EncoderLayer, MetaClip2Attention)}),
         _CLASS_TOKEN,
         TextTower(("final_layer_norm",), "end", "text_projection"),
     ),
     "altclip": Architecture(
         AltCLIPModel,
+        "BAAI/AltCLIP",
         frozenset({(AltCLIPEncoderLayer, AltCLIPAttention)}),
         _CLASS_TOKEN,
         TextTower(
@@ -160,6 +167,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "chinese_clip": Architecture(
         ChineseCLIPModel,
+        "OFA-Sys/chinese-clip-vit-base-patch16",
         frozenset({(ChineseCLIPVisionLayer, ChineseCLIPVisionAttention)}),
         _CLASS_TOKEN,
         TextTower(
@@ -178,3 +186,22 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 WITHOUT_ONE_SIZE = "siglip2"
 """The ``model_type`` of NaFlex checkpoints, whose images are patches in any number."""
+
+
+def known_models() -> list[ListedModel]:
+    """One for each class, by the name of a hub repository of that class: the library keeps no list of repositories."""
+    return [
+        ListedModel(
+            family="transformers",
+            name=one.example,
+            pretrained=(),
+            brings_weights=True,
+            pixels=None,
+            image_tower=f"any {one.model.__name__}",
+            projections=("q", "v"),
+            splits=True,
+            one_token=one.image.pooling == "class token",
+            prompts=True,
+        )
+        for one in ARCHITECTURES.values()
+    ]

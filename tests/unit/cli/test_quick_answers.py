@@ -25,6 +25,7 @@ VERBS = (
     "report",
     "demo",
     "doctor",
+    "models",
 )
 CALL = """
 import sys
