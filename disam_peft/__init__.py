@@ -35,6 +35,8 @@ _HOMES = {
     "LinearProbeConfig": "disam_peft.config.adapters",
     "LoraAdapterConfig": "disam_peft.config.adapters",
     "PeftAdapterConfig": "disam_peft.config.adapters",
+    "ClosedFormProbeConfig": "disam_peft.config.feature_adapters",
+    "LpPlusPlusConfig": "disam_peft.config.feature_adapters",
     "TaskResConfig": "disam_peft.config.feature_adapters",
     "TipAdapterConfig": "disam_peft.config.feature_adapters",
     "BmaConfig": "disam_peft.config.average",
@@ -161,6 +163,8 @@ if TYPE_CHECKING:  # the same names, for type checkers; a test compares them wit
     from disam_peft.config.data import MixupConfig as MixupConfig
     from disam_peft.config.evaluation import EvaluationConfig as EvaluationConfig
     from disam_peft.config.evaluation import SharpnessConfig as SharpnessConfig
+    from disam_peft.config.feature_adapters import ClosedFormProbeConfig as ClosedFormProbeConfig
+    from disam_peft.config.feature_adapters import LpPlusPlusConfig as LpPlusPlusConfig
     from disam_peft.config.feature_adapters import TaskResConfig as TaskResConfig
     from disam_peft.config.feature_adapters import TipAdapterConfig as TipAdapterConfig
     from disam_peft.config.losses import ContrastiveConfig as ContrastiveConfig

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from disam_peft.adapters.base import Adapter
 from disam_peft.adapters.clip_adapter import ClipAdapter
+from disam_peft.adapters.closed_form_probe import ClosedFormProbe
 from disam_peft.adapters.coop.coop_adapter import CoOpAdapter
 from disam_peft.adapters.effect import require_effect
 from disam_peft.adapters.full import FullAdapter
 from disam_peft.adapters.linear_probe import LinearProbeAdapter
 from disam_peft.adapters.lp_ft import LpFtAdapter
+from disam_peft.adapters.lp_plus_plus import LpPlusPlusAdapter
 from disam_peft.adapters.peft.peft_adapter import LoraAdapter, PeftAdapter
 from disam_peft.adapters.prompts import ClassPrompts, fill_templates
 from disam_peft.adapters.task_res import TaskResAdapter
@@ -26,7 +28,13 @@ from disam_peft.config.adapters import (
     PeftAdapterConfig,
 )
 from disam_peft.config.base import Config
-from disam_peft.config.feature_adapters import TaskResConfig, TipAdapterConfig, takes_no_steps
+from disam_peft.config.feature_adapters import (
+    ClosedFormProbeConfig,
+    LpPlusPlusConfig,
+    TaskResConfig,
+    TipAdapterConfig,
+    takes_no_steps,
+)
 from disam_peft.errors import UserError
 
 ADAPTERS: dict[type[Config], type[Adapter]] = {
@@ -39,6 +47,8 @@ ADAPTERS: dict[type[Config], type[Adapter]] = {
     LpFtConfig: LpFtAdapter,
     TaskResConfig: TaskResAdapter,
     TipAdapterConfig: TipAdapter,
+    ClosedFormProbeConfig: ClosedFormProbe,
+    LpPlusPlusConfig: LpPlusPlusAdapter,
 }
 
 

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from disam_peft.config.adapter_parts import LARGEST_OPTION, CosineConfig, Seed
 from disam_peft.config.base import Config
-from disam_peft.config.feature_adapters import TaskResConfig, TipAdapterConfig
+from disam_peft.config.feature_adapters import ClosedFormProbeConfig, LpPlusPlusConfig, TaskResConfig, TipAdapterConfig
 
 Scalar = bool | int | float | str | None
 PEFT_METHODS = ("lora", "dora", "ia3", "oft", "loha", "lokr", "hra", "hira", "delora", "vera", "ln_tuning")
@@ -203,7 +203,7 @@ def _below_a_head(value: Any) -> Any:
         raise ValueError("coop trains prompts, and with a head of its own the text has no part in the logits")
     if kind == "task_res":
         raise ValueError("task_res trains class features, which have no part in the logits of a head of its own")
-    if kind in ("linear_probe", "lp_ft", "tip_adapter"):
+    if kind in ("linear_probe", "lp_ft", "tip_adapter", "closed_form_probe", "lp_plus_plus"):
         raise ValueError(
             f"{kind} has a head of its own, and lp_ft has one already; choose lora, peft, full or clip_adapter"
         )
@@ -247,7 +247,9 @@ AdapterConfig = Annotated[
     | FullConfig
     | LpFtConfig
     | TaskResConfig
-    | TipAdapterConfig,
+    | TipAdapterConfig
+    | ClosedFormProbeConfig
+    | LpPlusPlusConfig,
     Field(discriminator="kind"),
 ]
 """The list of all adapters: recipes, ``compare --adapters``, the registry and the tests read it."""

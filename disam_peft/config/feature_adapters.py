@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from disam_peft.config.adapter_parts import LARGEST_OPTION, CosineConfig, Seed
 from disam_peft.config.base import Config
@@ -51,6 +51,47 @@ class TipAdapterConfig(Config):
     """Where the search for beta and for alpha ends, as in the authors' code; it begins at 0.1."""
     search_step: list[Annotated[int, Field(ge=1, le=10_000)]] = Field(default=[200, 20], min_length=2, max_length=2)
     """How many values of beta and of alpha are tried."""
+
+
+class ClosedFormProbeConfig(Config):
+    """A linear layer on normalised image features that is fitted in closed form: ridge regression on the classes, or
+    linear discriminant analysis (Wang et al. 2024, arXiv 2402.04087, use it on CLIP's features)."""
+
+    has_own_head: ClassVar[bool] = True
+    other_names: ClassVar[Mapping[str, str]] = {
+        name: f"kind: closed_form_probe, solver: {solver}"
+        for solver, names in {"ridge": ("ridge", "ridge_probe"), "lda": ("lda", "gda", "lda_probe")}.items()
+        for name in names
+    }
+
+    kind: Literal["closed_form_probe"] = "closed_form_probe"
+    solver: Literal["ridge", "lda"] = "ridge"
+    trained: Literal["nothing", "head"] = "nothing"
+    """``nothing``: the head is fitted, and no step is taken. ``head``: the steps train it from there."""
+    regularisation: Annotated[float, Field(gt=0, le=LARGEST_OPTION)] | None = None
+    """For ridge the factor of ``|W|^2`` beside the mean squared error; for lda how far the covariance is shrunk to a
+    multiple of the identity, at most 1. Unset: the value that does best on source validation."""
+    scale: Annotated[float, Field(gt=0, le=LARGEST_OPTION)] | None = None
+    """Factor of all logits, which decides how certain they are. Unset: that with the lowest NLL on source validation,
+    from 0.01 to 100."""
+
+    @model_validator(mode="after")
+    def _shrinks_at_most_to_the_identity(self) -> ClosedFormProbeConfig:
+        if self.solver == "lda" and self.regularisation is not None and self.regularisation > 1:
+            raise ValueError(
+                f"regularisation={self.regularisation:g}: that of lda is a share of the covariance, and at most 1"
+            )
+        return self
+
+
+class LpPlusPlusConfig(Config):
+    """A linear probe beside the zero-shot logits, which each class weighs by a trained factor: the classifier of LP++
+    (Huang et al. 2024, arXiv 2404.02285). It starts as zero-shot CLIP, and is trained by the run's optimizer."""
+
+    has_own_head: ClassVar[bool] = True
+    other_names: ClassVar[Mapping[str, str]] = dict.fromkeys(("lp++", "lpplusplus"), "kind: lp_plus_plus")
+
+    kind: Literal["lp_plus_plus"] = "lp_plus_plus"
 
 
 def takes_no_steps(adapter: Config) -> bool:

@@ -41,4 +41,5 @@ def test_the_kinds_that_start_from_features_are_those_that_override_the_hook() -
     assert [adapter.kind for adapter in ADAPTERS.values() if adapter.starts_from_features()] == [
         "lp_ft",
         "tip_adapter",
+        "closed_form_probe",
     ]

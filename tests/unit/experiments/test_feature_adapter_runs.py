@@ -106,7 +106,7 @@ def test_a_cache_without_steps_is_a_run_like_any_other(make_recipe: Any, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter", [TIP, TIP_F], ids=["fitted", "trained"])
+@pytest.mark.parametrize("adapter", [TIP, TIP_F, {"kind": "closed_form_probe"}], ids=["fitted", "trained", "ridge"])
 def test_the_held_out_domain_has_no_part_in_an_adapter(make_recipe: Any, tmp_path: Path, adapter: Any) -> None:
     """Other images there change no bit of the cache, of alpha and beta, or of the trained keys."""
     first, second = (write_domains(tmp_path / name, count=4) for name in ("one", "other"))
@@ -118,7 +118,7 @@ def test_the_held_out_domain_has_no_part_in_an_adapter(make_recipe: Any, tmp_pat
     ]
     states = [state(outcome.folder) for outcome in found]
     assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
-    assert len(states[0]["keys"]) > 0
+    assert all(tensor.numel() > 0 for tensor in states[0].values())
     held_out = [[row.value for row in outcome.rows if row.split == "held_out"] for outcome in found]
     assert held_out[0] != held_out[1], "the images there did change"
 
@@ -141,6 +141,36 @@ def test_trained_keys_start_as_the_cache_from_images_and_from_a_store(make_recip
         assert torch.equal(tensor, ended[name])
     assert moved.fit is not None and moved.fit.states.keys() == {"raw", "ema"}
     assert events(plain.folder)[0]["event"] == "start"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", ["ridge", "lda"])
+def test_a_closed_form_probe_is_fitted_and_trained_from_there(make_recipe: Any, solver: str, tmp_path: Path) -> None:
+    fitted = {"kind": "closed_form_probe", "solver": solver}
+    [done] = run.train(make_recipe("fitted", adapter=fitted))
+    [still] = run.train(
+        make_recipe("still", adapter={**fitted, "trained": "head"}, train={"learning_rate": 1e-9, "weight_decay": 0})
+    )
+    start = events(done.folder)[0]
+    assert start.keys() >= {"regularisation", "scale", "mean_top1"} and events(still.folder)[0] == start
+    for name, tensor in state(done.folder).items():
+        torch.testing.assert_close(state(still.folder)[name], tensor, rtol=0, atol=1e-6)
+    trained = {(row.split, row.domain, row.metric): row.value for row in done.rows if row.method != "zero_shot"}
+    [judged] = evaluate(done.folder)
+    assert {(row.split, row.domain, row.metric): row.value for row in judged.rows} == trained
+    assert load_adapter(export_run(done.folder, "peft", tmp_path / "peft")).adapter is not None
+    with pytest.raises(UserError, match="is fitted and not trained has no way from zero-shot"):
+        evaluate(done.folder, alpha=0.5)
+
+
+@pytest.mark.slow
+def test_a_class_without_images_cannot_be_fitted_by_lda(make_recipe: Any) -> None:
+    recipe = make_recipe(adapter={"kind": "closed_form_probe", "solver": "lda"})
+    data = split_data(recipe, load(recipe.data))
+    classifier = load_pretrained(recipe, data.training.prompt_names).with_new_adapter()
+    without = data.training.select(np.flatnonzero(data.training.labels != 1))
+    with pytest.raises(UserError, match="check that every class has training images"):
+        start_from_features(classifier, without, held_back=data.validation, workers=0)
 
 
 @pytest.mark.slow
