@@ -30,7 +30,8 @@ def select_targets(
     """The targets asked for, in the order of the forward pass.
 
     Projections of the blocks are taken in every chosen block. A name outside the blocks (a final norm, the
-    projection into the shared space) is taken once per tower, whatever ``blocks`` says.
+    projection into the shared space) is taken once per tower, whatever ``blocks`` says. A name that no target has may
+    be the last one that the library has for a layer, which recipes of 0.1 use in some towers.
 
     Args:
         kind: ``linear`` or ``norm``, what ``method`` works on.
@@ -45,7 +46,9 @@ def select_targets(
         here = [target for target in backbone.targets() if target.tower == tower]
         indices = block_indices(backbone, tower, blocks)
         for projection in dict.fromkeys(projections):
-            named = [target for target in here if target.projection == projection]
+            named = [target for target in here if target.projection == projection] or [
+                target for target in here if target.name.rpartition(".")[2] == projection
+            ]
             fitting = [target for target in here if target.kind == kind]
             _require_all(backbone, named, fitting, indices, projection, tower)
             wrong = [target.name for target in named if target.kind != kind]

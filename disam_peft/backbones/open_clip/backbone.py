@@ -26,6 +26,7 @@ from disam_peft.backbones import towers
 from disam_peft.backbones.base import ClipBackbone, Target, TowerName, TowerParameter
 from disam_peft.backbones.blocks import BlockParts, replace_quick_gelu, shallow_clone
 from disam_peft.backbones.open_clip.attention import fused_state, split_attention
+from disam_peft.backbones.open_clip.hf_text import hf_text
 from disam_peft.backbones.open_clip.image_towers import ImageTower, OwnVit, WholeTower
 from disam_peft.backbones.open_clip.resblocks import (
     BLOCK_ROLES,
@@ -66,9 +67,12 @@ class OpenClipBackbone(ClipBackbone):
         if self._text_splits:
             split_attention(model.text)
         self.image_blocks = len(self._image.blocks(model.visual))
-        self.text_blocks = len(model.text.transformer.resblocks) if self._text_splits else 0
+        self._hf_text = hf_text(model.text)
+        self.text_blocks = len(self.blocks("text"))
         self.embed_dim = source.model_config["embed_dim"]
         self.token_width = source.model_config["text_cfg"].get("width", 512) if self._text_splits else 0
+        if self._hf_text is not None:
+            self.token_width = model.text.config.hidden_size
         self.context_length = self._tokenizer.context_length
         # From the modules, not from a flag: this is what the forward pass computes.
         self.quick_gelu = any(isinstance(module, QuickGELU) for module in model.modules())
@@ -107,6 +111,8 @@ class OpenClipBackbone(ClipBackbone):
     def blocks(self, tower: TowerName) -> list[nn.Module]:
         if tower == "image":
             return self._image.blocks(self.model.visual)
+        if self._hf_text is not None:
+            return self._hf_text.blocks(self.model.text)
         return list(self._text_tower().transformer.resblocks) if self._text_splits else []
 
     # -- text ------------------------------------------------------------------------------------------------
@@ -135,9 +141,14 @@ class OpenClipBackbone(ClipBackbone):
         self._model_config = {**self._model_config, "text_cfg": of_text}
 
     def embed_tokens(self, tokens_CL: Tensor) -> Tensor:
+        if self._hf_text is not None:
+            return self._hf_text.embed(self.model.text, tokens_CL)
         return self._text_tower().token_embedding(tokens_CL)
 
     def encode_text_embeddings(self, embeddings_CLW: Tensor, tokens_CL: Tensor) -> Tensor:
+        if self._hf_text is not None:
+            hidden = self._hf_text.trunk(self.model.text, tokens_CL, 0, embeddings_CLW)
+            return self._hf_text.head(self.model.text, hidden, tokens_CL, 0)
         tokens_CL, text = self.cut_prompts(tokens_CL), self._text_tower()
         given = towers.Given(embeddings_CLW[:, : tokens_CL.shape[1]])
         hidden, mask = shallow_clone(text, token_embedding=given)._embeds(tokens_CL)
@@ -145,6 +156,8 @@ class OpenClipBackbone(ClipBackbone):
 
     def text_trunk(self, tokens_CL: Tensor, blocks: int) -> Tensor:
         towers.check_split(blocks, self.text_blocks, "text")
+        if self._hf_text is not None:
+            return self._hf_text.trunk(self.model.text, tokens_CL, blocks)
         if not self._text_splits:
             return tokens_CL
         tokens_CL = self.cut_prompts(tokens_CL)
@@ -155,6 +168,8 @@ class OpenClipBackbone(ClipBackbone):
 
     def text_head(self, hidden: Tensor, tokens_CL: Tensor, blocks: int) -> Tensor:
         towers.check_split(blocks, self.text_blocks, "text")
+        if self._hf_text is not None:
+            return self._hf_text.head(self.model.text, hidden, tokens_CL, blocks)
         if not self._text_splits:
             return pooled(self.model.text(tokens_CL))  # type: ignore[operator]
         text = self._text_tower()
@@ -246,6 +261,8 @@ class OpenClipBackbone(ClipBackbone):
         return list(self._targets)
 
     def _find_targets(self) -> tuple[Target, ...]:
+        if self._hf_text is not None:
+            return (*self._image.targets(self.model), *self._hf_text.targets(self.model))
         stack = f"text.{STACK}"
         text = towers.tower_targets(self.model, "text", ["text"], stack, self.text_blocks, BLOCK_ROLES, "")
         return (*self._image.targets(self.model), *text)
@@ -253,6 +270,8 @@ class OpenClipBackbone(ClipBackbone):
     def tower_parameters(self, tower: TowerName) -> list[TowerParameter]:
         if tower == "image":
             return self._image.parameters(self.model)
+        if self._hf_text is not None:
+            return self._hf_text.parameters(self.model)
         stem = [f"text.{name}" for name in ("token_embedding", "positional_embedding", "cls_emb")]
         blocks, projection = self.text_blocks, ["text.text_projection"]
         return towers.tower_parameters(self.model, ["text"], f"text.{STACK}", blocks, stem, projection)

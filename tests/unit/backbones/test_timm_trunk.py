@@ -318,6 +318,19 @@ def test_a_recipe_of_0_1_that_adapts_the_fused_layer_stays_valid(tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:in the image tower")
+@pytest.mark.parametrize(("projection", "layers"), [("proj", BLOCKS + 1), ("kv", 1), ("fc3", 0)])
+def test_names_that_only_the_library_has_are_its_layers(projection: str, layers: int) -> None:
+    config, backbone = LoraAdapterConfig(projections=[projection]), tiny_timm("siglip")
+    if layers == 0:
+        with pytest.raises(UserError, match="'fc3' matches nothing"):
+            build_adapter(config, backbone, PROMPTS)
+        return
+    names = {name.partition(".lora_")[0] for name in build_adapter(config, backbone, PROMPTS).trainable()}
+    assert len(names) == layers and all(name.endswith(f".{projection}") for name in names)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["eva01", "eva02-b"])
 def test_row_79_a_fused_layer_that_the_attention_would_not_call_is_not_given_back(family: str) -> None:
     with pytest.raises(
