@@ -78,7 +78,7 @@ class TextTower:
     end_may_be_wrong: bool = False
     """An end-of-text id of 2 stands for the highest id in the prompt, as in old configs."""
     lower_case: bool = False
-    """It was trained on texts in lower case alone."""
+    """It was trained on texts in lower case, with an end of text and padding behind them."""
     inner: str | None = None
     """The module below ``text_model`` that has embeddings and blocks; None: it is ``text_model`` itself."""
     table: str = "token_embedding"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import Filter, LogRecord
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +118,11 @@ def load_model(folder: Path, config: BackboneConfig, architecture: Architecture)
     """
     kind = architecture.model
     if config.pretrained == RANDOM_WEIGHTS:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), without_chatter():
             torch.manual_seed(config.seed)
             return kind(kind.config_class.from_pretrained(folder, attn_implementation="sdpa"))
     try:
-        with without_bars():
+        with without_chatter():
             loaded: Any = kind.from_pretrained(
                 folder,
                 dtype=torch.float32,
@@ -145,12 +146,21 @@ def load_model(folder: Path, config: BackboneConfig, architecture: Architecture)
 
 
 @contextmanager
-def without_bars() -> Iterator[None]:
-    """transformers shows a bar for every file that it reads or writes, between the lines of the program."""
+def without_chatter() -> Iterator[None]:
+    """transformers shows a bar for every file that it reads or writes, and warns of ids in SigLIP's default config that
+    nothing here reads: both between the lines of the program."""
     shown = logging.is_progress_bar_enabled()
+    of_configs = logging.get_logger("transformers.configuration_utils")
     logging.disable_progress_bar()
+    of_configs.addFilter(filtered := _NotOfIds())
     try:
         yield
     finally:
+        of_configs.removeFilter(filtered)
         if shown:
             logging.enable_progress_bar()
+
+
+class _NotOfIds(Filter):
+    def filter(self, record: LogRecord) -> bool:
+        return "_token_id must be `None` or an integer within the vocabulary" not in record.getMessage()

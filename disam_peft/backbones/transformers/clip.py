@@ -5,7 +5,6 @@ Shapes in this file: B images, C prompts, L tokens, W token width, E embedding w
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,22 +12,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor
 from transformers.activations import QuickGELUActivation
 
 from disam_peft.backbones import towers
 from disam_peft.backbones.base import ClipBackbone, Target, TowerName, TowerParameter
 from disam_peft.backbones.blocks import BlockParts, replace_quick_gelu, shallow_clone
-from disam_peft.backbones.hub import loading_tokenizer
 from disam_peft.backbones.pass_cache import PassCache
 from disam_peft.backbones.transformers.architectures import PRE_NORM_ROLES
-from disam_peft.backbones.transformers.checkpoint import architecture_of, checkpoint_folder, load_model, without_bars
+from disam_peft.backbones.transformers.checkpoint import architecture_of, checkpoint_folder, load_model, without_chatter
 from disam_peft.backbones.transformers.last_layer import last_layer, pre_norm_parts
 from disam_peft.backbones.transformers.processor import preprocessing
+from disam_peft.backbones.transformers.text_tokens import PROBE, TextTokens
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.errors import UserError
-
-PROBE = "a photo of a cat"
 
 
 class HfBackbone(ClipBackbone):
@@ -44,15 +41,12 @@ class HfBackbone(ClipBackbone):
         self._require_pooling(model)
         replace_quick_gelu(model, QuickGELUActivation)
         self.model = model
-        here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # unset, it would ask the user
-        self._processor: Any = AutoImageProcessor.from_pretrained(folder, **here)
-        with loading_tokenizer(config.name):
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, **here)
-        if self._tokenizer.pad_token_id is None:
-            raise UserError(f"the tokenizer of '{config.name}' has no token for padding: set pad_token in its config")
-
+        with without_chatter():  # trust_remote_code: unset, it would ask the user
+            processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        self._processor = processor
+        self._texts = TextTokens(folder, config.name, self.architecture.text)
+        self._texts.warn_of_settings()
         self._set_end_of_text()
-        self._warn_of_capitals()
 
         text, vision = model.config.text_config, model.config.vision_config
         self.image_blocks = vision.num_hidden_layers
@@ -115,34 +109,19 @@ class HfBackbone(ClipBackbone):
     # -- text ------------------------------------------------------------------------------------------------
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        tokens_CL = torch.full((len(texts), self.context_length), self._tokenizer.pad_token_id, dtype=torch.int64)
-        # Where padding is a part of the prompt, its side is the tokenizer's; elsewhere positions count from the start.
-        in_front = self.architecture.text.pooling == "last" and self._tokenizer.padding_side == "left"
-        for row, text in enumerate(texts):
-            ids = self._tokenizer(text, verbose=False)["input_ids"]
-            towers.check_length(text, len(ids), self.context_length)
-            place = slice(self.context_length - len(ids), None) if in_front else slice(None, len(ids))
-            tokens_CL[row, place] = torch.tensor(ids)
-        return tokens_CL.to(self.device)
+        if hasattr(self, "fingerprint"):  # which asks for capitals itself
+            self._texts.warn_of_capitals(texts)
+        return self._texts.padded(texts, self.context_length).to(self.device)
 
     def _set_end_of_text(self) -> None:
         """A config's wrong id for the end of a text is replaced by the tokenizer's, also in what is saved."""
         text: Any = self.model.text_model
         if self.architecture.text.pooling != "end" or self._reads_highest_id():
             return
-        prompt = self._tokenizer(PROBE)["input_ids"]
-        end = towers.end_of_text(self.config.name, text.eos_token_id, prompt, self._tokenizer.eos_token_id)
+        own = self._texts.tokenizer.eos_token_id
+        end = towers.end_of_text(self.config.name, text.eos_token_id, self._texts.of(PROBE), own)
         text.eos_token_id = end
         text.config.eos_token_id = end
-
-    def _warn_of_capitals(self) -> None:
-        lower, upper = (self._tokenizer(text)["input_ids"] for text in (PROBE, PROBE.upper()))
-        if self.architecture.text.lower_case and lower != upper:
-            warnings.warn(
-                f"the tokenizer of '{self.config.name}' keeps capital letters, but models of this type were trained on "
-                "lower case: write prompts and class names in lower case",
-                stacklevel=2,
-            )
 
     def _reads_highest_id(self) -> bool:
         """Old configs of CLIPModel have a wrong id, 2; transformers then takes the highest in the prompt."""
@@ -206,7 +185,7 @@ class HfBackbone(ClipBackbone):
 
     def _seen(self, tokens_CL: Tensor) -> Tensor:
         """Which tokens are no padding."""
-        return tokens_CL != self._tokenizer.pad_token_id
+        return tokens_CL != self._texts.padding
 
     def _is_causal_text(self) -> bool:
         return self.architecture.text.is_causal
@@ -227,7 +206,7 @@ class HfBackbone(ClipBackbone):
         return "argmax" if self._reads_highest_id() else f"token {text.eos_token_id}"
 
     def _vocabulary(self) -> Mapping[str, int]:
-        return self._tokenizer.get_vocab()
+        return self._texts.tokenizer.get_vocab()
 
     def _root(self, tower: TowerName) -> nn.Module:
         return self.model.get_submodule("vision_model" if tower == "image" else "text_model")
@@ -306,10 +285,10 @@ class HfBackbone(ClipBackbone):
         if not isinstance(model, kind):
             raise UserError(f"cannot save a {type(model).__name__} as a transformers CLIP; pass a {kind.__name__}")
         saved: Any = model
-        with without_bars():
+        with without_chatter():
             saved.save_pretrained(directory)
         self._processor.save_pretrained(directory)
-        self._tokenizer.save_pretrained(directory)
+        self._texts.tokenizer.save_pretrained(directory)
 
 
 def _with_layers(

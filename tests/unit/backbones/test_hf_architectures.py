@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import shutil
 import warnings
 from functools import cache
@@ -388,7 +389,10 @@ def test_identity_follows_bias_scale_and_padding(folders: dict[str, str], tmp_pa
             state = load_file(folder / "model.safetensors")
             state[change] += 0.5
             save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        other = loaded(str(folder))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            other = loaded(str(folder))
+        assert any("pads in front of a text" in str(one.message) for one in told) == (change == "padding_side")
         assert other.identity != whole.identity
         if change == "padding_side":
             assert other.base_hash == whole.base_hash
@@ -406,15 +410,41 @@ def test_a_wrong_end_of_text_is_mended(folders: dict[str, str], tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_capitals_are_told_where_the_model_knows_none(folders: dict[str, str], tmp_path: Path) -> None:
+def test_a_tokenizer_unlike_that_of_the_training_is_told(folders: dict[str, str], tmp_path: Path) -> None:
+    """Gemma's own settings, as they are where a folder of SigLIP 2 does not say others."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_backbone(folder_config("transformers", Path(folders["siglip"])))
-    folder = changed(folders["siglip"], tmp_path / "capitals")
+        load_backbone(folder_config("transformers", Path(folders["siglip"]))).tokenize(["A Cat"])
+    folder = changed(folders["siglip"], tmp_path / "gemma")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    (folder / "tokenizer.json").write_text(json.dumps({**tokenizer, "normalizer": None}))
-    with pytest.warns(UserWarning, match="keeps capital letters"):
-        load_backbone(folder_config("transformers", folder))
+    tokenizer |= {"normalizer": None, "post_processor": None}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.warns(UserWarning, match="puts no end of text behind a text, but models of this"):
+        backbone = load_backbone(folder_config("transformers", folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backbone.tokenize(["a cat", "a dog"])
+    with pytest.warns(UserWarning, match=r"keeps capital letters, .* \(one is 'a Dog'\)"):
+        backbone.tokenize(["a cat", "a Dog", "A HOUSE"])
+
+
+@pytest.mark.slow
+def test_ids_that_nothing_reads_are_not_told(folders: dict[str, str]) -> None:
+    """SigLIP's default config has ids beyond its own vocabulary, of which the library warns once in a process."""
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger, once = logging.getLogger("transformers.configuration_utils"), logging.Logger.warning_once  # type: ignore[attr-defined]
+    logger.addHandler(handler)
+    try:
+        once.cache_clear()
+        load_backbone(folder_config("transformers", Path(folders["siglip"])))
+        assert told == []
+        once.cache_clear()
+        AutoTokenizer.from_pretrained(folders["siglip"])
+        assert any("eos_token_id must be `None` or an integer" in one for one in told)
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_naflex_is_refused_with_the_way_out(folders: dict[str, str], tmp_path: Path) -> None:
