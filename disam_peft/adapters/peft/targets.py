@@ -90,8 +90,9 @@ def frozen_blocks(backbone: ClipBackbone, chosen: Sequence[Target], tower: Tower
     if block is not None:
         return block
     count = tower_blocks(backbone, tower)
-    behind_blocks = any(target.block is not None for target in here[:first])
-    return count if behind_blocks or count == 0 else BEFORE_STEM
+    parameters = backbone.tower_parameters(tower)
+    in_stem = any(one.part == "stem" and one.name.startswith(f"{here[first].name}.") for one in parameters)
+    return BEFORE_STEM if in_stem else count
 
 
 def block_indices(backbone: ClipBackbone, tower: TowerName, blocks: Blocks) -> list[int]:
@@ -150,11 +151,12 @@ def _require_all(
 
 
 def _what_would_work(backbone: ClipBackbone, fitting: list[Target], tower: TowerName) -> str:
-    """A setting that this tower takes: names of layers that it has in its blocks and calls."""
-    inside = [target for target in fitting if in_a_block(target)]
+    """A setting that this tower takes: names of layers that it calls and has in its blocks, or else anywhere."""
+    inside = [target for target in fitting if in_a_block(target)] or fitting
     called = _called(backbone, tower, inside)
     names = list(dict.fromkeys(target.projection for target in inside if target.name in called))
-    usual = next((group for group in (["q", "v"], ["qkv"]) if set(group) <= set(names)), names[:2])
+    known = (["q", "v"], ["qkv"], ["pool_q", "pool_v"])
+    usual = next((group for group in known if set(group) <= set(names)), names[:2])
     return f"; set adapter.projections=[{','.join(usual)}]" if usual else "; adapt the other tower"
 
 

@@ -36,6 +36,7 @@ from disam_peft.backbones.open_clip.resblocks import (
     pooled,
     with_blocks,
 )
+from disam_peft.backbones.open_clip.resnets import ResNet, is_known_resnet
 from disam_peft.backbones.open_clip.timm_attention import Fused, split_layers
 from disam_peft.backbones.open_clip.timm_stages import TimmStages, first_known_stage
 from disam_peft.backbones.open_clip.timm_trunk import TimmTrunk, is_known_trunk
@@ -308,6 +309,8 @@ def image_tower(visual: nn.Module) -> ImageTower:
     """How an image tower is run in parts, by its class."""
     if isinstance(visual, VisionTransformer):
         return OwnVit()
+    if is_known_resnet(visual):
+        return ResNet()
     if is_known_trunk(visual):
         return TimmTrunk()
     first = first_known_stage(visual)

@@ -36,6 +36,9 @@ _TIMM = (
 )
 """The first that fits counts; a tower of any other name is run as a whole."""
 
+_KNOWN_TEXTS = r"$|roberta-|xlm-roberta-|google/mt5-|facebook/nllb-"
+"""open_clip's own text tower has no name; the others are models of transformers that ``hf_text.py`` knows."""
+
 
 def built_in_models() -> list[ListedModel]:
     """All names of open_clip, in its order."""
@@ -56,13 +59,13 @@ def _listed(name: str, config: Mapping[str, Any]) -> ListedModel:
         projections=kind.projections,
         splits=kind.splits,
         one_token=kind.one_token,
-        prompts=not text.get("hf_model_name"),
+        prompts=re.match(_KNOWN_TEXTS, text.get("hf_model_name", "")) is not None,
     )
 
 
 def _own(vision: Mapping[str, Any]) -> _Kind:
     if isinstance(vision["layers"], list):  # a ResNet, whose only Linear layers are those of its pooling
-        return _Kind("", (), splits=False)
+        return _Kind("", ("pool_q", "pool_v"), splits=True)
     class_token = not vision.get("attentional_pool") and vision.get("pool_type", "tok") == "tok"
     return _Kind("", ("q", "v"), splits=True, one_token=class_token)
 

@@ -7,6 +7,7 @@ Shapes: B images, E embedding width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -107,3 +108,17 @@ class WholeTower(ImageTower):
 
     def parameters(self, model: Any) -> list[TowerParameter]:
         return towers.tower_parameters(model, [ROOT], ROOT, 0, [], [])
+
+
+def stage_of(counts: Sequence[int], blocks: int) -> tuple[int, int]:
+    """The stage in which the first ``blocks`` blocks end, and how many of its blocks are among them. What a stage does
+    before its first block goes with that block.
+
+    Args:
+        counts: blocks of each stage.
+    """
+    for number, count in enumerate(counts[:-1]):
+        if blocks < count:
+            return number, blocks
+        blocks -= count
+    return len(counts) - 1, blocks

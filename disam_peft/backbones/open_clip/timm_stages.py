@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from disam_peft.backbones import towers
 from disam_peft.backbones.base import Target, TowerParameter
 from disam_peft.backbones.blocks import shallow_clone
-from disam_peft.backbones.open_clip.image_towers import ROOT, ImageTower
+from disam_peft.backbones.open_clip.image_towers import ROOT, ImageTower, stage_of
 from disam_peft.backbones.open_clip.timm_attention import fuse_qkv, has_known_projections, split_qkv
 from disam_peft.backbones.pass_cache import PassCache
 
@@ -91,15 +91,8 @@ class TimmStages(ImageTower):
         return shallow_clone(visual, trunk=rest)(hidden)
 
     def _place(self, trunk: Any, blocks: int) -> tuple[int, int]:
-        """The stage in which the frozen part ends, and how many blocks of it are frozen. What a stage does before its
-        first block goes with that block."""
-        last = len(trunk.stages) - 1
-        for number in range(self._first, last):
-            count = len(trunk.stages[number].blocks)
-            if blocks < count:
-                return number, blocks
-            blocks -= count
-        return last, blocks
+        number, within = stage_of([len(stage.blocks) for stage in trunk.stages[self._first :]], blocks)
+        return self._first + number, within
 
     def targets(self, model: Any) -> list[Target]:
         stages = list(model.visual.trunk.stages)

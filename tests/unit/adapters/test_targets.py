@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from disam_peft.config.adapters import AdapterConfig, LastBlocks, LoraAdapterCon
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.errors import Notice, UserError
 from tests.helpers.adapter_cells import CELLS, FAMILIES, PROMPTS, tiny_backbone
-from tests.helpers.tiny import tiny_openclip
+from tests.helpers.timm_towers import tiny_timm
 
 
 @pytest.fixture(params=FAMILIES)
@@ -92,9 +91,9 @@ def test_the_planned_split_is_the_first_chosen_block(backbone: ClipBackbone, nam
         planned_image_split(config, backbone)
 
 
-def test_a_tower_that_cannot_be_split_has_no_plan_or_the_error_of_building(tmp_path: Path) -> None:
-    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8, "patch_size": None}
-    backbone = load_backbone(BackboneConfig(name=tiny_openclip(tmp_path, vision_cfg=vision)))
+def test_a_tower_that_cannot_be_split_has_no_plan_or_the_error_of_building() -> None:
+    backbone = tiny_timm("swin")
+    assert backbone.image_blocks == 0
     assert planned_image_split(LoraAdapterConfig(towers=["text"]), backbone) is None
     for act in (planned_image_split, lambda config, backbone: build_adapter(config, backbone, PROMPTS)):
         with pytest.raises(UserError, match="projection 'q' matches nothing in the image tower"):

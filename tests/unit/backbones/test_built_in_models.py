@@ -24,6 +24,10 @@ from disam_peft.backbones.transformers.architectures import ARCHITECTURES
 SIZES = r"tiny|small|medium|base|xx?large|large2?|huge|giant(opt)?|gigantic|enormous|so400m|\d+"
 OF_SIZE = ("width", "head_width", "image_size", "patch_size", "mlp_ratio", "timm_model_name", "layers")
 
+# Their configs are on the hub, so that none is built here; ``test_hf_text.py`` has a tiny one of each architecture.
+HF_TEXTS = {f"xlm-roberta-{size}" for size in ("base", "large")} | {"roberta-base", "google/mt5-base", "google/mt5-xl"}
+HF_TEXTS |= {f"facebook/nllb-200-distilled-{size}" for size in ("600M", "1.3B")}
+
 
 def of_different_towers() -> Iterator[tuple[ListedModel, dict[str, Any]]]:
     """Every kind of image tower of open_clip, in one size of each: by its settings, and its name without numbers."""
@@ -65,7 +69,7 @@ def test_what_is_said_of_every_image_tower_of_open_clip() -> None:
         linear = {target.projection for target in tower.targets(model) if target.kind == "linear"}
         default = {"q", "v"} <= linear
         fitting = set(listed.projections) <= linear and default == (listed.projections == ("q", "v"))
-        prompts = isinstance(model.text, TextTransformer)
+        prompts = isinstance(model.text, TextTransformer) or config["text_cfg"].get("hf_model_name") in HF_TEXTS
         if (splits, one_token, prompts, True) != (listed.splits, listed.one_token, listed.prompts, fitting):
             wrong.append((listed, splits, one_token, prompts, sorted(linear)))
     assert not wrong and count >= 20
@@ -80,6 +84,9 @@ def test_the_list_is_that_of_the_libraries() -> None:
     assert [one.image_tower for one in theirs] == [f"any {one.model.__name__}" for one in ARCHITECTURES.values()]
     assert [one.name for one in theirs if not one.one_token] == ["google/siglip2-base-patch16-224"]
     known = {model.name: model for model in ours}
-    assert known["ViT-B-16"].image_tower == "ViT, 12 blocks of width 768" and known["RN50"].projections == ()
+    assert known["ViT-B-16"].image_tower == "ViT, 12 blocks of width 768" and known["RN50"].projections == (
+        "pool_q",
+        "pool_v",
+    )
     assert (known["ViT-B-16-SigLIP"].splits, known["ViT-B-16-SigLIP"].one_token) == (True, False)
     assert not known["ViTamin-XL-384"].splits, "its config has other pixels than its trunk"

@@ -17,11 +17,16 @@ from open_clip import factory, pretrained
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.families import imagenet_templates, load_backbone
+from disam_peft.config.adapters import FullConfig, LastBlocks, LoraAdapterConfig
 from disam_peft.config.backbone import BackboneConfig
-from disam_peft.errors import UserError
+from disam_peft.errors import Notice, UserError
+from disam_peft.export.merged import TOLERANCE, export_merged
+from tests.helpers.adapter_cells import PROMPTS, pixels, tiny_classifier
 from tests.helpers.tiny import tiny_openclip, tiny_openclip_config, write_clip_tokenizer
+from tests.helpers.towers import relative
 
 TEXTS = ["a dog", "a sketch of an elephant", "a guitar"]
 
@@ -259,20 +264,43 @@ def test_row_19_prompt_longer_than_the_context(tmp_path: Path) -> None:
 # -- towers that are not a plain ViT and a plain text transformer ---------------------------------------------
 
 
-def test_a_resnet_runs_as_a_whole(tmp_path: Path) -> None:
-    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8, "patch_size": None}
-    name = tiny_openclip(tmp_path, vision_cfg=vision, seed=4)
-    backbone = load(name)
-    assert (backbone.image_blocks, backbone.text_blocks) == (0, 3)
+def test_a_resnet_is_run_in_parts(tmp_path: Path) -> None:
+    vision = {"image_size": 32, "layers": [1, 2, 1, 1], "width": 8, "head_width": 8, "patch_size": None}
+    name = tiny_openclip(tmp_path / "resnet", vision_cfg=vision, seed=4)
+    backbone, theirs = load(name), open_clip.create_model(name).eval()
+    assert (backbone.image_blocks, backbone.text_blocks) == (5, 3)
+    of_image = {name: p for name, p in theirs.named_parameters() if name.startswith("visual.")}
+    assert [one.name for one in backbone.tower_parameters("image")] == list(of_image)
     images = torch.randn(2, 3, 32, 32)
-    assert backbone.image_trunk(images, 0) is images
-    theirs = open_clip.create_model(name).eval()
     with torch.no_grad():
-        assert torch.equal(backbone.encode_image(images), theirs.visual(images))
-    # The attention pool hands its projections' weights to a fused function: no adapter may be offered there.
-    assert {target.tower for target in backbone.targets()} == {"text"}
-    with pytest.raises(ValueError, match="it has 0"):
-        backbone.image_trunk(images, 1)
+        wanted = theirs.visual(images)
+        for blocks in range(6):
+            assert torch.equal(backbone.image_head(backbone.image_trunk(images, blocks), blocks), wanted)
+    backbone.save(tmp_path / "saved", backbone.model)
+    before, after = (load_file(tmp_path / one / "open_clip_model.safetensors") for one in ("resnet", "saved"))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.slow
+def test_the_pooling_of_a_resnet_takes_lora_and_its_blocks_stay_frozen(tmp_path: Path) -> None:
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8, "patch_size": None}
+    name = tiny_openclip(tmp_path / "resnet", vision_cfg=vision, seed=4)
+    with pytest.raises(UserError, match=r"'q' matches nothing .*; set adapter\.projections=\[pool_q,pool_v\]$"):
+        build_adapter(LoraAdapterConfig(), load(name), PROMPTS)
+    every = LoraAdapterConfig(projections=["pool_q", "pool_k", "pool_v", "pool_out"], rank=2, seed=1)
+    with pytest.warns(Notice, match="nothing of its blocks is adapted"):
+        classifier = tiny_classifier(load(name), every)
+    assert classifier.image_split == 4 and len(classifier.trainable()) == 8
+    images = pixels(dtype=torch.float32)
+    assert export_merged(tmp_path / "merged", classifier) <= TOLERANCE
+    model: Any = open_clip.create_model(f"local-dir:{tmp_path / 'merged'}").eval()
+    with torch.no_grad():
+        found, wanted = model.visual(images), classifier.features(classifier.encode_frozen(images))
+        plain = open_clip.create_model(name).eval().visual(images)
+    assert relative(found, wanted) < 3e-6 and relative(plain, wanted) > 1e-3
+    for last in range(1, 5):  # no adapter would be built if a trained weight lay in the frozen part
+        adapter = build_adapter(FullConfig(blocks=LastBlocks(last=last), stem=False), load(name), PROMPTS)
+        assert adapter.image_split == 4 - last
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +12,7 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 from disam_peft import DISAM
-from disam_peft.backbones.families import load_backbone
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.errors import UserError
 from disam_peft.objectives.cross_entropy import cross_entropy
@@ -23,7 +20,7 @@ from disam_peft.training import trainer as loop
 from disam_peft.training.compiled_blocks import CompiledBlocks
 from tests.helpers import accumulated_runs
 from tests.helpers.adapter_cells import FAMILIES, LABELS, pixels, tiny_backbone, tiny_classifier
-from tests.helpers.tiny import tiny_openclip
+from tests.helpers.timm_towers import tiny_timm
 
 DOMAINS = torch.tensor([0, 1, 2, 0, 1, 2])
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -109,10 +106,8 @@ def test_blocks_of_the_text_tower_only_where_it_is_trained(twins: tuple[str, str
         assert len(CompiledBlocks.of(classifier)._blocks) == count
 
 
-def test_a_tower_without_blocks_says_that_nothing_is_compiled(tmp_path: Path) -> None:
-    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8, "patch_size": None}
-    name = tiny_openclip(tmp_path, vision_cfg=vision)
-    classifier = tiny_classifier(load_backbone(BackboneConfig(name=name)), "coop-shared")
+def test_a_tower_without_blocks_says_that_nothing_is_compiled() -> None:
+    classifier = tiny_classifier(tiny_timm("swin"), "coop-shared")
     with pytest.warns(UserWarning, match=r"train.compile=true does nothing.*no transformer blocks"):
         compiled = CompiledBlocks.of(classifier)
     with compiled:
