@@ -34,6 +34,7 @@ from bench import (
     objective_terms,
     probe,
     terms_alone,
+    tip_adapter_f,
     whole_run,
 )
 from bench.gpu_models import Model
@@ -47,6 +48,7 @@ Section = Literal[
     "coop",
     "memory",
     "probe",
+    "tip_adapter",
     "growth",
     "accumulation",
     "objective",
@@ -135,6 +137,7 @@ def _sections(
         ("coop", 2, lambda rounds: coop.many_classes(folder, 345, batch, rounds, device)),
         ("memory", 2, lambda rounds: memory.rows(folder, 1000, batch, rounds, device)),
         ("probe", 5, lambda rounds: probe.rows(folder, rounds, device)),
+        ("tip_adapter", 2, lambda rounds: tip_adapter_f.rows(folder, rounds, device)),
         ("growth", 5, lambda rounds: growth.rows(folder, rounds, device)),
         ("accumulation", 5, lambda rounds: accumulation.rows(folder, large_batch, rounds, device)),
         ("objective", 5, lambda rounds: objective_terms.rows(folder, batch, rounds, device)),

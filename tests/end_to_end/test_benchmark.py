@@ -122,7 +122,7 @@ def test_bookkeeping_and_the_table(folder: Path) -> None:
 
 
 def test_every_section_gives_rows_with_small_differences(folder: Path, tiny_config: Any) -> None:
-    from bench import accumulation, attention, coop, growth, lora, probe
+    from bench import accumulation, attention, coop, growth, lora, probe, tip_adapter_f
 
     rows = [
         *lora.rows(folder, 3, 4, 1, CPU),
@@ -130,6 +130,7 @@ def test_every_section_gives_rows_with_small_differences(folder: Path, tiny_conf
         *coop.few_classes(folder, 5, 4, 1, CPU),
         *coop.many_classes(folder, 7, 4, 1, CPU),
         *probe.rows(folder, 1, CPU, images=96),
+        *tip_adapter_f.rows(folder, 1, CPU, images=96),
     ]
     # every target of a ratio that these sections answer for
     assert [row.target for row in rows if row.target is not None] == [
@@ -145,6 +146,8 @@ def test_every_section_gives_rows_with_small_differences(folder: Path, tiny_conf
         0.001,
         0.5,
         0.2,
+        0.01,
+        0.01,
     ]
     for row in rows:
         assert row.values[0] > 0

@@ -16,12 +16,20 @@ from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.families import load_backbone
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.fit_start import start_from_features
-from disam_peft.config.adapters import LoraAdapterConfig, LpFtConfig
+from disam_peft.config.adapters import AdapterConfig, LoraAdapterConfig, LpFtConfig
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.base import Config
 from disam_peft.config.data import DataConfig, FeatureConfig
+from disam_peft.config.feature_adapters import ClosedFormProbeConfig, TipAdapterConfig
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.load import load
+
+STARTING: dict[str, AdapterConfig] = {
+    "cache": TipAdapterConfig(shots=2, search_step=[8, 5]),
+    "ridge": ClosedFormProbeConfig(),
+    "probe": LpFtConfig(adapter=LoraAdapterConfig(rank=2, seed=1)),
+}
+"""Shipped adapters that start from features, each in its own way. The last one changes the backbone."""
 
 
 class ClassMeansConfig(Config):
@@ -70,17 +78,16 @@ def class_means(name: str, dataset: DomainDataset, image_split: int | None = Non
     return ClipClassifier(backbone, adapter, prompts)
 
 
-def probe_first(name: str, dataset: DomainDataset) -> ClipClassifier:
-    """LP-FT before it has started."""
-    backbone = load_backbone(BackboneConfig(name=name))
+def not_started(backbone: ClipBackbone, dataset: DomainDataset, config: AdapterConfig) -> ClipClassifier:
+    """The classifier with this adapter before it has started."""
     prompts = ClassPrompts(dataset.prompt_names, ("a photo of a {}.",))
-    config = LpFtConfig(adapter=LoraAdapterConfig(rank=2, seed=1))
     return ClipClassifier(backbone, build_adapter(config, backbone, prompts), prompts)
 
 
 def started(rank: int, world_size: int) -> dict[str, Any]:
     """The state after the start, from images and from a store, and how many images this rank encoded for the first."""
     dataset, seen, found = load(DataConfig(root=Path(sys.argv[2]), verify=False)), [], {}
+    held_back = dataset.select(range(1, len(dataset), 3))
     for name, features in {
         "images": FeatureConfig(),
         "store": FeatureConfig(store=True, folder=Path(sys.argv[3]) / f"stores-{world_size}"),
@@ -97,11 +104,13 @@ def started(rank: int, world_size: int) -> dict[str, Any]:
         assert isinstance(classifier.adapter, ClassMeans)
         found |= {f"{name} {key}": tensor for key, tensor in classifier.adapter.state().items()}
         found[f"{name} seen"] = torch.tensor(sum(seen))
-        probe = probe_first(sys.argv[1], dataset)
-        start = start_from_features(probe, dataset, features, workers=0)
-        assert start is not None and start.numbers is not None and probe.adapter is not None
-        found |= {f"{name} probe {key}": torch.tensor(number) for key, number in start.numbers.items()}
-        found |= {f"{name} probe {key}": tensor for key, tensor in probe.adapter.state().items() if "head" in key}
+        # from a store one of them is enough: what they get is the same
+        for label, config in STARTING.items() if name == "images" else [("probe", STARTING["probe"])]:
+            other = not_started(classifier.backbone, dataset, config)
+            start = start_from_features(other, dataset, features, held_back=held_back, workers=0)
+            assert start is not None and start.numbers is not None and other.adapter is not None
+            found |= {f"{name} {label} {key}": torch.tensor(number) for key, number in start.numbers.items()}
+            found |= {f"{name} {label} {key}": t for key, t in other.adapter.state().items() if "lora" not in key}
         seen.clear()
     return found
 

@@ -28,7 +28,14 @@ def test_two_and_four_processes_share_the_images_and_start_with_the_bits_of_one(
     four = [torch.load(tmp_path / "4" / f"{rank}.pt", weights_only=True) for rank in range(4)]
     assert [int(rank["images seen"]) for rank in four] == [64, 32, 0, 0]
     names = [name for name in alone if not name.endswith("seen")]
-    assert {"images weight", "store images_CD", "images probe head.weight", "store probe training_loss"} < set(names)
+    assert {
+        "images weight",
+        "store images_CD",
+        "images probe head.weight",
+        "store probe training_loss",
+        "images cache alpha",
+        "images ridge scale",
+    } < set(names)
     for name in names:
         assert alone[name].count_nonzero() > 0
         assert all(torch.equal(rank[name], alone[name]) for rank in (*ranks, *four)), name
