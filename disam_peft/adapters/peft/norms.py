@@ -44,7 +44,8 @@ def widen_norms(layers: Layers) -> None:
         norm = layer.ln_tuning_layers["default"] if isinstance(layer, LNTuningLayer) else None
         if norm is None or norm.weight.dtype not in (torch.float16, torch.bfloat16):
             continue
-        if not isinstance(norm, nn.LayerNorm):
+        # timm's norms for images (LayerNorm2d and its kin) are a LayerNorm by class, over another dimension.
+        if not isinstance(norm, nn.LayerNorm) or "2d" in type(norm).__name__:
             raise UserError(
                 f"{name} is a {type(norm).__name__}, which ln_tuning cannot train inside a half-precision backbone; "
                 "load the backbone in float32 (training may still use bf16 autocast)"

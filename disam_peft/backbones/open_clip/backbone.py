@@ -130,6 +130,12 @@ class OpenClipBackbone(ClipBackbone):
             return tokenizer.tokenizer(tokenizer.clean_fn(text))["input_ids"]
         return [tokenizer.sot_token_id, *tokenizer.encode(text), tokenizer.eot_token_id]
 
+    def cut_prompts(self, tokens_CL: Tensor) -> Tensor:
+        """As ``ClipBackbone.cut_prompts``; a tower that masks the padding does without it, too."""
+        return (
+            super().cut_prompts(tokens_CL) if self._hf_text is None else self._hf_text.cut(self.model.text, tokens_CL)
+        )
+
     def _set_end_of_text(self) -> None:
         """A config's wrong id for the end of a text is replaced by the tokenizer's, also in what is saved."""
         text: Any = self.model.text

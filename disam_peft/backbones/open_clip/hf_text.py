@@ -40,19 +40,25 @@ class HfText(ABC):
         """The embeddings (C, L, W) that the tower adds positions to."""
         return text.transformer.get_submodule(self.table)(tokens_CL)
 
+    def cut(self, text: Any, tokens_CL: Tensor) -> Tensor:
+        """The prompts without what is padding in all of them. The mask hides it from every other token."""
+        return tokens_CL[:, : int(_seen(text, tokens_CL).any(dim=0).nonzero().max()) + 1]
+
     def trunk(self, text: Any, tokens_CL: Tensor, blocks: int, embeddings_CLW: Tensor | None = None) -> Tensor:
         """See ``ClipBackbone.text_trunk``.
 
         Args:
             embeddings_CLW: in the place of those of the tokens.
         """
-        table = None if embeddings_CLW is None else towers.Given(embeddings_CLW)
+        tokens_CL = self.cut(text, tokens_CL)
+        table = None if embeddings_CLW is None else towers.Given(embeddings_CLW[:, : tokens_CL.shape[1]])
         part = self._first(text.transformer, blocks, table)
         return part(input_ids=tokens_CL, attention_mask=_seen(text, tokens_CL)).last_hidden_state
 
     def head(self, text: Any, hidden: Tensor, tokens_CL: Tensor, blocks: int) -> Tensor:
         """See ``ClipBackbone.text_head``."""
-        return pooled(shallow_clone(text, transformer=self._rest(text.transformer, blocks, hidden))(tokens_CL))
+        rest = shallow_clone(text, transformer=self._rest(text.transformer, blocks, hidden))
+        return pooled(rest(tokens_CL[:, : hidden.shape[1]]))
 
     @abstractmethod
     def _first(self, transformer: Any, blocks: int, table: nn.Module | None) -> Any:

@@ -22,6 +22,7 @@ from tests.helpers.adapter_cells import (
     tiny_backbone,
     tiny_classifier,
 )
+from tests.helpers.timm_towers import tiny_timm
 
 
 @pytest.fixture
@@ -200,3 +201,11 @@ def test_a_merge_that_gives_nan_is_refused(backbone: ClipBackbone) -> None:
     assert classifier.adapter is not None
     with pytest.raises(UserError, match="not finite"):
         classifier.adapter.merged(backbone)
+
+
+@pytest.mark.slow
+def test_a_norm_over_channels_is_not_trained_in_half_precision() -> None:
+    backbone = tiny_timm("vitamin", torch.bfloat16)
+    with pytest.raises(UserError, match=r"is a LayerNormAct2d, which ln_tuning cannot train inside a half-precision"):
+        build_adapter(PeftAdapterConfig(method="ln_tuning", projections=["stem_pre_norm"]), backbone, PROMPTS)
+    build_adapter(PeftAdapterConfig(method="ln_tuning"), backbone, PROMPTS)

@@ -26,7 +26,7 @@ from disam_peft.errors import Notice, UserError
 from disam_peft.export.merged import TOLERANCE, export_merged
 from tests.helpers.adapter_cells import PROMPTS, pixels, tiny_classifier
 from tests.helpers.tiny import tiny_openclip, tiny_openclip_config, write_clip_tokenizer
-from tests.helpers.towers import relative
+from tests.helpers.towers import assert_same, relative
 
 TEXTS = ["a dog", "a sketch of an elephant", "a guitar"]
 
@@ -333,13 +333,16 @@ def test_a_foreign_text_tower_runs_as_a_whole(tmp_path: Path, monkeypatch: pytes
     assert torch.equal(again.tokenize(TEXTS), tokens)
 
 
+COCA: dict[str, Any] = {
+    "custom_text": True,
+    "multimodal_cfg": {"context_length": 77, "width": 32, "heads": 2, "layers": 1, "vocab_size": 49408},
+    "vision_cfg": {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4, "output_tokens": True},
+    "text_cfg": {"embed_cls": True, "output_tokens": True, "context_length": 76},
+}
+
+
 def test_coca_towers_split_like_the_others(tmp_path: Path) -> None:
-    config = tiny_openclip_config(
-        custom_text=True,
-        multimodal_cfg={"context_length": 77, "width": 32, "heads": 2, "layers": 1, "vocab_size": 49408},
-        vision_cfg={"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4, "output_tokens": True},
-        text_cfg={"embed_cls": True, "output_tokens": True, "context_length": 76},
-    )
+    config = tiny_openclip_config(**COCA)
     backbone = load_random(tmp_path / "coca", config)
     model: Any = backbone.model
     images, tokens = torch.randn(2, 3, 32, 32), backbone.tokenize(TEXTS)
@@ -354,6 +357,24 @@ def test_coca_towers_split_like_the_others(tmp_path: Path) -> None:
         plain = open_clip.create_model(f"local-dir:{tmp_path / 'saved'}").eval()
         assert (plain.encode_image(images, normalize=False) - image).abs().max() < 1e-5
         assert (plain.encode_text(tokens, normalize=False) - text).abs().max() < 1e-5
+
+
+@pytest.mark.slow
+def test_lora_in_both_towers_of_a_coca(tmp_path: Path) -> None:
+    backbone = load_random(tmp_path / "coca", tiny_openclip_config(**COCA))
+    config = LoraAdapterConfig(towers=["image", "text"], blocks=LastBlocks(last=2), rank=2, seed=1)
+    classifier = tiny_classifier(backbone, config)
+    assert classifier.adapter is not None and (classifier.image_split, classifier.adapter.text_split) == (1, 1)
+    images, tokens = pixels(dtype=torch.float32), backbone.tokenize(TEXTS)
+    model: Any = backbone.model
+    trained = classifier.trainable().items()
+    of_image, of_text = ([one for name, one in trained if name.startswith(tower)] for tower in ("visual.", "text."))
+    assert len(of_image) == len(of_text) == 8
+    assert_same(lambda: backbone.encode_image(images), lambda: model.visual(images)[0], of_image, 4e-6)
+    assert_same(lambda: backbone.encode_text(tokens), lambda: model.text(tokens)[0], of_text, 4e-6)
+    assert export_merged(tmp_path / "merged", classifier) <= TOLERANCE
+    plain: Any = open_clip.create_model(f"local-dir:{tmp_path / 'merged'}").eval()
+    assert relative(plain.visual(images)[0], backbone.encode_image(images)) < 3e-6
 
 
 # -- saving --------------------------------------------------------------------------------------------------
