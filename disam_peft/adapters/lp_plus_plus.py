@@ -20,8 +20,9 @@ class LpPlusPlusAdapter(Adapter):
     """logits_c = f . (w_c + a_c t_c) for the normalised image feature f and the normalised class features t.
 
     w_c and a_c are trained. a_c is the scale of the backbone times ``blend``, which starts at 1, and w at 0: the first
-    logits are those of zero-shot CLIP. From the paper are these logits. Its start of w and a, and its steps (block by
-    block, with sizes that are derived from the data), are not taken: the run's optimizer descends both together.
+    logits are those of zero-shot CLIP. From the paper are these logits. Its start (w the class means, a from the mean
+    cosines) and its steps (with sizes that are derived from the data) are not taken: the run's optimizer descends both
+    together. The authors' code (FereshteShakeri/FewShot-CLIP-Strong-Baseline) has a bias besides.
     """
 
     kind = "lp_plus_plus"

@@ -28,7 +28,8 @@ class TaskResAdapter(Adapter):
     """CLIP's logits with the class features ``t + alpha x``; x is trained and starts at 0, which is zero-shot CLIP.
 
     The formula is the paper's. t is the ensemble of the templates as zero-shot classification uses it, of length 1, so
-    that ``alpha`` and the learning rate count in that length.
+    that ``alpha`` and the learning rate count in that length. (The authors' code, geekyutao/TaskRes, takes the mean of
+    features that are not normalised.)
     """
 
     kind = "task_res"

@@ -85,7 +85,7 @@ def _print_outcomes(outcomes: list[Outcome], *, quiet: bool, export_to: str) -> 
         if outcome.fit is not None:
             fit = outcome.fit
             say(
-                f"{outcome.folder}: best step {fit.best_step}"
+                f"{outcome.folder}: {f'best step {fit.best_step}' if fit.best_step else 'fitted, without a step'}"
                 + (f" of {fit.weights}" if len(fit.states) > 1 else "")
                 + _training_loss(outcome)
                 + (f", {fit.skipped_steps} steps skipped" if fit.skipped_steps else "")

@@ -99,12 +99,17 @@ def takes_no_steps(adapter: Config) -> bool:
     return getattr(adapter, "trained", "") == "nothing"
 
 
-def steps_conflict(adapter: Config, averages: Sequence[Config]) -> str | None:
-    """Why a run of this adapter cannot keep these averages of the weights, in a sentence; None: it can."""
-    if not averages or not takes_no_steps(adapter):
+def steps_conflict(adapter: Config, averages: Sequence[Config], *, sharpness: Config | None = None) -> str | None:
+    """Why a run of this adapter cannot keep these averages of the weights, or measure sharpness, in a sentence. None:
+    it can."""
+    if not takes_no_steps(adapter) or not (averages or sharpness):
         return None
     kind = getattr(adapter, "kind", "")
+    if averages:
+        what, how = f"average={getattr(averages[0], 'kind', '')} is over steps", "the average"
+    else:
+        what, how = "evaluation.sharpness is around weights that steps have found", "sharpness"
     return (
-        f"average={getattr(averages[0], 'kind', '')} is over steps, and adapter.kind={kind} takes none: it is fitted "
-        "to the training features as a whole; leave the average out, or set adapter.trained"
+        f"{what}, and adapter.kind={kind} takes none: it is fitted to the training features as a whole; leave {how} "
+        "out, or set adapter.trained"
     )

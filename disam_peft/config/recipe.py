@@ -97,8 +97,9 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
-    def _averages_over_steps(self) -> Recipe:
-        if conflict := steps_conflict(self.adapter, kept_averages(self.average)):
+    def _wants_steps_of_what_takes_some(self) -> Recipe:
+        averages, sharpness = kept_averages(self.average), self.evaluation.sharpness
+        if conflict := steps_conflict(self.adapter, averages, sharpness=sharpness):
             raise ValueError(conflict)
         return self
 

@@ -16,6 +16,7 @@ from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.loading.loader import make_eval_loader
 from disam_peft.disam.perturbation import flatten, restored, unflatten
+from disam_peft.errors import UserError
 from disam_peft.objectives.cross_entropy import cross_entropy
 
 
@@ -99,7 +100,15 @@ def classifier_surface(
 
     The images' frozen part stays on the device, so keep the dataset to some hundred samples. No autocast: curvature
     is measured in the precision of the parameters.
+
+    Raises:
+        UserError: nothing of the classifier is trained.
     """
+    if not classifier.trainable():
+        raise UserError(
+            "sharpness is how the loss rises around trained weights, and this adapter was fitted to features as a "
+            "whole; measure it for one that is trained (adapter.trained)"
+        )
     like = next(classifier.model.parameters())
     loader = make_eval_loader(dataset, classifier.backbone.image_transform, batch_size, workers=workers)
     with torch.no_grad():

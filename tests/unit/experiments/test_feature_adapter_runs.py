@@ -22,6 +22,7 @@ from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
 from disam_peft.doctor.subject import build_subject
 from disam_peft.errors import UserError
+from disam_peft.evaluation.sharpness.surface import classifier_surface
 from disam_peft.experiments import run
 from disam_peft.experiments.build import load_pretrained
 from disam_peft.experiments.evaluate import evaluate
@@ -177,6 +178,8 @@ def test_a_class_without_images_cannot_be_fitted_by_lda(make_recipe: Any) -> Non
 def test_a_run_that_takes_no_step_keeps_no_average_and_wants_held_back_images(make_recipe: Any) -> None:
     with pytest.raises(ValueError, match=r"average=ema is over steps, and adapter\.kind=tip_adapter takes none"):
         make_recipe(average={"kind": "ema"})
+    with pytest.raises(ValueError, match=r"evaluation\.sharpness is around weights .* leave sharpness out"):
+        make_recipe(evaluation={"sharpness": {}})
     recipe = make_recipe()
     data = split_data(recipe, load(recipe.data))
     pretrained = load_pretrained(recipe, data.training.prompt_names)
@@ -187,6 +190,8 @@ def test_a_run_that_takes_no_step_keeps_no_average_and_wants_held_back_images(ma
     assert result.best_score is None and result.states.keys() == {"raw"}
     assert isinstance(classifier.adapter, TipAdapter) and len(classifier.adapter.keys) > 0
     assert isinstance(classifier, ClipClassifier) and not classifier.training
+    with pytest.raises(UserError, match="sharpness is how the loss rises around trained weights"):
+        classifier_surface(classifier, data.validation, batch_size=8)
 
 
 @pytest.mark.slow
