@@ -6,7 +6,7 @@ import copy
 import json
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -68,10 +68,13 @@ def write_tiny_hf_text(folder: Path, kind: str) -> str:
     return f"local-dir:{folder}"
 
 
+_FOLDER = TemporaryDirectory(prefix="tiny-hf-text-")  # gone when the process ends
+
+
 @cache
 def tiny_hf_text_name(kind: str) -> str:
     """The name of one checkpoint for all tests of this process. Read only."""
-    return write_tiny_hf_text(Path(mkdtemp(prefix="tiny-hf-text-")), kind)
+    return write_tiny_hf_text(Path(_FOLDER.name) / kind, kind)
 
 
 @cache

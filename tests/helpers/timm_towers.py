@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
@@ -112,10 +112,13 @@ def write_tiny_timm(folder: Path, family: str) -> str:
     return f"local-dir:{folder}"
 
 
+_FOLDER = TemporaryDirectory(prefix="tiny-timm-")  # gone when the process ends
+
+
 @cache
 def tiny_timm_name(family: str) -> str:
     """The name of one checkpoint for all tests of this process. Read only."""
-    return write_tiny_timm(Path(mkdtemp(prefix="tiny-timm-")), family)
+    return write_tiny_timm(Path(_FOLDER.name) / family, family)
 
 
 @cache
