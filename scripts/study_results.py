@@ -25,7 +25,6 @@ from disam_peft.report.gains import gains_table
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "recipes/studies"
-MAIN = "c_methods"
 WIDEST = 7
 HEAD = """# What the studies found
 
@@ -38,13 +37,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write recipes/studies/RESULTS.md and the numbers of the manual.")
     parser.add_argument("--output", type=Path, default=ROOT, help="stands for the root of the repository")
     given = parser.parse_args()
-    parts = [HEAD]
+    parts, found = [HEAD], {}
     for path, comparison, planned in comparisons():
         if len(parts) == 1:
             parts.append(about(replace(comparison, recorded=0)))
         parts += section(path, comparison, planned)
-        if path.stem == MAIN:
-            write_pages(comparison, ROOT, given.output)
+        found[path.stem] = comparison
+    write_pages(found, ROOT, given.output)
     page = given.output / STUDIES.relative_to(ROOT) / "RESULTS.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -94,8 +94,14 @@ def gains_table(comparison: Comparison, condition: str) -> TextTable | None:
 def difference_text(gain: Gain, metric: str, baseline: str) -> str:
     """Mean difference to the baseline with its interval, in the units in which the measure is printed; empty for the
     baseline itself."""
-    difference, measure = gain.differences.get(metric), MEASURES[metric]
-    if gain.arm == baseline or difference is None or difference.mean is None:
+    difference = gain.differences.get(metric)
+    return "" if gain.arm == baseline or difference is None else interval_text(difference, metric)
+
+
+def interval_text(difference: PairedComparison, metric: str) -> str:
+    """A mean difference with its interval, in the units in which the measure is printed; empty where there is none."""
+    measure = MEASURES[metric]
+    if difference.mean is None:
         return ""
     digits = measure.digits if metric == "nll" else 1
     numbers = [difference.mean, difference.low, difference.high]
