@@ -135,6 +135,8 @@ def differences(comparison: Comparison) -> TextTable:
     lines = []
     for found in zip(*(comparison.verdicts[metric] for metric in names), strict=True):
         first = found[0]
+        if first.result.mean is None:  # planned, and not measured yet
+            continue
         pair = f"{arm_title(first.result.first)} - {arm_title(first.result.second)}"
         numbers = [interval_text(one.result, metric) for one, metric in zip(found, names, strict=True)]
         told = [
