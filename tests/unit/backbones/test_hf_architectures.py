@@ -288,7 +288,7 @@ def test_lora_of_the_last_blocks_freezes_the_others(folders: dict[str, str], kin
 def test_weights_of_a_tower_are_known_by_their_place(folders: dict[str, str], kind: str) -> None:
     backbone = loaded(folders[kind])
     model: Any = backbone.model
-    found = {tower: backbone.tower_parameters(tower) for tower in ("image", "text")}  # type: ignore[arg-type]
+    found = {tower: backbone.tower_parameters(tower) for tower in ("image", "text")}
     everything = {name for name, _ in model.named_parameters() if not name.startswith("logit_")}
     assert {one.name for parameters in found.values() for one in parameters} == everything
     stems = {one.name for one in (*found["image"], *found["text"]) if one.part == "stem"}
@@ -433,7 +433,7 @@ def test_ids_that_nothing_reads_are_not_told(folders: dict[str, str]) -> None:
     """SigLIP's default config has ids beyond its own vocabulary, of which the library warns once in a process."""
     told: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: told.append(record.getMessage())
     logger, once = logging.getLogger("transformers.configuration_utils"), logging.Logger.warning_once  # type: ignore[attr-defined]
     logger.addHandler(handler)
     try:
