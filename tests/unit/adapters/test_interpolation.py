@@ -19,7 +19,7 @@ from tests.helpers.adapter_cells import CELLS, FAMILIES, MERGED_CELLS, PROMPTS, 
 
 REFERENCE = np.load(Path(__file__).parents[2] / "reference" / "averaging.npz")
 NOT_LINEAR = ("dora", "oft", "hra")
-WITHOUT = ("coop-shared", "coop-class", "coop-scale", "clip_adapter")
+WITHOUT = ("coop-shared", "coop-class", "coop-scale", "clip_adapter", "tip_adapter-keys")
 ALPHAS = (0.3, 1.2)
 BOTH_FAMILIES = (FAMILIES[0], pytest.param(FAMILIES[1], marks=pytest.mark.slow))
 

@@ -154,7 +154,7 @@ def test_row_46_all_mistakes_of_a_study_at_once(tmp_path):
         plan(tmp_path, RECIPE + "condition: {}\nseeds: 3\n")
     with pytest.raises(UserError, match="conditions: the name 70 is no text; put it in quotes"):
         plan(tmp_path, RECIPE + "conditions: {1:10: {}}\n")
-    with pytest.raises(UserError, match=r"'linear_prob' is none of lora, peft, .*; did you mean 'linear_probe'\?"):
+    with pytest.raises(UserError, match=r"'linear_prob' is none of lora, peft, .*; did you mean 'linear_probe'"):
         plan(tmp_path, adapters=["linear_prob"])
 
 
