@@ -197,7 +197,7 @@ def test_row_37_another_run_is_never_overwritten_unasked(cli, arguments, tmp_pat
     before = results.read_bytes()
     code, _, err = cli("train", recipe, "protocol.held_out=art", *arguments, "method.rho=0.2", "seed=5")
     assert code == 2
-    assert "method.rho: 0.05 -> 0.2" in err
+    assert "method.rho: 2.5 -> 0.2" in err
     assert "seed: 0 -> 5" in err
     assert results.read_bytes() == before
     assert cli("train", recipe, "protocol.held_out=art", *arguments, "method.rho=0.2", "--overwrite")[0] == 0

@@ -61,7 +61,7 @@ CELLS: dict[str, AdapterConfig] = {
     "lp_ft-lora": LpFtConfig(adapter=LoraAdapterConfig(blocks=LAST_TWO, rank=2, seed=1)),
     "lp_ft-full": LpFtConfig(probe=ProbeStartConfig(bias=False), adapter=FullConfig(blocks=[2])),
     "tip_adapter-keys": TipAdapterConfig(trained="keys", shots=2, alpha=0.5, beta=5.5),
-    "closed_form_probe-head": ClosedFormProbeConfig(trained="head"),
+    "closed_form_probe-head": ClosedFormProbeConfig(trained="head", regularisation=0.1, scale=10),
     "full-biases": FullConfig(towers=["image", "text"], blocks="none", biases=LAST_TWO),
 }
 # Every other kind as its defaults make it, so that a new adapter is in the matrix once its config is in the union.
