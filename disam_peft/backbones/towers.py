@@ -50,6 +50,18 @@ def check_split(blocks: int, available: int, tower: TowerName) -> None:
 BlockRoles = Mapping[str, tuple[str, Literal["linear", "norm"]]]
 """Path within a block -> (projection, kind), in the order of the forward pass."""
 
+BERT_ROLES: BlockRoles = {
+    "attention.self.query": ("q", "linear"),
+    "attention.self.key": ("k", "linear"),
+    "attention.self.value": ("v", "linear"),
+    "attention.output.dense": ("out", "linear"),
+    "attention.output.LayerNorm": ("norm1", "norm"),
+    "intermediate.dense": ("fc1", "linear"),
+    "output.dense": ("fc2", "linear"),
+    "output.LayerNorm": ("norm2", "norm"),
+}
+"""BERT's block, whose norms follow the sums: ``norm1`` that of the attention and ``norm2`` that of the MLP."""
+
 
 def block_targets(model: nn.Module, tower: TowerName, block: int, prefix: str, roles: BlockRoles) -> Iterator[Target]:
     """The targets of one block, as far as the block has them as Linear or LayerNorm."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import cache
 from typing import Any
 
@@ -28,6 +27,7 @@ from disam_peft.config.adapters import (
 )
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.feature_adapters import ClosedFormProbeConfig, TipAdapterConfig
+from tests.helpers.own_backbone import own_backbone
 
 FAMILIES = ("open_clip", "transformers")
 ALL_LINEAR = ["q", "k", "v", "out", "fc1", "fc2"]
@@ -84,11 +84,7 @@ def _loaded(family: str, name: str) -> ClipBackbone:
 
 def tiny_backbone(twins: tuple[str, str], family: str, dtype: torch.dtype = torch.float64) -> ClipBackbone:
     """A backbone of one's own; both families hold the same weights. Tokenizer and transform are shared: read only."""
-    shared = _loaded(family, twins[FAMILIES.index(family)])
-    backbone = copy.copy(shared)
-    backbone.model = copy.deepcopy(shared.model)
-    backbone._base = dict(backbone.model.named_parameters())
-    return backbone.to(dtype=dtype)
+    return own_backbone(_loaded(family, twins[FAMILIES.index(family)]), dtype)
 
 
 def tiny_classifier(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from functools import cache
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.families import load_backbone
 from disam_peft.config.backbone import BackboneConfig
+from tests.helpers.own_backbone import own_backbone
 from tests.helpers.tiny import scramble, tiny_openclip_config, write_clip_tokenizer
 
 BLOCKS = 3
@@ -84,8 +84,4 @@ def _loaded(kind: str) -> ClipBackbone:
 
 def tiny_hf_text(kind: str, dtype: torch.dtype = torch.float32) -> ClipBackbone:
     """A backbone of one's own. Tokenizer and transform are shared: read only."""
-    shared = _loaded(kind)
-    backbone = copy.copy(shared)
-    backbone.model = copy.deepcopy(shared.model)
-    backbone._base = dict(backbone.model.named_parameters())
-    return backbone.to(dtype=dtype)
+    return own_backbone(_loaded(kind), dtype)

@@ -5,7 +5,6 @@ Every parameter is random, biases, norms, layer scales and the statistics of bat
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from functools import cache, partial
@@ -22,6 +21,7 @@ from timm.models._registry import _model_entrypoints
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.families import load_backbone
 from disam_peft.config.backbone import BackboneConfig
+from tests.helpers.own_backbone import own_backbone
 from tests.helpers.tiny import scramble, tiny_openclip_config
 
 BLOCKS = 3
@@ -128,8 +128,4 @@ def _loaded(family: str) -> ClipBackbone:
 
 def tiny_timm(family: str, dtype: torch.dtype = torch.float32) -> ClipBackbone:
     """A backbone of one's own. Tokenizer and transform are shared: read only."""
-    shared = _loaded(family)
-    backbone = copy.copy(shared)
-    backbone.model = copy.deepcopy(shared.model)
-    backbone._base = dict(backbone.model.named_parameters())
-    return backbone.to(dtype=dtype)
+    return own_backbone(_loaded(family), dtype)

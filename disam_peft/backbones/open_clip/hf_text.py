@@ -90,16 +90,7 @@ class HfText(ABC):
 
 class _Bert(HfText):
     table, stack, stem = "embeddings.word_embeddings", "encoder.layer", ("embeddings",)
-    roles: ClassVar[towers.BlockRoles] = {
-        "attention.self.query": ("q", "linear"),
-        "attention.self.key": ("k", "linear"),
-        "attention.self.value": ("v", "linear"),
-        "attention.output.dense": ("out", "linear"),
-        "attention.output.LayerNorm": ("norm1", "norm"),
-        "intermediate.dense": ("fc1", "linear"),
-        "output.dense": ("fc2", "linear"),
-        "output.LayerNorm": ("norm2", "norm"),
-    }
+    roles: ClassVar[towers.BlockRoles] = towers.BERT_ROLES
 
     def _first(self, transformer: Any, blocks: int, table: nn.Module | None) -> Any:
         exchanged: dict[str, Any] = {"encoder": _with(transformer.encoder, layer=transformer.encoder.layer[:blocks])}

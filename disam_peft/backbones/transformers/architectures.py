@@ -21,7 +21,7 @@ from transformers.models.metaclip_2.modeling_metaclip_2 import MetaClip2Attentio
 from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEncoderLayer
 
 from disam_peft.backbones.listed_model import ListedModel
-from disam_peft.backbones.towers import BlockRoles
+from disam_peft.backbones.towers import BERT_ROLES, BlockRoles
 
 PRE_NORM_ROLES: BlockRoles = {
     "layer_norm1": ("norm1", "norm"),
@@ -33,18 +33,6 @@ PRE_NORM_ROLES: BlockRoles = {
     "mlp.fc1": ("fc1", "linear"),
     "mlp.fc2": ("fc2", "linear"),
 }
-
-POST_NORM_ROLES: BlockRoles = {
-    "attention.self.query": ("q", "linear"),
-    "attention.self.key": ("k", "linear"),
-    "attention.self.value": ("v", "linear"),
-    "attention.output.dense": ("out", "linear"),
-    "attention.output.LayerNorm": ("norm1", "norm"),
-    "intermediate.dense": ("fc1", "linear"),
-    "output.dense": ("fc2", "linear"),
-    "output.LayerNorm": ("norm2", "norm"),
-}
-"""BERT's block, whose norms follow the sums: ``norm1`` that of the attention and ``norm2`` that of the MLP."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +108,7 @@ class Architecture:
     bias: str | None = None
     """The parameter that is added to every logit."""
     post_norm_layers: frozenset[type] = frozenset()
-    """Its blocks with ``POST_NORM_ROLES``."""
+    """Its blocks with ``BERT_ROLES``."""
 
 
 _CLASS_TOKEN = ImageTower(("pre_layrnorm",), ("post_layernorm",), "class token", "visual_projection")
@@ -159,7 +147,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "text_projection",
             inner="roberta",
             table="word_embeddings",
-            roles=POST_NORM_ROLES,
+            roles=BERT_ROLES,
             stem_norm="LayerNorm",
             counts_from_padding=True,
         ),
@@ -176,7 +164,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "text_projection",
             table="word_embeddings",
             stack="layer",
-            roles=POST_NORM_ROLES,
+            roles=BERT_ROLES,
             stem_norm="LayerNorm",
         ),
         post_norm_layers=frozenset({ChineseCLIPTextLayer}),
