@@ -39,6 +39,9 @@ _HOMES = {
     "LpPlusPlusConfig": "disam_peft.config.feature_adapters",
     "TaskResConfig": "disam_peft.config.feature_adapters",
     "TipAdapterConfig": "disam_peft.config.feature_adapters",
+    "IvlpConfig": "disam_peft.config.prompt_adapters",
+    "MapleConfig": "disam_peft.config.prompt_adapters",
+    "VisualPromptsConfig": "disam_peft.config.prompt_adapters",
     "BmaConfig": "disam_peft.config.average",
     "EmaConfig": "disam_peft.config.average",
     "NoAverageConfig": "disam_peft.config.average",
@@ -180,6 +183,9 @@ if TYPE_CHECKING:  # the same names, for type checkers; a test compares them wit
     from disam_peft.config.penalties import IRMConfig as IRMConfig
     from disam_peft.config.penalties import MMDConfig as MMDConfig
     from disam_peft.config.penalties import VRexConfig as VRexConfig
+    from disam_peft.config.prompt_adapters import IvlpConfig as IvlpConfig
+    from disam_peft.config.prompt_adapters import MapleConfig as MapleConfig
+    from disam_peft.config.prompt_adapters import VisualPromptsConfig as VisualPromptsConfig
     from disam_peft.config.prompts import PromptConfig as PromptConfig
     from disam_peft.config.protocol import ProtocolConfig as ProtocolConfig
     from disam_peft.config.recipe import Recipe as Recipe

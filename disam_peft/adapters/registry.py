@@ -15,6 +15,9 @@ from disam_peft.adapters.peft.peft_adapter import LoraAdapter, PeftAdapter
 from disam_peft.adapters.prompts import ClassPrompts, fill_templates
 from disam_peft.adapters.task_res import TaskResAdapter
 from disam_peft.adapters.tip_adapter import TipAdapter
+from disam_peft.adapters.tower_prompts.ivlp import IvlpAdapter
+from disam_peft.adapters.tower_prompts.maple import MapleAdapter
+from disam_peft.adapters.tower_prompts.visual_prompts import VisualPromptsAdapter
 from disam_peft.adapters.trained_scale import TrainedScale
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.config.adapters import (
@@ -35,6 +38,7 @@ from disam_peft.config.feature_adapters import (
     TipAdapterConfig,
     takes_no_steps,
 )
+from disam_peft.config.prompt_adapters import IvlpConfig, MapleConfig, VisualPromptsConfig
 from disam_peft.errors import UserError
 
 ADAPTERS: dict[type[Config], type[Adapter]] = {
@@ -49,6 +53,9 @@ ADAPTERS: dict[type[Config], type[Adapter]] = {
     TipAdapterConfig: TipAdapter,
     ClosedFormProbeConfig: ClosedFormProbe,
     LpPlusPlusConfig: LpPlusPlusAdapter,
+    VisualPromptsConfig: VisualPromptsAdapter,
+    IvlpConfig: IvlpAdapter,
+    MapleConfig: MapleAdapter,
 }
 
 

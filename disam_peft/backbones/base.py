@@ -6,7 +6,7 @@ W token width, E embedding width of the shared image-text space.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from disam_peft.backbones.blocks import BlockParts
+from disam_peft.backbones.added_tokens import TokenEntrance
 from disam_peft.backbones.fingerprint import (
     Fingerprint,
     identity,
@@ -24,7 +24,7 @@ from disam_peft.backbones.fingerprint import (
     tower_parts,
     weights_hash,
 )
-from disam_peft.backbones.packed_prompts import PackedPrompts
+from disam_peft.backbones.packed_text import PackedText
 from disam_peft.backbones.pass_cache import PassCache
 from disam_peft.common.preprocessing import Preprocessing
 from disam_peft.config.backbone import BackboneConfig
@@ -67,7 +67,7 @@ BEFORE_STEM = -1
 """In the place of a number of frozen blocks: not even the stem of the tower is frozen."""
 
 
-class ClipBackbone(ABC):
+class ClipBackbone(PackedText):
     """A frozen CLIP in eval mode. Adapters attach to ``model``; everything else goes through the methods.
 
     The methods do not compute what cannot change a feature: the last block's output at positions that are not pooled,
@@ -188,6 +188,14 @@ class ClipBackbone(ABC):
     def blocks(self, tower: TowerName) -> list[nn.Module]:
         """The transformer blocks of a tower, in order; none where it cannot be split."""
 
+    @abstractmethod
+    def image_token_entrance(self) -> TokenEntrance:
+        """Where more tokens can enter the image tower.
+
+        Raises:
+            UserError: they cannot; says why, and what to train instead.
+        """
+
     # -- text ------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -257,38 +265,6 @@ class ClipBackbone(ABC):
                 "to this model"
             )
 
-    def pack_prompts(self, tokens_CL: Tensor, shared: int) -> PackedPrompts | None:
-        """The layout for ``encode_packed_prompts`` of prompts whose first ``shared`` tokens have the same embeddings;
-        None if the text tower is not causal or has other than standard blocks."""
-        blocks = self._text_parts() if self._is_causal_text() else None
-        ends_C = self._pooled_positions(tokens_CL)
-        if shared < 1 or blocks is None or ends_C is None or int(ends_C.min()) < shared:
-            return None
-        return PackedPrompts((ends_C + 1 - shared).tolist(), shared).to(tokens_CL.device)
-
-    def encode_packed_prompts(
-        self, prefix_PW: Tensor, suffix_NW: Tensor, packed: PackedPrompts, recomputed_blocks: int = 0
-    ) -> Tensor:
-        """``encode_text_embeddings`` for prompts that begin with the same embeddings. The shared part runs once, and
-        nothing is padded: token embeddings of the shared part and of all suffixes (``packed.pack``) to features (C, E).
-
-        Args:
-            packed: from ``pack_prompts``.
-            recomputed_blocks: leading blocks whose forward pass backward repeats, to save memory.
-        """
-        blocks = self._text_parts()
-        assert blocks is not None  # pack_prompts gave the layout
-        hidden_RW = torch.cat([prefix_PW, suffix_NW]).to(self.dtype) + self._text_positions()[packed.positions()]
-        return self._text_output(packed(blocks, hidden_RW, recomputed_blocks))
-
-    @abstractmethod
-    def _is_causal_text(self) -> bool:
-        """No token of the text tower sees a later one."""
-
-    @abstractmethod
-    def _pooled_positions(self, tokens_CL: Tensor) -> Tensor | None:
-        """The position (C,) whose output is each prompt's feature; None where that is not a single known one."""
-
     @abstractmethod
     def _text_pooling(self) -> str:
         """Which token's output is a prompt's feature, in words; for the fingerprint."""
@@ -300,18 +276,6 @@ class ClipBackbone(ABC):
     @abstractmethod
     def _root(self, tower: TowerName) -> nn.Module:
         """The module that holds a tower."""
-
-    @abstractmethod
-    def _text_parts(self) -> list[BlockParts] | None:
-        """The blocks of the text tower; None unless all of them are standard."""
-
-    @abstractmethod
-    def _text_positions(self) -> Tensor:
-        """The embeddings (context_length, W) of the positions, frozen; for towers with ``_text_parts``."""
-
-    @abstractmethod
-    def _text_output(self, pooled_CW: Tensor) -> Tensor:
-        """The last block's output at the pooled positions to features (C, E)."""
 
     # -- scale, targets, identity ----------------------------------------------------------------------------
 

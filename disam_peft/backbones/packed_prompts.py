@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from disam_peft.backbones.added_tokens import DeepTokens
 from disam_peft.backbones.blocks import BlockParts
 
 
@@ -59,7 +60,13 @@ class PackedPrompts(nn.Module):
         """The position (R,) of each row in its own prompt."""
         return self.position_R
 
-    def forward(self, blocks: Sequence[BlockParts], hidden_RW: Tensor, recomputed: int = 0) -> Tensor:
+    def forward(
+        self,
+        blocks: Sequence[BlockParts],
+        hidden_RW: Tensor,
+        recomputed: int = 0,
+        deep: DeepTokens | None = None,
+    ) -> Tensor:
         """Run causal blocks over the shared rows and the rows of each suffix: (R, W) to (C, W), the output at the last
         token of each prompt.
 
@@ -67,13 +74,16 @@ class PackedPrompts(nn.Module):
             recomputed: number of leading blocks of which only the input is kept for backward, which runs them again
                 (all but their last product). Leading blocks are chosen because backward has already freed the memory of
                 the later blocks when it recomputes them.
+            deep: shared tokens that blocks exchange.
         """
         for number, parts in enumerate(blocks[:-1]):
+            hidden_RW = hidden_RW if deep is None else deep.put_into(number, hidden_RW)
             if number < recomputed:
                 # In eval mode: there is no dropout whose random state would have to be kept.
                 hidden_RW = checkpoint(self._block, parts, hidden_RW, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden_RW = self._block(parts, hidden_RW)
+        hidden_RW = hidden_RW if deep is None else deep.put_into(len(blocks) - 1, hidden_RW)
         return self._last_block(blocks[-1], hidden_RW)
 
     def kept_widths(self) -> float:

@@ -21,3 +21,13 @@ class CosineConfig(Config):
     """The factor of the cosines, and the constant that SigLIP adds to them: those of the backbone, or trained with the
     adapter, as contrastive and sigmoid losses do (FLYP, arXiv 2212.00638; SigLIP, arXiv 2303.15343). The scale stays at
     100 at most, or at what the backbone has where that is more."""
+
+
+class LastBlocks(Config):
+    """The last blocks of a tower, e.g. ``{last: 4}``."""
+
+    last: int = Field(ge=1)
+
+
+BlockIndex = Annotated[int, Field(ge=0)]
+Blocks = Literal["all"] | LastBlocks | Annotated[list[BlockIndex], Field(min_length=1)]

@@ -8,25 +8,17 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from disam_peft.config.adapter_parts import LARGEST_OPTION, CosineConfig, Seed
+from disam_peft.config.adapter_parts import LARGEST_OPTION, Blocks, CosineConfig, Seed
+from disam_peft.config.adapter_parts import LastBlocks as LastBlocks
 from disam_peft.config.base import Config
 from disam_peft.config.feature_adapters import ClosedFormProbeConfig, LpPlusPlusConfig, TaskResConfig, TipAdapterConfig
+from disam_peft.config.prompt_adapters import IvlpConfig, MapleConfig, VisualPromptsConfig
 
 Scalar = bool | int | float | str | None
 PEFT_METHODS = ("lora", "dora", "ia3", "oft", "loha", "lokr", "hra", "hira", "delora", "vera", "ln_tuning")
 """Methods of the peft library that ``kind: peft`` takes."""
 MAX_RANK = 4096
 """Beyond the width of any CLIP's layers. A config from a stranger must not be able to ask for all memory."""
-
-
-class LastBlocks(Config):
-    """The last blocks of a tower, e.g. ``{last: 4}``."""
-
-    last: int = Field(ge=1)
-
-
-BlockIndex = Annotated[int, Field(ge=0)]
-Blocks = Literal["all"] | LastBlocks | Annotated[list[BlockIndex], Field(min_length=1)]
 
 
 class _AttachedConfig(CosineConfig):
@@ -199,8 +191,8 @@ class ProbeStartConfig(Config):
 
 def _below_a_head(value: Any) -> Any:
     kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
-    if kind == "coop":
-        raise ValueError("coop trains prompts, and with a head of its own the text has no part in the logits")
+    if kind in ("coop", "ivlp", "maple"):
+        raise ValueError(f"{kind} trains prompts, and with a head of its own the text has no part in the logits")
     if kind == "task_res":
         raise ValueError("task_res trains class features, which have no part in the logits of a head of its own")
     if kind in ("linear_probe", "lp_ft", "tip_adapter", "closed_form_probe", "lp_plus_plus"):
@@ -249,7 +241,10 @@ AdapterConfig = Annotated[
     | TaskResConfig
     | TipAdapterConfig
     | ClosedFormProbeConfig
-    | LpPlusPlusConfig,
+    | LpPlusPlusConfig
+    | VisualPromptsConfig
+    | IvlpConfig
+    | MapleConfig,
     Field(discriminator="kind"),
 ]
 """The list of all adapters: recipes, ``compare --adapters``, the registry and the tests read it."""

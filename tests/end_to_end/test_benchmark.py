@@ -71,6 +71,19 @@ def test_every_coop_variant_has_the_peers_gradients(folder: Path) -> None:
     assert difference(erm, sam) > 1e-3
 
 
+def test_every_variant_of_prompts_has_the_peers_gradients(folder: Path) -> None:
+    from bench.prompts import maple_pair, visual_pair
+    from bench.steps import difference
+
+    for pair in (visual_pair(folder, 2, CPU, torch.float64), maple_pair(folder, 5, 3, CPU, torch.float64)):
+        step = pair.steps(6)
+        sam, erm = step["sam"].gradients(), step["erm"].gradients()
+        for ending in ("", ", stored"):
+            assert difference(step[f"our sam{ending}"].gradients(), sam) < EXACT_SAM
+            assert difference(step[f"our erm{ending}"].gradients(), erm) < EXACT
+        assert difference(erm, sam) > 1e-4
+
+
 def test_steps_leave_the_weights_where_they_are(folder: Path) -> None:
     from bench.lora import lora_steps
 

@@ -27,6 +27,7 @@ from disam_peft.config.adapters import (
 )
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.feature_adapters import ClosedFormProbeConfig, TipAdapterConfig
+from disam_peft.config.prompt_adapters import IvlpConfig, MapleConfig, VisualPromptsConfig
 from tests.helpers.own_backbone import own_backbone
 
 FAMILIES = ("open_clip", "transformers")
@@ -63,6 +64,9 @@ CELLS: dict[str, AdapterConfig] = {
     "tip_adapter-keys": TipAdapterConfig(trained="keys", shots=2, alpha=0.5, beta=5.5),
     "closed_form_probe-head": ClosedFormProbeConfig(trained="head", regularisation=0.1, scale=10),
     "full-biases": FullConfig(towers=["image", "text"], blocks="none", biases=LAST_TWO),
+    "visual_prompts": VisualPromptsConfig(tokens=2, blocks=LAST_TWO, seed=1),
+    "ivlp": IvlpConfig(context_tokens=3, init=None, visual_tokens=2, seed=1),
+    "maple": MapleConfig(seed=1),
 }
 # Every other kind as its defaults make it, so that a new adapter is in the matrix once its config is in the union.
 for config_class in ADAPTER_CONFIGS:

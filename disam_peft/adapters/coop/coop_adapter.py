@@ -19,18 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from disam_peft.adapters.base import Adapter, Autocast, parameter_dtype
+from disam_peft.adapters.base import Adapter, Autocast
 from disam_peft.adapters.class_features_file import class_features_file
 from disam_peft.adapters.coop.class_chunks import plan_chunks
+from disam_peft.adapters.coop.context_start import ContextStart, context_start
 from disam_peft.adapters.prompts import ClassPrompts, FrozenText, ensemble
+from disam_peft.backbones.added_tokens import DeepTokens
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.packed_prompts import PackedPrompts
 from disam_peft.config.adapters import CoOpConfig
 from disam_peft.config.base import Config
 from disam_peft.errors import UserError
-
-_DEFAULT_CONTEXT_TOKENS = 16
-_INIT_STD = 0.02
 
 
 class CoOpAdapter(Adapter):
@@ -65,33 +64,28 @@ class CoOpAdapter(Adapter):
             UserError: a prompt that does not fit the context length, or ``context_tokens`` unlike the initial words.
         """
         assert isinstance(config, CoOpConfig)
-        start, end_id = _markers(backbone)
-        if config.init is None:
-            length = _DEFAULT_CONTEXT_TOKENS if config.context_tokens is None else config.context_tokens
-            tokens_CL = _prompts_around_gap(backbone, prompts.class_names, length, start, end_id)
-        else:
-            length, tokens_CL = _prompts_from_words(backbone, prompts.class_names, config, start, end_id)
-        tokens_CL = backbone.cut_prompts(tokens_CL)
-        with torch.no_grad():
-            embeddings_CLW = backbone.embed_tokens(tokens_CL)
-        classes = slice(None) if config.class_specific else 0
-        context = embeddings_CLW[classes, start : start + length].to(parameter_dtype(backbone), copy=True)
-        if config.init is None:
-            context.copy_(_draw(context.shape, config.seed))
-        shared = start if config.class_specific else start + length
+        generator = None if config.seed is None else torch.Generator().manual_seed(config.seed)
+        return cls.from_start(config, backbone, context_start(config, backbone, prompts.class_names, generator))
+
+    @classmethod
+    def from_start(cls, config: CoOpConfig, backbone: ClipBackbone, start: ContextStart) -> CoOpAdapter:
+        """The adapter of prompts that are laid out already."""
+        tokens_CL, first, behind = start.tokens_CL, start.first, start.first + start.length
+        shared = first if config.class_specific else behind + start.kept
         plan = plan_chunks(backbone, tokens_CL, shared, config.memory_budget_gb)
-        before_CSW, after_CLW = embeddings_CLW[:, :start], embeddings_CLW[:, start + length :]
+        before_CSW, after_CLW = start.embeddings_CLW[:, :first], start.embeddings_CLW[:, behind:]
         chunks = [
             _Chunk(
                 tokens_CL[part],
                 before_CSW[part],
                 after_CLW[part],
                 backbone.pack_prompts(tokens_CL[part], shared),
+                start.kept,
                 plan.recomputed_blocks,
             )
             for part in plan.chunks
         ]
-        return cls(config, context, chunks)
+        return cls(config, start.context, chunks)
 
     @classmethod
     def require_zero_shot_weights(cls, config: Config) -> None:
@@ -118,9 +112,13 @@ class CoOpAdapter(Adapter):
         """Features (C, E) of the learned prompts, not normalised."""
         if self._replay is not None and torch.is_grad_enabled():
             return self._replay(self.context)
+        return self.features_with(backbone, None)
+
+    def features_with(self, backbone: ClipBackbone, deep: DeepTokens | None) -> Tensor:
+        """As ``prompt_features``, where ``deep`` has what takes the place of the context in later blocks."""
         features = []
         for chunk, context in zip(self._chunks, self._contexts(), strict=True):
-            run = partial(chunk, backbone)
+            run = partial(chunk, backbone, deep=deep)
             if len(self._chunks) > 1:
                 # The frozen tower is in eval mode: there is no dropout whose random state would have to be kept.
                 features.append(checkpoint(run, context, use_reentrant=False, preserve_rng_state=False))
@@ -161,6 +159,7 @@ class _Chunk(nn.Module):
     Args:
         before_CSW, after_CLW: embeddings of the tokens before the context and after it.
         packed: the layout of these prompts if the tower can run their shared tokens once, otherwise None.
+        kept: tokens behind a context for all classes that all prompts share too.
     """
 
     tokens_CL: Tensor
@@ -173,30 +172,34 @@ class _Chunk(nn.Module):
         before_CSW: Tensor,
         after_CLW: Tensor,
         packed: PackedPrompts | None,
+        kept: int,
         recomputed_blocks: int,
     ) -> None:
         super().__init__()
         self.classes, self.packed, self.recomputed_blocks = len(tokens_CL), packed, recomputed_blocks
+        self.kept = kept
         tensors = {"tokens_CL": tokens_CL, "before_CSW": before_CSW, "after_CLW": after_CLW}
         for name, tensor in tensors.items():
             # Not persistent, because they follow from the backbone and the class names. Copies, because a view would
             # keep the tensors of all classes in memory.
             self.register_buffer(name, tensor.clone(), persistent=False)
 
-    def forward(self, backbone: ClipBackbone, context: Tensor) -> Tensor:
+    def forward(self, backbone: ClipBackbone, context: Tensor, deep: DeepTokens | None = None) -> Tensor:
         """Context (M, W), or (C, M, W), to features (C, E), not normalised."""
         context, own = context.to(self.before_CSW.dtype), context.ndim == 3
         if self.packed is None:
             context_CMW = context if own else context.expand(self.classes, -1, -1)
             embeddings_CLW = torch.cat([self.before_CSW, context_CMW, self.after_CLW], dim=1)
-            return backbone.encode_text_embeddings(embeddings_CLW, self.tokens_CL)
+            with nullcontext() if deep is None else deep.placed_in(backbone.blocks("text")):
+                return backbone.encode_text_embeddings(embeddings_CLW, self.tokens_CL)
         prefix_PW, suffix_CLW = self.before_CSW[0], self.after_CLW
         if own:
             suffix_CLW = torch.cat([context, suffix_CLW], dim=1)
         else:
-            prefix_PW = torch.cat([prefix_PW, context])
+            prefix_PW = torch.cat([prefix_PW, context, suffix_CLW[0, : self.kept]])
+            suffix_CLW = suffix_CLW[:, self.kept :]
         return backbone.encode_packed_prompts(
-            prefix_PW, self.packed.pack(suffix_CLW), self.packed, self.recomputed_blocks
+            prefix_PW, self.packed.pack(suffix_CLW), self.packed, self.recomputed_blocks, deep
         )
 
 
@@ -245,69 +248,3 @@ def _recorded(function: Callable[[Tensor], Tensor], context: Tensor, autocast: A
         return output
 
     return replay
-
-
-def _draw(shape: torch.Size, seed: int | None) -> Tensor:
-    # On the CPU: the same numbers on every device.
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    return _INIT_STD * torch.randn(shape, generator=generator)
-
-
-def _markers(backbone: ClipBackbone) -> tuple[int, int]:
-    """How many marker tokens stand in front of a text, and the id of the one behind it.
-
-    Read off the tokenizer: CLIP's has a start marker, SigLIP's has none.
-    """
-    empty_L, word_L = backbone.tokenize(["", "a"])
-    if word_L[0] == word_L[1]:
-        raise UserError(
-            f"the tokenizer of {backbone.config.name} puts padding in front of a text, where the context would go: "
-            "train another adapter, or set padding_side to right in tokenizer_config.json if the model was trained so"
-        )
-    start = int(empty_L[0] == word_L[0])
-    return start, int(empty_L[start])
-
-
-def _count(tokens_L: Tensor, start: int, end_id: int) -> int:
-    """Tokens of a text between its markers."""
-    ends = (tokens_L[start:] == end_id).nonzero()
-    return int(ends[0]) if len(ends) else len(tokens_L) - start
-
-
-def _prompts_around_gap(backbone: ClipBackbone, names: tuple[str, ...], length: int, start: int, end_id: int) -> Tensor:
-    """Token ids (C, L) of "name." with room for ``length`` context tokens in front."""
-    tokens_CL = backbone.tokenize([f"{name}." for name in names])
-    for name, tokens_L in zip(names, tokens_CL, strict=True):
-        total = start + length + _count(tokens_L, start, end_id) + 1
-        if total > backbone.context_length:
-            raise UserError(
-                f"the prompt of class '{name}' has {total} tokens with {length} of context, but "
-                f"{backbone.config.name} takes {backbone.context_length}; lower context_tokens or shorten the name"
-            )
-    # The gap holds the name's first id: an ordinary token, never a marker that would end the text.
-    gap_CM = tokens_CL[:, start : start + 1].expand(-1, length)
-    with_gap = torch.cat([tokens_CL[:, :start], gap_CM, tokens_CL[:, start:]], dim=1)
-    return with_gap[:, : tokens_CL.shape[1]]
-
-
-def _prompts_from_words(
-    backbone: ClipBackbone, names: tuple[str, ...], config: CoOpConfig, start: int, end_id: int
-) -> tuple[int, Tensor]:
-    """Number of tokens of the initial words, and token ids (C, L) of "words name."."""
-    words = config.init
-    assert words is not None
-    words_L = backbone.tokenize([words])[0]
-    length = _count(words_L, start, end_id)
-    if config.context_tokens not in (None, length):
-        raise UserError(
-            f"context_tokens is {config.context_tokens}, but init '{words}' has {length} tokens; leave "
-            "context_tokens out or change the words"
-        )
-    tokens_CL = backbone.tokenize([f"{words} {name}." for name in names])
-    stop = start + length
-    if length == 0 or not torch.equal(tokens_CL[:, :stop], words_L[:stop].expand(len(names), -1)):
-        raise UserError(
-            f"init '{words}' does not stay a sequence of {length} tokens of its own in front of the class names; "
-            "use plain words, e.g. 'a photo of a'"
-        )
-    return length, tokens_CL

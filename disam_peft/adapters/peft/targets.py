@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from disam_peft.backbones.base import BEFORE_STEM, ClipBackbone, Target, TowerName
-from disam_peft.config.adapters import Blocks, LastBlocks
+from disam_peft.config.adapter_parts import Blocks, LastBlocks
 from disam_peft.errors import UserError, did_you_mean
 
 OF_BLOCKS = frozenset({"q", "k", "v", "out", "fc1", "fc2", "norm1", "norm2"})

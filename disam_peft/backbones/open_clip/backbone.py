@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from disam_peft.backbones import towers
+from disam_peft.backbones.added_tokens import TokenEntrance
 from disam_peft.backbones.base import ClipBackbone, Target, TowerName, TowerParameter
 from disam_peft.backbones.blocks import BlockParts, replace_quick_gelu, shallow_clone
 from disam_peft.backbones.open_clip.attention import fused_state, split_attention
@@ -115,6 +116,9 @@ class OpenClipBackbone(ClipBackbone):
         if self._hf_text is not None:
             return self._hf_text.blocks(self.model.text)
         return list(self._text_tower().transformer.resblocks) if self._text_splits else []
+
+    def image_token_entrance(self) -> TokenEntrance:
+        return self._image.token_entrance(self.model.visual, self.config.name)
 
     # -- text ------------------------------------------------------------------------------------------------
 

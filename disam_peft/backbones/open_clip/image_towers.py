@@ -13,11 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from disam_peft.backbones import towers
+from disam_peft.backbones.added_tokens import TokenEntrance
 from disam_peft.backbones.base import Target, TowerParameter
 from disam_peft.backbones.blocks import shallow_clone
 from disam_peft.backbones.open_clip.attention import split_attention
 from disam_peft.backbones.open_clip.resblocks import BLOCK_ROLES, STACK, last_at_one_position, pooled, with_blocks
 from disam_peft.backbones.pass_cache import PassCache
+from disam_peft.errors import UserError
 
 ROOT = "visual"
 """Name of the image tower in the model."""
@@ -46,6 +48,15 @@ class ImageTower(ABC):
     def head(self, visual: Any, hidden: Tensor, blocks: int, cache: PassCache | None) -> Tensor:
         """See ``ClipBackbone.image_head``."""
 
+    def token_entrance(self, visual: Any, name: str) -> TokenEntrance:
+        """See ``ClipBackbone.image_token_entrance``. Not overridden, the tower is no plain stack of transformer blocks.
+
+        Args:
+            name: of the backbone, for the message.
+        """
+        kind = type(getattr(visual, "trunk", visual)).__name__
+        raise UserError(no_entrance(name, f"({kind}) is no plain stack of transformer blocks"))
+
     @abstractmethod
     def targets(self, model: Any) -> list[Target]:
         """The tower's part of ``ClipBackbone.targets``."""
@@ -71,6 +82,9 @@ class OwnVit(ImageTower):
         rest = shallow_clone(visual, transformer=self._part(visual, slice(blocks, None), cache))
         rest._embeds = lambda given: given
         return pooled(rest(hidden))
+
+    def token_entrance(self, visual: Any, name: str) -> TokenEntrance:
+        return TokenEntrance(visual.positional_embedding.shape[-1], visual.ln_pre)
 
     def _part(self, visual: Any, which: slice, cache: PassCache | None = None) -> Any:
         """Some blocks of the tower, the last one for the class token alone where only that is pooled."""
@@ -108,6 +122,14 @@ class WholeTower(ImageTower):
 
     def parameters(self, model: Any) -> list[TowerParameter]:
         return towers.tower_parameters(model, [ROOT], ROOT, 0, [], [])
+
+
+def no_entrance(name: str, why: str) -> str:
+    """The message for a tower that no token can be added to."""
+    return (
+        f"the image tower of {name} {why}, so that no prompt can be added to its tokens; train prompts of its text "
+        "tower (kind: coop), or layers of the image tower (kind: lora, kind: full)"
+    )
 
 
 def stage_of(counts: Sequence[int], blocks: int) -> tuple[int, int]:

@@ -18,12 +18,14 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from disam_peft.backbones import towers
+from disam_peft.backbones.added_tokens import TokenEntrance
 from disam_peft.backbones.base import Target, TowerParameter
 from disam_peft.backbones.blocks import shallow_clone
-from disam_peft.backbones.open_clip.image_towers import ROOT, ImageTower
+from disam_peft.backbones.open_clip.image_towers import ROOT, ImageTower, no_entrance
 from disam_peft.backbones.open_clip.timm_attention import fuse_qkv, has_known_projections, split_qkv
 from disam_peft.backbones.open_clip.timm_class_token import last_for_class_token, pools_class_token
 from disam_peft.backbones.pass_cache import PassCache
+from disam_peft.errors import UserError
 
 _TRUNK = f"{ROOT}.trunk"
 _STACK = f"{_TRUNK}.blocks"
@@ -94,6 +96,11 @@ class TimmTrunk(ImageTower):
         if blocks == 0:
             exchanged["norm_pre"] = given
         return shallow_clone(visual, trunk=shallow_clone(trunk, **exchanged))(hidden)
+
+    def token_entrance(self, visual: Any, name: str) -> TokenEntrance:
+        if getattr(visual.trunk, "rope", None) is not None:
+            raise UserError(no_entrance(name, "has rotary positions, which every token gets by its place in a grid"))
+        return TokenEntrance(visual.trunk.embed_dim, visual.trunk.norm_pre)
 
     def targets(self, model: Any) -> list[Target]:
         loose = [_named(target) for target in towers.loose_targets(model, "image", ROOT, skip=(_STACK,))]

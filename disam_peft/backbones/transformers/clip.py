@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor
 from transformers.activations import QuickGELUActivation
 
 from disam_peft.backbones import towers
+from disam_peft.backbones.added_tokens import TokenEntrance
 from disam_peft.backbones.base import ClipBackbone, Target, TowerName, TowerParameter
 from disam_peft.backbones.blocks import BlockParts, replace_quick_gelu, shallow_clone
 from disam_peft.backbones.pass_cache import PassCache
@@ -105,6 +106,11 @@ class HfBackbone(ClipBackbone):
     def blocks(self, tower: TowerName) -> list[nn.Module]:
         found: Any = self.model.get_submodule(self._stack(tower))
         return list(found)
+
+    def image_token_entrance(self) -> TokenEntrance:
+        vision: Any = self.model.vision_model
+        names = self.architecture.image.before_blocks
+        return TokenEntrance(vision.config.hidden_size, vision.get_submodule(names[0]) if names else None)
 
     # -- text ------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,10 @@ from tests.helpers.adapter_cells import CELLS, FAMILIES, MERGED_CELLS, PROMPTS, 
 
 REFERENCE = np.load(Path(__file__).parents[2] / "reference" / "averaging.npz")
 NOT_LINEAR = ("dora", "oft", "hra")
-WITHOUT = ("coop-shared", "coop-class", "coop-scale", "clip_adapter", "tip_adapter-keys")
+WITHOUT = (
+    *("coop-shared", "coop-class", "coop-scale", "clip_adapter", "tip_adapter-keys"),
+    *("visual_prompts", "ivlp", "maple"),
+)
 ALPHAS = (0.3, 1.2)
 BOTH_FAMILIES = (FAMILIES[0], pytest.param(FAMILIES[1], marks=pytest.mark.slow))
 
