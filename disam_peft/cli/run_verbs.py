@@ -85,7 +85,7 @@ def print_runs(found: Sequence[ListedRun], folder: Path, console: Console | None
         shown = escape(place.relative_to(folder).as_posix() if place != folder else run.folder)
         table.add_row(
             f"{shown}\n[dim]{escape(textwrap.indent(told, '  '))}[/dim]" if told else shown,
-            f"{run.steps}/{run.all_steps}" if run.all_steps else "-",
+            f"{run.steps}/{run.all_steps}" if run.all_steps else ("none" if run.settings else "-"),
             f"[{_COLOURS[run.state]}]{run.state}[/]",
             "-" if run.result is None else f"{100 * run.result:.1f}",
         )

@@ -14,6 +14,7 @@ from disam_peft.common.locks import holder
 from disam_peft.common.records import METRICS, RESULTS, ResultRow
 from disam_peft.common.soup_record import soup_settings
 from disam_peft.common.strict_json import parse_json
+from disam_peft.config.feature_adapters import takes_no_steps
 from disam_peft.config.identity import identifying_settings
 from disam_peft.config.names import name_of_folder
 from disam_peft.config.recipe import WRITTEN_BY_US, Recipe, load_recipe
@@ -41,7 +42,7 @@ class ListedRun:
         settings: dotted key -> value of every setting that makes another run.
         words: dotted key -> its value in words, of the settings that have an effect; lists and groups as one value.
         steps: how many were made, as far as they were recorded.
-        all_steps: how many the recipe asks for.
+        all_steps: how many there are to make: those that the recipe asks for, or 0 where its adapter takes none.
         problem: what is damaged; empty otherwise.
         result: top-1 on the held-out domain, 0 to 1; without one, the mean over the domains of the test part, or of
             the held-back images. None: there is none yet.
@@ -106,7 +107,7 @@ def _listed(place: Path) -> ListedRun:
         "seed": recipe.seed,
         "settings": identifying_settings(recipe) | soup,
         "words": _words(recipe) | soup,
-        "all_steps": recipe.train.steps,
+        "all_steps": 0 if takes_no_steps(recipe.adapter) else recipe.train.steps,
     }
     if holder(place) is not None:
         return ListedRun(**known, state="running", steps=_last_step(place / METRICS))
@@ -118,7 +119,7 @@ def _listed(place: Path) -> ListedRun:
         result, identity = _result(RunRecord(place)), read_finished(place).data
     except (OSError, ValueError) as error:
         return ListedRun(**known, state="damaged", steps=_last_step(place / METRICS), problem=_first_line(error))
-    return ListedRun(**known, state="finished", steps=recipe.train.steps, result=result, data_identity=identity)
+    return ListedRun(**known, state="finished", steps=known["all_steps"], result=result, data_identity=identity)
 
 
 def _backbone(recipe: Recipe) -> str:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from disam_peft.config.feature_adapters import takes_no_steps
 from disam_peft.config.protocol import as_held_out, named_domain
 from disam_peft.config.recipe import Recipe
 from disam_peft.config.training import TrainConfig
@@ -123,7 +124,8 @@ def checked_split(recipe: Recipe, dataset: DomainDataset) -> SplitData:
     if data.target is not None:
         check_no_leak(data.sources, data.target)
     check_duplicates(data.source_parts(), recipe.data.duplicates, target=data.target)
-    _note_sizes(recipe.train, len(data.training))
+    if not takes_no_steps(recipe.adapter):
+        _note_sizes(recipe.train, len(data.training))
     return data
 
 

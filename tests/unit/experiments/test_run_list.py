@@ -12,11 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from disam_peft.cli.app import main
 from disam_peft.cli.output import Terminal
 from disam_peft.cli.run_verbs import print_runs
 from disam_peft.common.run_images import RunImages, write_images
+from disam_peft.config.recipe import WRITTEN_BY_US
 from disam_peft.errors import UserError
 from disam_peft.experiments.run_folder import find_runs, finish
 from disam_peft.experiments.run_list import ListedRun, apart_from_most, list_runs, sort_runs, told_apart_by
@@ -85,6 +87,16 @@ def test_states(runs: Path) -> None:
     finish(run)
     listed = by_folder(runs)["runs/old/painting"]
     assert (listed.state, listed.data_identity) == ("finished", images.identity)
+
+
+def test_an_adapter_that_takes_no_steps_has_none_to_show(runs: Path) -> None:
+    path = runs / "runs/old/painting/recipe.yaml"
+    recipe = yaml.safe_load(path.read_text())
+    path.write_text(WRITTEN_BY_US + "\n" + yaml.safe_dump({**recipe, "adapter": {"kind": "tip_adapter"}}))
+    listed = by_folder(runs)["runs/old/painting"]
+    assert (listed.state, listed.steps, listed.all_steps) == ("finished", 0, 0)
+    [row] = [line for line in printed(runs, 80).splitlines() if "old/painting" in line]
+    assert row.split()[1:3] == ["none", "finished"]
 
 
 @pytest.mark.parametrize(
