@@ -33,8 +33,9 @@ class Adapter(StartHooks, nn.Module, ABC):
 
     An adapter is built once (``build``), which may change modules inside ``backbone.model``; its parameters are
     float32 and are the only ones that require a gradient. In each forward pass the classifier calls its hooks in this
-    order: ``class_features`` (text side), ``image_features`` (on the output of the image tower), ``logits``. It also
-    asks where the frozen part of each tower ends, so that the frozen part need not run in both passes.
+    order: ``image_features`` (on the output of the image tower), ``class_features`` (text side; for adapters whose
+    prompts depend on the image ``class_features_of_images``), ``logits``. It also asks where the frozen part of each
+    tower ends, so that the frozen part need not run in both passes.
 
     To write one: a config class in ``config/adapters.py`` (one line in its union), a subclass in a file of its own,
     and one line in ``registry.py``. Only ``build`` and the hooks that differ from zero-shot classification need code;
@@ -93,6 +94,15 @@ class Adapter(StartHooks, nn.Module, ABC):
             return text.features_CE
         return ensemble(self.prompt_features(backbone, text), text.templates)
 
+    def class_features_of_images(self, backbone: ClipBackbone, text: FrozenText, features_BE: Tensor) -> Tensor:
+        """Normalised class features for these images, whose features are as ``image_features`` gives them: (C, E) where
+        they are the same for all, which is ``class_features``; or (B, C, E), one set for each image."""
+        return self.class_features(backbone, text)
+
+    def has_class_features_of_images(self) -> bool:
+        """Whether each image has class features of its own, so that there is no use of ``class_features``."""
+        return type(self).class_features_of_images is not Adapter.class_features_of_images
+
     def prompt_features(self, backbone: ClipBackbone, text: FrozenText) -> Tensor:
         """Features (N, E) of every prompt, not normalised, with their graph: the class features before their ensemble.
         Asked for where the text side is trained."""
@@ -117,12 +127,21 @@ class Adapter(StartHooks, nn.Module, ABC):
         return self.trained_scale.scale_and_bias()
 
     def logits(self, features_BE: Tensor, class_features_CE: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """Features from ``image_features`` (not normalised) against class features: logits (B, C)."""
+        """Features from ``image_features`` (not normalised) against class features, (C, E) or of each image (B, C, E):
+        logits (B, C)."""
         return cosine_logits(features_BE, class_features_CE, scale, bias)
 
     @property
     def head_bias(self) -> Tensor | None:
         """The trained bias (C,) of a head of its own, in the place of class features; None where it has none."""
+        return None
+
+    own_term_in_ascent: bool = True
+    """Whether the perturbation of sam and disam climbs ``own_term`` too."""
+
+    def own_term(self) -> Tensor | None:
+        """What this method adds to the objective, shape (), with its factor and a graph: a function of the adapter
+        alone, in which no image takes part. It counts once in a step. None, at every call: nothing is added."""
         return None
 
     def captured(self, backbone: ClipBackbone, autocast: Autocast) -> AbstractContextManager[object]:
@@ -306,12 +325,16 @@ def parameter_dtype(backbone: ClipBackbone) -> torch.dtype:
 
 
 def cosine_logits(features_BE: Tensor, class_features_CE: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """CLIP's logits (B, C): scaled cosine similarity. Class features come normalised, image features do not.
+    """CLIP's logits (B, C): scaled cosine similarity. Class features come normalised, image features do not. The class
+    features may be those of each image, (B, C, E).
 
     In at least float32, also under autocast: bfloat16 would round logits near 30 to the next 0.125.
     """
     wide = torch.promote_types(features_BE.dtype, torch.float32)
     with torch.autocast(features_BE.device.type, enabled=False):
         normalised_BE = nn.functional.normalize(features_BE.to(wide), dim=-1)
-        logits_BC = scale.to(wide) * normalised_BE @ class_features_CE.to(wide).T
+        if class_features_CE.ndim == 3:
+            logits_BC = scale.to(wide) * (class_features_CE.to(wide) @ normalised_BE[..., None])[..., 0]
+        else:
+            logits_BC = scale.to(wide) * normalised_BE @ class_features_CE.to(wide).T
         return logits_BC if bias is None else logits_BC + bias.to(wide)

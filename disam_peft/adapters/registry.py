@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from disam_peft.adapters.base import Adapter
+from disam_peft.adapters.clap import ClapAdapter
 from disam_peft.adapters.clip_adapter import ClipAdapter
 from disam_peft.adapters.closed_form_probe import ClosedFormProbe
+from disam_peft.adapters.coop.cocoop_adapter import CoCoOpAdapter
 from disam_peft.adapters.coop.coop_adapter import CoOpAdapter
 from disam_peft.adapters.effect import require_effect
 from disam_peft.adapters.full import FullAdapter
@@ -23,6 +25,7 @@ from disam_peft.backbones.base import ClipBackbone
 from disam_peft.config.adapters import (
     AdapterConfig,
     ClipAdapterConfig,
+    CoCoOpConfig,
     CoOpConfig,
     FullConfig,
     LinearProbeConfig,
@@ -32,6 +35,7 @@ from disam_peft.config.adapters import (
 )
 from disam_peft.config.base import Config
 from disam_peft.config.feature_adapters import (
+    ClapConfig,
     ClosedFormProbeConfig,
     LpPlusPlusConfig,
     TaskResConfig,
@@ -56,6 +60,8 @@ ADAPTERS: dict[type[Config], type[Adapter]] = {
     VisualPromptsConfig: VisualPromptsAdapter,
     IvlpConfig: IvlpAdapter,
     MapleConfig: MapleAdapter,
+    ClapConfig: ClapAdapter,
+    CoCoOpConfig: CoCoOpAdapter,
 }
 
 

@@ -3,6 +3,9 @@
 Shapes in this file: C prompts, W token width, H heads, D width of a head. All prompts share their first P tokens; the
 tokens of a prompt after those are its *suffix*. N is the number of all suffix tokens, and R = P + N. Suffixes are
 sorted by length: the G suffixes of one length S are a block of G * S rows, which needs no padding.
+
+All tensors may have one more dimension in front: several sets of prompts of the same layout, for example one set for
+each image, whose embeddings differ.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ class PackedPrompts(nn.Module):
 
     def pack(self, suffix_CLW: Tensor) -> Tensor:
         """Padded suffixes (C, >= longest, W) to (N, W)."""
-        return suffix_CLW[:, : max(self.lengths)].flatten(0, 1).index_select(0, self.packed_N)
+        return suffix_CLW[..., : max(self.lengths), :].flatten(-3, -2).index_select(-2, self.packed_N)
 
     def positions(self) -> Tensor:
         """The position (R,) of each row in its own prompt."""
@@ -93,29 +96,35 @@ class PackedPrompts(nn.Module):
 
     def _block(self, parts: BlockParts, hidden_RW: Tensor) -> Tensor:
         normed_RW = parts.norm1(hidden_RW)
-        query, key, value = (rows.split(self._sizes, dim=1) for rows in _projected(parts, normed_RW, normed_RW))
+        query, key, value = (rows.split(self._sizes, dim=-2) for rows in _projected(parts, normed_RW, normed_RW))
         query_P, key_P, value_P = (_copy(rows[0]) for rows in (query, key, value))
-        mixed = [F.scaled_dot_product_attention(query_P[None], key_P[None], value_P[None], is_causal=True)[0]]
+        sets = [rows if rows.ndim == 4 else rows[None] for rows in (query_P, key_P, value_P)]
+        mixed = [F.scaled_dot_product_attention(*sets, is_causal=True).view_as(query_P)]
         for (_, count), q, k, v in zip(self.groups, query[1:], key[1:], value[1:], strict=True):
             mixed.append(_mix(key_P, value_P, q, k, v, count))
-        return parts.finish(hidden_RW, torch.cat(mixed, dim=1).transpose(0, 1).flatten(1))
+        return parts.finish(hidden_RW, _heads_together(mixed))
 
     def _last_block(self, parts: BlockParts, hidden_RW: Tensor) -> Tensor:
         normed_RW = parts.norm1(hidden_RW)
-        query, *projected = _projected(parts, normed_RW.index_select(0, self.last_C), normed_RW)
-        key, value = (rows.split(self._sizes, dim=1) for rows in projected)
+        query, *projected = _projected(parts, normed_RW.index_select(-2, self.last_C), normed_RW)
+        key, value = (rows.split(self._sizes, dim=-2) for rows in projected)
         key_P, value_P, counts = _copy(key[0]), _copy(value[0]), [count for _, count in self.groups]
         mixed = [
             _mix(key_P, value_P, q, k, v, count)
-            for q, k, v, count in zip(query.split(counts, dim=1), key[1:], value[1:], counts, strict=True)
+            for q, k, v, count in zip(query.split(counts, dim=-2), key[1:], value[1:], counts, strict=True)
         ]
-        mixed_CW = torch.cat(mixed, dim=1).transpose(0, 1).flatten(1)
-        return parts.finish(hidden_RW.index_select(0, self.last_C), mixed_CW).index_select(0, self.place_C)
+        last_CW = hidden_RW.index_select(-2, self.last_C)
+        return parts.finish(last_CW, _heads_together(mixed)).index_select(-2, self.place_C)
 
     @property
     def _sizes(self) -> list[int]:
         """Rows of the shared part and of each group."""
         return [self.shared, *(length * count for length, count in self.groups)]
+
+
+def _heads_together(mixed: Sequence[Tensor]) -> Tensor:
+    """The mixtures of all heads (H, X, D), of rows one after another, to (R, W)."""
+    return torch.cat(list(mixed), dim=-2).transpose(-3, -2).flatten(-2)
 
 
 def _copy(rows_HXD: Tensor) -> Tensor:
@@ -133,22 +142,22 @@ def _mix(
         count: the number G of suffixes; Q is G * S or G, and N is G * S here.
     """
     # Made contiguous once, so that both products keep the same copy for backward.
-    query, key, value = (rows.contiguous().unflatten(1, (count, -1)) for rows in (query_HQD, key_HND, value_HND))
-    to_own_HGQS = query @ key.transpose(2, 3)
-    queries, length = to_own_HGQS.shape[2:]
+    query, key, value = (rows.contiguous().unflatten(-2, (count, -1)) for rows in (query_HQD, key_HND, value_HND))
+    to_own_HGQS = query @ key.transpose(-2, -1)
+    queries, length = to_own_HGQS.shape[-2:]
     if queries > 1:
         later_SS = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
         to_own_HGQS = to_own_HGQS.masked_fill(later_SS, float("-inf"))
-    scores = torch.cat([query.flatten(1, 2) @ key_HPD.transpose(1, 2), to_own_HGQS.flatten(1, 2)], dim=-1)
+    scores = torch.cat([query.flatten(-3, -2) @ key_HPD.transpose(-2, -1), to_own_HGQS.flatten(-3, -2)], dim=-1)
     wide = torch.promote_types(scores.dtype, torch.float32)
     weights = (scores * query.shape[-1] ** -0.5).softmax(dim=-1, dtype=wide).to(value.dtype)
-    to_shared, to_own = weights.split([key_HPD.shape[1], length], dim=-1)
-    return to_shared @ value_HPD + (to_own.unflatten(1, (count, queries)) @ value).flatten(1, 2)
+    to_shared, to_own = weights.split([key_HPD.shape[-2], length], dim=-1)
+    return to_shared @ value_HPD + (to_own.unflatten(-2, (count, queries)) @ value).flatten(-3, -2)
 
 
 def _projected(parts: BlockParts, query_RW: Tensor, key_RW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values by head, (H, R, D) each."""
     attention = parts.attention
     rows = attention.q_proj(query_RW), attention.k_proj(key_RW), attention.v_proj(key_RW)
-    query, key, value = (one.unflatten(-1, (attention.num_heads, -1)).transpose(0, 1) for one in rows)
+    query, key, value = (one.unflatten(-1, (attention.num_heads, -1)).transpose(-3, -2) for one in rows)
     return query, key, value

@@ -42,6 +42,7 @@ class PackedText(ABC):
     ) -> Tensor:
         """``encode_text_embeddings`` for prompts that begin with the same embeddings. The shared part runs once, and
         nothing is padded: token embeddings of the shared part and of all suffixes (``packed.pack``) to features (C, E).
+        All may have one more dimension in front, of several sets of prompts.
 
         Args:
             packed: from ``pack_prompts``.
@@ -50,8 +51,9 @@ class PackedText(ABC):
         """
         blocks = self._text_parts()
         assert blocks is not None  # pack_prompts gave the layout
-        hidden_RW = torch.cat([prefix_PW, suffix_NW]).to(self.dtype) + self._text_positions()[packed.positions()]
-        return self._text_output(packed(blocks, hidden_RW, recomputed_blocks, deep))
+        rows_RW = torch.cat([prefix_PW, suffix_NW], dim=-2).to(self.dtype) + self._text_positions()[packed.positions()]
+        pooled_CW = packed(blocks, rows_RW, recomputed_blocks, deep)
+        return self._text_output(pooled_CW.flatten(0, -2)).unflatten(0, pooled_CW.shape[:-1])
 
     @abstractmethod
     def _is_causal_text(self) -> bool:

@@ -41,7 +41,7 @@ class ForwardPass:
     Attributes:
         logits_BC: (B, C).
         features_BE: image features as the adapter changes them, (B, E), not normalised.
-        class_features_CE: normalised class features (C, E).
+        class_features_CE: normalised class features (C, E), or (B, C, E) where each image has its own.
         scale, bias: the factor of the cosines in the logits, and what is added to them (None: nothing), shape ().
         head_bias_C: (C,), the trained bias of the adapter's own head (a linear probe); None: it has none.
         caption_features_NE: normalised features of every prompt, whose ensemble the class features are; None unless
@@ -185,6 +185,17 @@ class ClipClassifier(nn.Module):
         assert text.features_CE is not None  # without an adapter the whole text tower is frozen
         return text.features_CE
 
+    def shared_class_features(self) -> Tensor | None:
+        """``class_features``; None where each image has its own, so that there is nothing to compute beforehand."""
+        if self.adapter is not None and self.adapter.has_class_features_of_images():
+            return None
+        return self.class_features()
+
+    def _class_features_of(self, features_BE: Tensor) -> Tensor:
+        if self.adapter is None:
+            return self.class_features()
+        return self.adapter.class_features_of_images(self.backbone, self.frozen_text(), features_BE)
+
     def interpolation(self) -> AbstractContextManager[MoveTo]:
         """A context that yields a function of alpha, which puts this classifier at ``w0 + alpha (w1 - w0)``, w0 the
         zero-shot and w1 the trained weights (WiSE-FT, arXiv 2109.01903). The frozen part and so ``encode_frozen`` are
@@ -259,8 +270,8 @@ class ClipClassifier(nn.Module):
 
         Args:
             cache: see ``ClipBackbone.image_head``.
-            class_features_CE: the result of ``class_features``, for several batches between which nothing is trained;
-                unset: it is computed.
+            class_features_CE: the result of ``shared_class_features``, for several batches between which nothing is
+                trained; unset: they are computed.
         """
         return self.outputs(frozen, cache, class_features_CE).logits_BC
 
@@ -278,7 +289,7 @@ class ClipClassifier(nn.Module):
         if captions:
             class_features_CE, captions_NE = self.text_features()
         elif class_features_CE is None:
-            class_features_CE = self.class_features()
+            class_features_CE = self._class_features_of(features_BE)
         if self.adapter is None:
             scale, bias = self.backbone.logit_scale, self.backbone.logit_bias
         else:

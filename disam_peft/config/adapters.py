@@ -11,7 +11,13 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from disam_peft.config.adapter_parts import LARGEST_OPTION, Blocks, CosineConfig, Seed
 from disam_peft.config.adapter_parts import LastBlocks as LastBlocks
 from disam_peft.config.base import Config
-from disam_peft.config.feature_adapters import ClosedFormProbeConfig, LpPlusPlusConfig, TaskResConfig, TipAdapterConfig
+from disam_peft.config.feature_adapters import (
+    ClapConfig,
+    ClosedFormProbeConfig,
+    LpPlusPlusConfig,
+    TaskResConfig,
+    TipAdapterConfig,
+)
 from disam_peft.config.prompt_adapters import IvlpConfig, MapleConfig, VisualPromptsConfig
 
 Scalar = bool | int | float | str | None
@@ -94,9 +100,36 @@ class CoOpConfig(CosineConfig):
     backward repeats parts of the forward pass; the gradient is the same. Unset: no limit."""
 
 
+class CoCoOpConfig(CosineConfig):
+    """Learned context that every image shifts (Zhou et al. 2022, arXiv 2203.05557): [ctx_1 + pi] ... [ctx_M + pi] class
+    name, where a small network makes pi of the image's feature. Every image has class prompts of its own."""
+
+    class_features_of_images: ClassVar[bool] = True
+    """There are no class features without an image."""
+
+    kind: Literal["cocoop"] = "cocoop"
+    context_tokens: int | None = Field(default=None, ge=1)
+    """M. Unset: 16, or as many tokens as ``init`` has."""
+    class_specific: bool = False
+    """One context per class instead of one for all. pi is one for all classes of an image in any case."""
+    init: str | None = Field(default=None, min_length=1)
+    """Words that the context starts from; published are 4 tokens, ``a photo of a``. Unset: drawn from N(0, 0.02^2)."""
+    reduction: int = Field(default=16, ge=1)
+    """How many times narrower the network's hidden layer is than the image features."""
+    seed: Seed | None = None
+    """Seeds the network and a random context; unset: torch's global generator, which the run seeds."""
+    memory_budget_gb: float | None = Field(default=4.0, gt=0)
+    """Memory (10^9 bytes) for what the prompts' forward pass keeps for backward, the model not counted. It grows with
+    images times classes; beyond the budget they go in chunks that backward computes again, and the gradient is the
+    same. ``null``: no limit."""
+
+
 class LinearProbeConfig(Config):
     """A linear layer on normalised image features."""
 
+    other_names: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("cross_modal", "cross-modal", "cross_modal_probe"), "kind: linear_probe, text_weight: 1"
+    )
     has_own_head: ClassVar[bool] = True
     """Its logits come from weights of its own, not from class features."""
 
@@ -104,6 +137,10 @@ class LinearProbeConfig(Config):
     init: Literal["zero_shot", "random"] = "zero_shot"
     """zero_shot: logit scale times the class features, which gives the zero-shot logits; random: N(0, 0.01^2)."""
     bias: bool = True
+    text_weight: float = Field(default=0.0, ge=0, le=LARGEST_OPTION)
+    """The prompts are training samples too (cross-modal adaptation, Lin et al. 2023, arXiv 2301.06267): this times the
+    mean cross entropy of the head on their normalised text features, each with its class, is added to the objective. 1:
+    images and texts count alike, as in the paper. 0: no texts."""
     seed: Seed | None = None
     """Seeds the random weights; unset: torch's global generator, which the run seeds."""
 
@@ -191,10 +228,10 @@ class ProbeStartConfig(Config):
 
 def _below_a_head(value: Any) -> Any:
     kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
-    if kind in ("coop", "ivlp", "maple"):
+    if kind in ("coop", "cocoop", "ivlp", "maple"):
         raise ValueError(f"{kind} trains prompts, and with a head of its own the text has no part in the logits")
-    if kind == "task_res":
-        raise ValueError("task_res trains class features, which have no part in the logits of a head of its own")
+    if kind in ("task_res", "clap"):
+        raise ValueError(f"{kind} trains class features, which have no part in the logits of a head of its own")
     if kind in ("linear_probe", "lp_ft", "tip_adapter", "closed_form_probe", "lp_plus_plus"):
         raise ValueError(
             f"{kind} has a head of its own, and lp_ft has one already; choose lora, peft, full or clip_adapter"
@@ -244,7 +281,9 @@ AdapterConfig = Annotated[
     | LpPlusPlusConfig
     | VisualPromptsConfig
     | IvlpConfig
-    | MapleConfig,
+    | MapleConfig
+    | ClapConfig
+    | CoCoOpConfig,
     Field(discriminator="kind"),
 ]
 """The list of all adapters: recipes, ``compare --adapters``, the registry and the tests read it."""

@@ -94,6 +94,18 @@ class LpPlusPlusConfig(Config):
     kind: Literal["lp_plus_plus"] = "lp_plus_plus"
 
 
+class ClapConfig(CosineConfig):
+    """A weight for each class, which starts at its zero-shot features and is pulled back to them the harder, the better
+    zero-shot CLIP knows the class (CLAP, Silva-Rodriguez et al. 2024, arXiv 2312.12730)."""
+
+    kind: Literal["clap"] = "clap"
+    penalty: Weight = 1.0
+    """Factor of ``mean_c lambda_c |w_c - t_c|^2`` in the objective. lambda_c, the mean zero-shot probability of class c
+    on its own training images, is computed before the first step and stays. 1: as in the paper."""
+    in_ascent: bool = True
+    """Whether the perturbation of sam and disam climbs that term too. It is always part of what is descended."""
+
+
 def takes_no_steps(adapter: Config) -> bool:
     """Whether an adapter is fitted to the training features as a whole, so that nothing is left to descend."""
     return getattr(adapter, "trained", "") == "nothing"

@@ -147,9 +147,16 @@ def with_kind_of_loss(loss: Any) -> Any:
 
 def head_conflict(loss: BaseLossConfig, adapter: Config | None) -> str | None:
     """Why this loss cannot train this adapter, in a sentence; None: it can."""
-    if not loss.needs_cosines or not getattr(adapter, "has_own_head", False):
+    own_ways = (getattr(adapter, name, False) for name in ("has_own_head", "class_features_of_images"))
+    if not loss.needs_cosines or not any(own_ways):
         return None
     kind, of_adapter = getattr(loss, "kind", ""), getattr(adapter, "kind", "")
+    if not getattr(adapter, "has_own_head", False):
+        return (
+            f"objective.loss.kind={kind} compares images with class features that are the same for all of them, but "
+            f"adapter.kind={of_adapter} makes class features for each image; take cross_entropy, focal or sigmoid, or "
+            "another adapter (coop)"
+        )
     return (
         f"objective.loss.kind={kind} compares image features with class features, but adapter.kind={of_adapter} has a "
         "head of its own, which they would not train; take cross_entropy, focal or sigmoid, or another adapter"

@@ -8,9 +8,23 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from disam_peft.config.anchors import AnchorConfig
 from disam_peft.config.base import Config
-from disam_peft.config.losses import CrossEntropyConfig, LossConfig, with_kind_of_loss
+from disam_peft.config.losses import CrossEntropyConfig, LossConfig, head_conflict, with_kind_of_loss
 from disam_peft.config.penalties import PenaltyConfig
 from disam_peft.config.penalties import VRexConfig as VRexConfig
+
+
+def adapter_conflict(objective: ObjectiveConfig, adapter: Config | None) -> str | None:
+    """Why this objective cannot train this adapter, in a sentence; None: it can."""
+    if conflict := head_conflict(objective.loss, adapter):
+        return conflict
+    kinds = [anchor.kind for anchor in objective.anchors]
+    if "class_features" not in kinds or not getattr(adapter, "class_features_of_images", False):
+        return None
+    return (
+        "objective.anchors has class_features, which is about the classes alone, but "
+        f"adapter.kind={getattr(adapter, 'kind', '')} makes class features for each image; take the anchor logits, or "
+        "another adapter (coop)"
+    )
 
 
 class ObjectiveConfig(Config):

@@ -18,12 +18,11 @@ from disam_peft.config.data import AugmentConfig, DataConfig, DomainsConfig, Fea
 from disam_peft.config.evaluation import EvaluationConfig
 from disam_peft.config.feature_adapters import steps_conflict
 from disam_peft.config.identity import flat
-from disam_peft.config.losses import head_conflict
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.mistakes import all_mistakes, explain
 from disam_peft.config.name_texts import with_names
 from disam_peft.config.names import ALL_DOMAINS, folder_name
-from disam_peft.config.objective import ObjectiveConfig
+from disam_peft.config.objective import ObjectiveConfig, adapter_conflict
 from disam_peft.config.overrides import apply_overrides
 from disam_peft.config.prompts import PromptConfig
 from disam_peft.config.protocol import Protocol
@@ -91,8 +90,8 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
-    def _loss_trains_the_adapter(self) -> Recipe:
-        if conflict := head_conflict(self.objective.loss, self.adapter):
+    def _objective_trains_the_adapter(self) -> Recipe:
+        if conflict := adapter_conflict(self.objective, self.adapter):
             raise ValueError(conflict)
         return self
 

@@ -15,8 +15,9 @@ def check_sweep(
     """Pass if the recipe's adapter can be trained with all of these values side by side.
 
     Raises:
-        UserError: another adapter than a linear probe; another objective than the mean; mixup; another method than erm,
-            sam and disam in every step; a rho or lambda that changes over the steps; values out of range.
+        UserError: another adapter than a linear probe, or one that trains on texts; another objective than the mean;
+            mixup; another method than erm, sam and disam in every step; a rho or lambda that changes over the steps;
+            values out of range.
     """
     if recipe.adapter.kind != "linear_probe":
         raise UserError(
@@ -27,6 +28,11 @@ def check_sweep(
         raise UserError(
             "a sweep trains with the mean cross entropy over samples, and this recipe has another objective; remove "
             "objective, or use disam-peft compare"
+        )
+    if recipe.adapter.text_weight > 0:
+        raise UserError(
+            f"a sweep trains on images alone, and adapter.text_weight is {recipe.adapter.text_weight:g}; remove it, or "
+            "use disam-peft compare"
         )
     if recipe.augment.mixup is not None:
         raise UserError(

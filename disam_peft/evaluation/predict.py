@@ -122,7 +122,7 @@ def predict_states(
         for state in states:
             state()
             with autocast():  # one for each state, here and below: autocast remembers weights in half precision
-                class_features.append(classifier.class_features())
+                class_features.append(classifier.shared_class_features())
         for indices, inputs in track(batches, description, total=total):
             with autocast():
                 frozen = classifier.encode_frozen(inputs) if store is None else inputs

@@ -87,7 +87,8 @@ class Outputs:
         logits_BC: of float32 or a wider type.
         labels_B: the true classes.
         features_BE: normalised image features, after the adapter's ``image_features``, as they meet the class features.
-        class_features_CE: normalised class features. (A linear probe has a head of its own beside them.)
+        class_features_CE: normalised class features. (A linear probe has a head of its own beside them.) Where each
+            image has its own, (B, C, E), terms that need those of all images refuse them.
         scale, bias: the factor of the cosines in CLIP's logits, and what is added to them (None: nothing), shape ().
         place_B: place of each sample in the whole batch, over all micro-batches and processes: int64 below
             ``num_places``, and no two samples have the same. The batch is the same for any number of processes, and so
@@ -143,9 +144,8 @@ class Outputs:
     @property
     def class_features(self) -> Tensor:
         """``class_features_CE``, or a ValueError."""
-        return _given(
-            self.class_features_CE, "the class features", "class_features_CE=..., normalised, with their graph"
-        )
+        how = "class_features_CE=..., (C, E), normalised, with their graph"
+        return _given(self.class_features_CE, "the class features of all images", how, dimensions=2)
 
     @property
     def caption_features(self) -> Tensor:
@@ -174,8 +174,8 @@ class Outputs:
 T = TypeVar("T")
 
 
-def _given(value: T | None, what: str, how: str) -> T:
-    if value is None:
+def _given(value: T | None, what: str, how: str, *, dimensions: int | None = None) -> T:
+    if value is None or (dimensions is not None and getattr(value, "ndim", dimensions) != dimensions):
         raise ValueError(
             f"this objective needs {what}, but there is none; hand it over as Objective.forward(..., {how})"
         )

@@ -33,6 +33,7 @@ from disam_peft.config.penalties import CoralConfig, FishrConfig, GroupDROConfig
 from disam_peft.disam.domain_objective import DomainObjective, DomainsOfSamples, Forward, Valued
 from disam_peft.disam.domain_sums import DomainSums
 from disam_peft.errors import UserError
+from disam_peft.objectives.anchors.adapter_term import AdapterTerm
 from disam_peft.objectives.anchors.base import Anchor, ModelAnchor, SampleAnchor
 from disam_peft.objectives.anchors.feature_anchors import ClassFeaturesAnchor, ImageFeaturesAnchor
 from disam_peft.objectives.anchors.logits_anchor import LogitsAnchor
@@ -75,7 +76,7 @@ ANCHORS: dict[type[Config], Callable[[Any], Anchor]] = {
 
 
 class Objective(DomainObjective):
-    """``mean of the losses + sum of weight * penalty + sum of weight * anchor``, and their state.
+    """``mean of the losses + sum of weight * penalty + sum of weight * anchor``, the adapter's term, and their state.
 
     The distances of a ``SampleAnchor`` are part of the losses. That of a ``ModelAnchor`` is a statistic: its sum over
     the samples divided by their number is the distance itself, so it counts once, however the batch is divided.
@@ -83,6 +84,7 @@ class Objective(DomainObjective):
     Args:
         config: of the recipe; unset: the plain mean of the cross entropy.
         penalties: built ones in the place of the config's, for penalties of one's own.
+        adapter_term: what the adapter adds to the loss, see ``adapters.base.Adapter.own_term``.
         class_weight_C: factor of the loss of each sample by its class, see ``class_weights.class_weights``; unset: all
             count alike.
         seed: of what a loss draws for each step.
@@ -96,6 +98,7 @@ class Objective(DomainObjective):
         config: ObjectiveConfig | None = None,
         *,
         penalties: Sequence[Penalty] | None = None,
+        adapter_term: AdapterTerm | None = None,
         class_weight_C: Tensor | None = None,
         seed: int = 0,
     ) -> None:
@@ -112,6 +115,7 @@ class Objective(DomainObjective):
         built = [PENALTIES[type(penalty)](penalty) for penalty in config.penalties]
         self.penalties = built if penalties is None else list(penalties)
         anchors = [ANCHORS[type(anchor)](anchor) for anchor in config.anchors]
+        anchors += [] if adapter_term is None else [adapter_term]
         self._sample_anchors = [anchor for anchor in anchors if isinstance(anchor, SampleAnchor)]
         self._model_anchors = [anchor for anchor in anchors if isinstance(anchor, ModelAnchor)]
         self._steps_begun = 0

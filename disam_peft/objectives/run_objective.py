@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from disam_peft.config.objective import ObjectiveConfig
+from disam_peft.objectives.anchors.adapter_term import AdapterTerm
 from disam_peft.objectives.class_weights import class_weights
 from disam_peft.objectives.objective import Objective
 
@@ -17,6 +18,7 @@ def build_objective(
     source_domains: Sequence[str],
     steps: int,
     *,
+    adapter_term: AdapterTerm | None = None,
     labels_N: np.ndarray | Sequence[int] = (),
     class_names: Sequence[str] = (),
     seed: int = 0,
@@ -26,13 +28,15 @@ def build_objective(
     Args:
         source_domains: those that the training data holds.
         steps: of the run.
+        adapter_term: what the adapter adds to the loss by itself.
         labels_N: the classes of the training samples, which index ``class_names``; for class weights.
         seed: of the run.
 
     Raises:
         UserError: class weights for a class that is not there.
     """
-    objective = Objective(config, class_weight_C=class_weights(config.loss, labels_N, class_names), seed=seed)
+    weight_C = class_weights(config.loss, labels_N, class_names)
+    objective = Objective(config, adapter_term=adapter_term, class_weight_C=weight_C, seed=seed)
     for penalty, built in zip(config.penalties, objective.penalties, strict=True):
         if len(source_domains) == 1 and penalty.is_zero_for_one_domain:
             warnings.warn(

@@ -78,7 +78,8 @@ def choose_micro_batches(
     """The micro-batches of a run. They follow from the recipe alone and are the same on every process, in every step.
 
     Where the image tower is frozen (CoOp, a linear probe), the memory of the trained part does not grow with the number
-    of images, and each micro-batch would repeat the text side. Only the frozen part runs in micro-batches then.
+    of images, and each micro-batch would repeat the text side. Only the frozen part runs in micro-batches then. (Not
+    where each image has class prompts of its own, as in CoCoOp.)
 
     The mode ``per_domain`` saves the forward passes of ``two_phase``'s first phase (N - 1 of N micro-batches). It keeps
     one gradient for each domain, and it needs more micro-batches where the images of a domain do not fill them. The
@@ -100,7 +101,8 @@ def choose_micro_batches(
         )
     size = math.ceil(largest / count)
     assert classifier.adapter is not None  # fit checked
-    if count == 1 or classifier.adapter.image_split is None:
+    repeats_text = classifier.adapter.image_split is None and not classifier.adapter.has_class_features_of_images()
+    if count == 1 or repeats_text:
         return MicroBatches(count, size, "whole")
     objective = Objective() if objective is None else objective
     climbs = method.effective_rho > 0

@@ -15,16 +15,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from disam_peft.adapters.base import Adapter
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.fit_start import make_room
 from disam_peft.config.average import EmaConfig, KeptAverageConfig, too_slow
-from disam_peft.config.losses import head_conflict
 from disam_peft.config.method import MethodConfig
-from disam_peft.config.objective import ObjectiveConfig
+from disam_peft.config.objective import ObjectiveConfig, adapter_conflict
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.disam.disam import DISAM
 from disam_peft.errors import UserError, did_you_mean
+from disam_peft.objectives.anchors.adapter_term import AdapterTerm
 from disam_peft.objectives.run_objective import build_objective
 from disam_peft.training.averages.weight_averages import WeightAverages
 from disam_peft.training.compiled_blocks import CompiledBlocks
@@ -72,12 +73,13 @@ class Trainer:
         optimizer = build_optimizer(params, config, fused=fused)
         self.schedule = Schedule(optimizer, config)  # before Accelerate wraps the optimizer's step
         self.optimizer = GuardedOptimizer(optimizer, list(self.trained), accelerator)
-        if conflict := head_conflict(objective.loss, classifier.adapter.config if classifier.adapter else None):
+        if conflict := adapter_conflict(objective, classifier.adapter.config if classifier.adapter else None):
             raise UserError(conflict)
         self.objective = build_objective(
             objective,
             dataset.present_domains,
             config.steps,
+            adapter_term=_term_of(classifier.adapter),
             labels_N=dataset.labels,
             class_names=dataset.classes,
             seed=seed,
@@ -214,6 +216,18 @@ def _disam(
         reduce_gradients=True,
         ascent_cosine=config.log_ascent_cosine,
     )
+
+
+def _term_of(adapter: Adapter | None) -> AdapterTerm | None:
+    if adapter is None or adapter.own_term() is None:
+        return None
+
+    def compute() -> Tensor:
+        term = adapter.own_term()
+        assert term is not None  # it is there for all steps or for none
+        return term
+
+    return AdapterTerm(adapter.kind, compute, in_ascent=adapter.own_term_in_ascent)
 
 
 def rho_factors(trained: Mapping[str, Tensor], factors: Mapping[str, float]) -> dict[Tensor, float]:

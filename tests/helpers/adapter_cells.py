@@ -16,6 +16,7 @@ from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.config.adapters import (
     ADAPTER_CONFIGS,
     AdapterConfig,
+    CoCoOpConfig,
     CoOpConfig,
     FullConfig,
     LastBlocks,
@@ -50,7 +51,10 @@ CELLS: dict[str, AdapterConfig] = {
     "vera": PeftAdapterConfig(method="vera", blocks=LAST_TWO, options={"r": 4}, seed=1),
     "coop-shared": CoOpConfig(context_tokens=4, seed=1),
     "coop-class": CoOpConfig(context_tokens=4, class_specific=True, seed=1),
+    "cocoop": CoCoOpConfig(context_tokens=4, reduction=2, seed=1),
+    "cocoop-class": CoCoOpConfig(context_tokens=2, class_specific=True, reduction=2, seed=1, memory_budget_gb=1e-6),
     "probe-zero_shot": LinearProbeConfig(),
+    "probe-texts": LinearProbeConfig(text_weight=0.5),
     "probe-random": LinearProbeConfig(init="random", seed=1),
     "lora-scale": LoraAdapterConfig(blocks=LAST_TWO, rank=2, seed=1, logit_scale="trained"),
     "coop-scale": CoOpConfig(context_tokens=4, seed=1, logit_scale="trained"),
