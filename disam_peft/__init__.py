@@ -29,12 +29,14 @@ _HOMES = {
     "UserError": "disam_peft.errors",
     # settings
     "ClipAdapterConfig": "disam_peft.config.adapters",
+    "CoCoOpConfig": "disam_peft.config.adapters",
     "CoOpConfig": "disam_peft.config.adapters",
     "FullConfig": "disam_peft.config.adapters",
     "LastBlocks": "disam_peft.config.adapters",
     "LinearProbeConfig": "disam_peft.config.adapters",
     "LoraAdapterConfig": "disam_peft.config.adapters",
     "PeftAdapterConfig": "disam_peft.config.adapters",
+    "ClapConfig": "disam_peft.config.feature_adapters",
     "ClosedFormProbeConfig": "disam_peft.config.feature_adapters",
     "LpPlusPlusConfig": "disam_peft.config.feature_adapters",
     "TaskResConfig": "disam_peft.config.feature_adapters",
@@ -143,6 +145,7 @@ if TYPE_CHECKING:  # the same names, for type checkers; a test compares them wit
     from disam_peft.classification.saved_classifier import load_adapter as load_adapter
     from disam_peft.classification.saved_classifier import save_adapter as save_adapter
     from disam_peft.config.adapters import ClipAdapterConfig as ClipAdapterConfig
+    from disam_peft.config.adapters import CoCoOpConfig as CoCoOpConfig
     from disam_peft.config.adapters import CoOpConfig as CoOpConfig
     from disam_peft.config.adapters import FullConfig as FullConfig
     from disam_peft.config.adapters import LastBlocks as LastBlocks
@@ -166,6 +169,7 @@ if TYPE_CHECKING:  # the same names, for type checkers; a test compares them wit
     from disam_peft.config.data import MixupConfig as MixupConfig
     from disam_peft.config.evaluation import EvaluationConfig as EvaluationConfig
     from disam_peft.config.evaluation import SharpnessConfig as SharpnessConfig
+    from disam_peft.config.feature_adapters import ClapConfig as ClapConfig
     from disam_peft.config.feature_adapters import ClosedFormProbeConfig as ClosedFormProbeConfig
     from disam_peft.config.feature_adapters import LpPlusPlusConfig as LpPlusPlusConfig
     from disam_peft.config.feature_adapters import TaskResConfig as TaskResConfig

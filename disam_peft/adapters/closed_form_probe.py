@@ -84,6 +84,9 @@ class ClosedFormProbe(LinearProbeAdapter):
         best = max(judged, key=lambda value: (judged[value].top1, -judged[value].nll))
         return self._take(best, judged[best].scale)
 
+    def own_term(self) -> None:
+        """Nothing: no prompts are samples here."""
+
     def _take(self, regularisation: float, scale: float) -> Mapping[str, float]:
         head = self._fitted[regularisation]
         self._fitted = {}

@@ -32,15 +32,14 @@ class LinearProbeAdapter(Adapter):
 
     kind = "linear_probe"
 
-    texts: Tensor | None = None
+    texts: Tensor | None
 
     def __init__(
         self, config: LinearProbeConfig, weight_CE: Tensor, bias_C: Tensor, texts_NE: Tensor | None = None
     ) -> None:
         super().__init__()
         self.config, self._text_weight = config, config.text_weight
-        if texts_NE is not None:
-            self.register_buffer("texts", texts_NE, persistent=False)  # they follow from the backbone and the prompts
+        self.register_buffer("texts", texts_NE, persistent=False)  # they follow from the backbone and the prompts
         self.weight = nn.Parameter(weight_CE)
         if config.bias:
             self.bias = nn.Parameter(bias_C)

@@ -204,6 +204,8 @@ def frozen_part(classifier: ClipClassifier) -> str:
         image = f"the first {split} of {backbone.image_blocks} blocks of the image tower, which run once per batch"
     if adapter is None or not (adapter.replaces_class_prompts or adapter.text_split is not None):
         return f"{image}; the whole text tower, which runs once"
+    if adapter.has_class_features_of_images():
+        return f"{image}; the weights of the text tower, which runs in every pass over the class prompts of each image"
     if adapter.replaces_class_prompts:
         return f"{image}; the weights of the text tower, which runs in every pass because its prompts are trained"
     if adapter.text_split == BEFORE_STEM:

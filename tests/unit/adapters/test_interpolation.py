@@ -20,7 +20,7 @@ from tests.helpers.adapter_cells import CELLS, FAMILIES, MERGED_CELLS, PROMPTS, 
 REFERENCE = np.load(Path(__file__).parents[2] / "reference" / "averaging.npz")
 NOT_LINEAR = ("dora", "oft", "hra")
 WITHOUT = (
-    *("coop-shared", "coop-class", "coop-scale", "clip_adapter", "tip_adapter-keys"),
+    *("coop-shared", "coop-class", "coop-scale", "cocoop", "cocoop-class", "clip_adapter", "tip_adapter-keys"),
     *("visual_prompts", "ivlp", "maple"),
 )
 ALPHAS = (0.3, 1.2)

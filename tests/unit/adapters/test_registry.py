@@ -42,4 +42,5 @@ def test_the_kinds_that_start_from_features_are_those_that_override_the_hook() -
         "lp_ft",
         "tip_adapter",
         "closed_form_probe",
+        "clap",
     ]

@@ -124,7 +124,7 @@ def test_a_step_that_perturbs_nothing_takes_one_pass_over_its_pieces(run, monkey
 @pytest.mark.parametrize("cell", sorted(accumulated_runs.CELLS))
 def test_every_adapter_in_pieces(run, cell):
     in_pieces, events = run(3, cell=cell, steps=2)
-    on_features = ("clip_adapter", "closed_form_probe", "lp_plus_plus", "task_res", "tip_adapter")
+    on_features = ("clap", "clip_adapter", "closed_form_probe", "lp_plus_plus", "task_res", "tip_adapter")
     frozen_images = cell.startswith(("coop", "probe", *on_features)) or cell == "lora-text"
     assert accumulation(events)["way"] == ("whole" if frozen_images else "per_domain")
     assert (in_pieces - run(1, cell=cell, steps=2)[0]).abs().max() <= 1e-12
