@@ -96,12 +96,12 @@ def _one_step(
         before = torch.cuda.memory_allocated(backbone.device)
         step.run()
         return before, torch.cuda.max_memory_allocated(backbone.device)
-    before = _process_bytes("VmRSS")
+    before = process_bytes("VmRSS")
     step.run()
-    return before, _process_bytes("VmHWM")
+    return before, process_bytes("VmHWM")
 
 
-def _process_bytes(field: str) -> int:
+def process_bytes(field: str) -> int:
     """A field of Linux's process status; elsewhere the peak."""
     status = Path("/proc/self/status")
     if status.exists():

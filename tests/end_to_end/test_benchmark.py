@@ -135,13 +135,14 @@ def test_bookkeeping_and_the_table(folder: Path) -> None:
 
 
 def test_every_section_gives_rows_with_small_differences(folder: Path, tiny_config: Any) -> None:
-    from bench import accumulation, attention, coop, growth, lora, probe, tip_adapter_f
+    from bench import accumulation, attention, cocoop, coop, growth, lora, probe, tip_adapter_f
 
     rows = [
         *lora.rows(folder, 3, 4, 1, CPU),
         *attention.rows(tiny_config, 4, 1, CPU),
         *coop.few_classes(folder, 5, 4, 1, CPU),
         *coop.many_classes(folder, 7, 4, 1, CPU),
+        *cocoop.times(folder, 5, 3, 1, CPU),
         *probe.rows(folder, 1, CPU, images=96),
         *tip_adapter_f.rows(folder, 1, CPU, images=96),
     ]
@@ -156,6 +157,8 @@ def test_every_section_gives_rows_with_small_differences(folder: Path, tiny_conf
         0.05,
         0.1,
         0.04,
+        1.2,
+        1.2,
         0.001,
         0.5,
         0.2,
