@@ -98,8 +98,8 @@ class PackedPrompts(nn.Module):
         normed_RW = parts.norm1(hidden_RW)
         query, key, value = (rows.split(self._sizes, dim=-2) for rows in _projected(parts, normed_RW, normed_RW))
         query_P, key_P, value_P = (_copy(rows[0]) for rows in (query, key, value))
-        sets = [rows if rows.ndim == 4 else rows[None] for rows in (query_P, key_P, value_P)]
-        mixed = [F.scaled_dot_product_attention(*sets, is_causal=True).view_as(query_P)]
+        q, k, v = (rows if rows.ndim == 4 else rows[None] for rows in (query_P, key_P, value_P))
+        mixed = [F.scaled_dot_product_attention(q, k, v, is_causal=True).view_as(query_P)]
         for (_, count), q, k, v in zip(self.groups, query[1:], key[1:], value[1:], strict=True):
             mixed.append(_mix(key_P, value_P, q, k, v, count))
         return parts.finish(hidden_RW, _heads_together(mixed))

@@ -66,7 +66,7 @@ def authors_tower(tmp_path_factory: pytest.TempPathFactory) -> ClipBackbone:
     text = {"context_length": 14, "width": 16, "heads": 2, "layers": 2}
     name = tiny_openclip(tmp_path_factory.mktemp("clip"), embed_dim=32, quick_gelu=True, text_cfg=text)
     backbone = load_backbone(BackboneConfig(name=name)).to(dtype=torch.float64)
-    ours: dict[str, nn.Parameter] = dict(backbone.model.text.named_parameters())  # type: ignore[union-attr]
+    ours: dict[str, nn.Parameter] = dict(backbone.model.text.named_parameters())
     with torch.no_grad():
         for key in VALUES.files:
             case, _, theirs = key.partition("/")
@@ -145,7 +145,7 @@ def test_a_budget_changes_the_chunks_and_not_the_step(twins: tuple[str, str], cl
     calls: list[int] = []
     first = next(t.name for t in backbone.targets() if t.tower == "text" and t.projection == "fc1" and t.block == 0)
     backbone.model.get_submodule(first).register_forward_hook(lambda *_: calls.append(1))
-    prompts = next(iter(free.adapter._prompts))  # type: ignore[union-attr,arg-type]
+    prompts = next(iter(free.adapter._prompts))
     assert prompts.packed is not None
     one_image = 3 * prompts.packed.kept_widths() * 32 * 8 / 1e9  # three blocks of width 32 in float64
     gradients, forwards = [], []
@@ -186,7 +186,7 @@ def test_what_needs_class_features_of_all_images_is_refused(twins: tuple[str, st
         classifier.class_features()
     with pytest.raises(UserError, match="changes class features, not those of each prompt"):
         classifier.text_features()
-    config = classifier.adapter.config  # type: ignore[union-attr]
+    config = classifier.adapter.config
     for loss in (ContrastiveConfig(), MarginSoftmaxConfig()):
         message = adapter_conflict(ObjectiveConfig(loss=loss), config) or ""
         assert f"kind={loss.kind} compares images with class features that are the same for all" in message

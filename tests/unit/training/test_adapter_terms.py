@@ -70,7 +70,7 @@ def test_it_counts_once_in_each_pass_however_the_batch_is_divided(
     wanted = by_hand(classifier, in_ascent)
     domains = torch.tensor([0, 1, 0, 1, 1, 0])
     for micro_batches in (MicroBatches(1, 6, "whole"), MicroBatches(3, 2, "mean"), MicroBatches(2, 3, "two_phase")):
-        of_adapter = AdapterTerm(adapter.kind, lambda: adapter.own_term(), in_ascent=in_ascent)  # type: ignore[arg-type,return-value]
+        of_adapter = AdapterTerm(adapter.kind, lambda: adapter.own_term(), in_ascent=in_ascent)  # type: ignore[return-value]
         objective = Objective(adapter_term=of_adapter)
         disam = DISAM(params, rho=RHO, variance_weight=0.0, num_domains=2)
         step = StepGradient(classifier, disam, micro_batches, start_accelerator("no"), objective)
