@@ -20,7 +20,9 @@ from disam_peft.adapters.full import FullAdapter
 from disam_peft.adapters.interpolation import MoveTo
 from disam_peft.adapters.linear_probe import LinearProbeAdapter
 from disam_peft.adapters.logistic_regression import fit_head
-from disam_peft.adapters.peft.peft_adapter import LoraAdapter, PeftAdapter
+from disam_peft.adapters.matching_state import require_matching_state
+from disam_peft.adapters.peft.lora_adapter import LoraAdapter
+from disam_peft.adapters.peft.peft_adapter import PeftAdapter
 from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.config.adapters import (
@@ -118,6 +120,11 @@ class LpFtAdapter(Adapter):
 
     def _own_tensors(self) -> dict[str, Tensor]:
         return _joined(self.inner._own_tensors(), self.head._own_tensors())
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        require_matching_state(self.kind, self._own_tensors(), state)
+        self.inner.load_state(_part(state, _INNER))
+        self.head.load_state(_part(state, _HEAD))
 
     def detach(self, backbone: ClipBackbone) -> None:
         self.inner.detach(backbone)

@@ -13,7 +13,8 @@ from disam_peft.adapters.full import FullAdapter
 from disam_peft.adapters.linear_probe import LinearProbeAdapter
 from disam_peft.adapters.lp_ft import LpFtAdapter
 from disam_peft.adapters.lp_plus_plus import LpPlusPlusAdapter
-from disam_peft.adapters.peft.peft_adapter import LoraAdapter, PeftAdapter
+from disam_peft.adapters.peft.lora_adapter import LoraAdapter
+from disam_peft.adapters.peft.peft_adapter import PeftAdapter
 from disam_peft.adapters.prompts import ClassPrompts, fill_templates
 from disam_peft.adapters.task_res import TaskResAdapter
 from disam_peft.adapters.tip_adapter import TipAdapter

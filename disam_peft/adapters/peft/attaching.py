@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from disam_peft.adapters.peft.sparse import say_nothing_of_sparse_checks
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.errors import UserError
 
@@ -25,7 +26,9 @@ def attach(backbone: ClipBackbone, peft_config: Any, seed: int | None) -> nn.Mod
     """
     import peft
 
-    with _seeded(seed), warnings.catch_warnings():
+    if peft_config.peft_type == peft.PeftType.SHIRA:
+        say_nothing_of_sparse_checks()
+    with seeded(seed), _without_kernels(), warnings.catch_warnings():
         # Two remarks of peft to itself, nothing that the user could act on.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         warnings.filterwarnings("ignore", message="Unsupported layer type.*Norm.*")
@@ -36,7 +39,20 @@ def attach(backbone: ClipBackbone, peft_config: Any, seed: int | None) -> nn.Mod
 
 
 @contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
+def _without_kernels() -> Iterator[None]:
+    """BOFT would compile a CUDA extension for every layer that it is attached to, or warn that it cannot. Without it,
+    it computes the same with torch; only butterfly factors beyond 1 need it."""
+    from peft.tuners.boft import layer
+
+    loaded, layer._FBD_CUDA = layer._FBD_CUDA, False
+    try:
+        yield
+    finally:
+        layer._FBD_CUDA = loaded
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
     """torch's CPU generator, from which peft draws on every device, seeded inside and as before outside; with None,
     left to the caller."""
     if seed is None:

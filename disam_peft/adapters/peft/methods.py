@@ -2,8 +2,8 @@
 
 A method is listed if it passes the contract of tests/matrix: its gradient is the derivative, it merges, it
 survives a round trip, and it leaves the base weights alone. Left out on purpose: adalora (needs its own calls and
-loss in the training loop), boft (compiles a CUDA extension when attached), fourierft (fails the gradient test) and
-whatever needs a language model's prompt.
+loss in the training loop), fourierft (fails the gradient test) and whatever needs a language model's prompt. What boft
+would compile for a GPU is left out too (``attaching.attach``), and with it its butterfly factors.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -34,6 +35,8 @@ class PeftMethod:
     the layer's weights is linear; it is nothing where this tensor is ``nothing_at`` everywhere. Empty: there is none.
 
     ``averages``: the layer's weights are linear in all trained tensors together: their mean is that of the weights.
+
+    ``needs_bias``: it trains a bias for each layer, and peft cannot merge that into a layer that has none.
     """
 
     peft_type: str
@@ -45,7 +48,11 @@ class PeftMethod:
     linear_in: tuple[str, ...] = ()
     nothing_at: float = 0.0
     averages: bool = False
+    needs_bias: bool = False
 
+
+LARGEST_COUNT = 2**31
+LARGEST_PROJECTIONS = 2**24
 
 _LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "use_rslora")
 
@@ -68,6 +75,26 @@ METHODS: dict[str, PeftMethod] = {
     "delora": PeftMethod("DELORA", ("r", "delora_lambda", "module_dropout"), linear_in=("delora_lambda",)),
     "vera": PeftMethod("VERA", ("r", "projection_prng_key", "vera_dropout", "d_initial"), linear_in=("vera_lambda_b",)),
     "ln_tuning": PeftMethod("LN_TUNING", (), layers="norm", projections=("norm1", "norm2"), averages=True),
+    "road": PeftMethod("ROAD", ("variant", "group_size")),
+    "miss": PeftMethod("MISS", ("r", "miss_dropout"), linear_in=("miss_block",), averages=True),
+    "shira": PeftMethod("SHIRA", ("r", "random_seed"), linear_in=("shira_weight",)),
+    "waveft": PeftMethod(
+        "WAVEFT",
+        ("n_frequency", "scaling", "wavelet_family", "use_idwt", "random_loc_seed"),
+        linear_in=("waveft_spectrum",),
+        averages=True,
+    ),
+    "beft": PeftMethod("BEFT", (), linear_in=("beft_bias",), needs_bias=True, averages=True),
+    "gralora": PeftMethod(
+        "GRALORA",
+        ("r", "hybrid_r", "alpha", "gralora_dropout", "gralora_k"),
+        linear_in=("gralora_B", "gralora_B_general"),
+    ),
+    "glora": PeftMethod("GLORA", ("r", "config_A_B", "config_C", "config_D_E"), linear_in=("Xd", "X")),
+    "tinylora": PeftMethod(
+        "TINYLORA", ("r", "u", "weight_tying", "projection_seed", "tinylora_dropout"), linear_in=("tinylora_v",)
+    ),
+    "boft": PeftMethod("BOFT", ("boft_block_size", "boft_block_num", "boft_dropout")),
 }
 
 
@@ -82,8 +109,18 @@ def find_method(name: str) -> PeftMethod:
     return METHODS[name]
 
 
-def make_peft_config(name: str, options: Mapping[str, Scalar], backbone: ClipBackbone, targets: list[Target]) -> Any:
+def make_peft_config(
+    name: str,
+    options: Mapping[str, Scalar],
+    backbone: ClipBackbone,
+    targets: list[Target],
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
     """The ``peft.PeftConfig`` of a method on exactly these targets.
+
+    Args:
+        options: what a recipe set.
+        more: settings that follow from others, of any type.
 
     Raises:
         UserError: an unknown option (names the near ones), one that may not be set, or a value that peft refuses.
@@ -107,15 +144,56 @@ def make_peft_config(name: str, options: Mapping[str, Scalar], backbone: ClipBac
         raise UserError(
             f"unknown option '{option}' of peft method '{name}'{did_you_mean(option, method.options)} ({allowed})"
         )
-    settings = {**_defaults(name, options, backbone, targets), **options, **method.fixed}
+    if name == "tinylora":
+        _require_small_projections(options)
+    if method.needs_bias:
+        require_biases(name, backbone, targets)
+    settings = {**_defaults(name, options, backbone, targets), **options, **method.fixed, **more}
     try:
         return config_class(target_modules=[target.name for target in targets], **settings)
     except (TypeError, ValueError) as error:
         raise UserError(f"peft refuses the options {dict(options)} of '{name}': {error}") from error
 
 
+def require_biases(what: str, backbone: ClipBackbone, targets: list[Target]) -> None:
+    """Pass if every target has a bias, and none is that of keys.
+
+    Args:
+        what: what trains biases, as messages call it.
+
+    Raises:
+        UserError: a bias that peft cannot merge, or one that cannot change any output.
+    """
+    without = [target.name for target in targets if getattr(_plain(backbone, target), "bias", None) is None]
+    if without:
+        raise UserError(
+            f"{what} trains a bias for each layer, and {without[0]} of {backbone.config.name} has none, so that it "
+            "could not be merged; choose other projections"
+        )
+    keys = [target.name for target in targets if target.projection == "k"]
+    if keys:
+        raise UserError(
+            f"{what} trains a bias for each layer, and that of keys ({keys[0]}) cannot change any output: it adds the "
+            "same number to every score of a query; leave k out of projections"
+        )
+
+
+def _require_small_projections(options: Mapping[str, Scalar]) -> None:
+    """TinyLoRA keeps u matrices of r * r numbers for each layer."""
+    rank, vectors = (int(str(options.get(name, usual))) for name, usual in (("r", 2), ("u", 64)))
+    if rank * rank * vectors > LARGEST_PROJECTIONS:
+        raise UserError(
+            f"options r={rank} and u={vectors} of peft method 'tinylora' ask for u * r * r = {rank * rank * vectors} "
+            f"numbers for each layer, beyond {LARGEST_PROJECTIONS}; lower them"
+        )
+
+
 def _require_bounded(name: str, option: str, value: Scalar) -> None:
-    largest = 2**63 - 1 if option.endswith("_key") else MAX_RANK  # a key only seeds
+    largest = MAX_RANK
+    if option.endswith(("_key", "_seed")):
+        largest = 2**63 - 1  # it only seeds
+    elif option == "n_frequency":
+        largest = LARGEST_COUNT  # peft compares it with the size of each layer
     if isinstance(value, int) and abs(value) > largest:
         raise UserError(f"option '{option}' of peft method '{name}' is {value}, beyond {largest}; lower it")
 
@@ -123,21 +201,51 @@ def _require_bounded(name: str, option: str, value: Scalar) -> None:
 def _defaults(
     name: str, options: Mapping[str, Scalar], backbone: ClipBackbone, targets: list[Target]
 ) -> dict[str, Any]:
-    """Settings where peft's own default does not fit a CLIP."""
+    """Settings where peft's own default does not fit a CLIP: those of peft, as far as the layers are wide enough."""
     if name == "ia3":
         # The layer that reads the MLP's hidden activations is scaled at its input, as in the paper.
         return {"feedforward_modules": [target.name for target in targets if target.projection == "fc2"]}
+    if find_method(name).layers != "linear":
+        return {}
+    shapes = [_shape(backbone, target) for target in targets]
+    inputs, outputs = [width for width, _ in shapes], [width for _, width in shapes]
     if name == "oft" and not options.keys() & {"r", "oft_block_size"}:
-        common = math.gcd(*(_in_features(backbone, target) for target in targets))
-        return {"oft_block_size": max(size for size in range(1, 33) if common % size == 0)}
+        return {"oft_block_size": _largest_divisor(inputs, range(1, 33))}
     if name == "vera" and "r" not in options:
-        return {"r": min(256, *(_in_features(backbone, target) for target in targets))}
+        return {"r": min(256, *inputs)}
+    if name == "road" and "group_size" not in options:
+        return {"group_size": _largest_divisor(outputs, range(2, 65, 2))}
+    if name == "miss" and "r" not in options:
+        return {"r": min(64, *inputs)}
+    if name == "shira" and "r" not in options:  # it trains r (inputs + outputs) of the weights of a layer
+        return {"r": min(32, *(width * height // (width + height) for width, height in shapes))}
+    if name == "waveft" and "n_frequency" not in options:
+        return {"n_frequency": min(2592, *(width * height for width, height in shapes))}
+    if name == "glora" and "config_D_E" not in options:
+        # peft's one number for all channels of a layer changes nothing where its output is normalised next.
+        return {"config_D_E": "vector"}
+    if name == "boft":
+        if "boft_block_num" in options:
+            return {"boft_block_size": 0}
+        return {"boft_block_size": _largest_divisor(inputs, range(1, 5))}
     return {}
 
 
-def _in_features(backbone: ClipBackbone, target: Target) -> int:
+def _largest_divisor(widths: list[int], sizes: range) -> int:
+    common = math.gcd(*widths)
+    return max((size for size in sizes if common % size == 0), default=sizes.start)
+
+
+def _shape(backbone: ClipBackbone, target: Target) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer, whether it is adapted already or not."""
+    plain = _plain(backbone, target)
+    assert isinstance(plain, nn.Linear)
+    return plain.in_features, plain.out_features
+
+
+def _plain(backbone: ClipBackbone, target: Target) -> nn.Module:
     layer = backbone.model.get_submodule(target.name)
     # An adapted layer keeps its plain layer inside.
     plain = getattr(layer, "base_layer", layer)
-    assert isinstance(plain, nn.Linear)
-    return plain.in_features
+    assert isinstance(plain, nn.Module)
+    return plain

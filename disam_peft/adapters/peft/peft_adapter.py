@@ -21,18 +21,21 @@ from disam_peft.adapters.interpolation import MoveTo, require_alpha, tensors_on_
 from disam_peft.adapters.matching_state import require_matching_state
 from disam_peft.adapters.peft.attaching import attach, require_exact, restore
 from disam_peft.adapters.peft.lora_soup import lora_soup
-from disam_peft.adapters.peft.methods import find_method, make_peft_config
+from disam_peft.adapters.peft.methods import METHODS, find_method
 from disam_peft.adapters.peft.norms import frozen_norms, widen_norms
 from disam_peft.adapters.peft.peft_config import PEFT_CONFIG_NAME, peft_config_json, require_same_config
-from disam_peft.adapters.peft.targets import frozen_blocks, only_outside_blocks, select_targets
+from disam_peft.adapters.peft.plan import method_name, plan
+from disam_peft.adapters.peft.sparse import require_indices
+from disam_peft.adapters.peft.targets import frozen_blocks, only_outside_blocks
 from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.backbones.base import ClipBackbone, Target
 from disam_peft.backbones.blocks import AFFINE
 from disam_peft.common.strict_json import json_bytes
-from disam_peft.config.adapters import LoraAdapterConfig, PeftAdapterConfig, Scalar
+from disam_peft.config.adapters import LoraAdapterConfig, PeftAdapterConfig
 from disam_peft.config.base import Config
 from disam_peft.errors import Notice, UserError
 
+_AVERAGED = ", ".join(["lora", *(name for name, method in METHODS.items() if method.averages)])
 _PREFIX = "base_model.model."  # what peft puts before a module's name in a checkpoint
 
 
@@ -80,7 +83,8 @@ class PeftAdapter(Adapter):
             layers = adapter._layers()
             require_exact({target.name for target in targets}, {name for name, _ in layers}, backbone)
             widen_norms(layers)
-            if find_method(_method(config)).affine and not peft_config.lora_dropout:
+            adapter.begin(backbone, targets)
+            if find_method(method_name(config)).affine and not peft_config.lora_dropout:
                 for _, layer in layers:
                     setattr(layer, AFFINE, True)
         except BaseException:
@@ -88,6 +92,9 @@ class PeftAdapter(Adapter):
             raise
         adapter.image_split, adapter.text_split = image_split, text_split
         return adapter
+
+    def begin(self, backbone: ClipBackbone, targets: list[Target]) -> None:
+        """Give the weights another start than that of peft; called at the end of ``build``."""
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """By the names of the checkpoint, without peft's prefix."""
@@ -114,6 +121,7 @@ class PeftAdapter(Adapter):
         self._require_unmerged()
         own = self._own_tensors()
         require_matching_state(self.kind, own, state)
+        require_indices(dict(self._layers()), state)
         scale = self._scale_tensors()
         set_peft_model_state_dict(self.peft_model, {name: state[name] for name in own if name not in scale})
         for name, tensor in scale.items():
@@ -125,7 +133,7 @@ class PeftAdapter(Adapter):
 
     def zero_shot_tensors(self, backbone: ClipBackbone, prompts: ClassPrompts) -> dict[str, Tensor]:
         assert isinstance(self.config, LoraAdapterConfig | PeftAdapterConfig)
-        name = _method(self.config)
+        name = method_name(self.config)
         method = find_method(name)
         if method.layers == "norm":
             return frozen_norms(self._layers(), self.trainable())
@@ -142,7 +150,7 @@ class PeftAdapter(Adapter):
 
     def interpolation(self, backbone: ClipBackbone, prompts: ClassPrompts) -> AbstractContextManager[MoveTo]:
         assert isinstance(self.config, LoraAdapterConfig | PeftAdapterConfig)
-        method = find_method(_method(self.config))
+        method = find_method(method_name(self.config))
         if method.linear_in or method.layers == "norm":
             return super().interpolation(backbone, prompts)
         return self._blended_layers(backbone)
@@ -223,14 +231,16 @@ class PeftAdapter(Adapter):
         cls, configs: Sequence[Config], states: Sequence[Mapping[str, Tensor]]
     ) -> tuple[Config, dict[str, Tensor]]:
         """LoRA, exactly: ranks are concatenated. Of other methods those whose weights are linear in their tensors."""
-        methods = {_method(config) for config in configs if isinstance(config, LoraAdapterConfig | PeftAdapterConfig)}
+        methods = {
+            method_name(config) for config in configs if isinstance(config, LoraAdapterConfig | PeftAdapterConfig)
+        }
         if methods == {"lora"}:
             return lora_soup(cls.kind, configs, states)
         for name in methods:
             if not find_method(name).averages:
                 raise UserError(
                     f"'{name}' adapters cannot be averaged: the weights of the model are not linear in their tensors, "
-                    "so the mean of these is no mean of models; average runs of lora, ia3 or ln_tuning"
+                    f"so the mean of these is no mean of models; average runs of {_AVERAGED}"
                 )
         return super().soup(configs, states)
 
@@ -263,8 +273,10 @@ class PeftAdapter(Adapter):
     def _views(self) -> dict[str, Tensor]:
         from peft import get_peft_model_state_dict
 
-        # "auto" would look the base model up on the hub to see whether its vocabulary was changed.
-        return get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LoRA tensor.*invalid shape.*lora_B.bias")  # a bias has one dim
+            # "auto" would look the base model up on the hub to see whether its vocabulary was changed.
+            return get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
 
     def _require_unmerged(self) -> None:
         merged = [name for name, layer in self._layers() if getattr(layer, "merged", False)]
@@ -273,60 +285,6 @@ class PeftAdapter(Adapter):
                 f"the adapter is merged into the live model ({len(merged)} layers, first {merged[0]}); call "
                 "peft's unmerge_adapter() first (export merges a copy, never the live model)"
             )
-
-
-class LoraAdapter(PeftAdapter):
-    """LoRA: ``PeftAdapter`` with its few settings spelled out."""
-
-    kind = "lora"
-
-    @classmethod
-    def expected_numbers(cls, config: Config, backbone: ClipBackbone, classes: int) -> int:
-        assert isinstance(config, LoraAdapterConfig)
-        targets, _ = plan(config, backbone)
-        layers: list[Any] = [backbone.model.get_submodule(target.name) for target in targets]
-        return sum(config.rank * (layer.in_features + layer.out_features) for layer in layers)
-
-
-def plan(config: LoraAdapterConfig | PeftAdapterConfig, backbone: ClipBackbone) -> tuple[list[Target], Any]:
-    """The targets and the ``peft.PeftConfig`` that a config means on this backbone; attaches nothing.
-
-    Projections that name ``qkv`` are those of version 0.1, where a fused layer was not split: the backbone is put into
-    the form that it had then (``ClipBackbone.use_fused_qkv``).
-
-    Raises:
-        UserError: unknown method or option, or targets that match nothing or only partly.
-    """
-    name = _method(config)
-    options: dict[str, Scalar]
-    if isinstance(config, LoraAdapterConfig):
-        projections = config.projections
-        options = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
-    else:
-        options, projections = config.options, config.projections or list(find_method(name).projections)
-    split_blocks = backbone.image_blocks
-    if "qkv" in projections and "image" in config.towers and backbone.use_fused_qkv() and split_blocks:
-        warnings.warn(
-            f"'qkv' is the fused layer of {backbone.config.name}, whose image tower therefore runs as a whole, as in "
-            "0.1: none of its blocks is frozen; projections=[q,k,v] are the same weights in layers of their own",
-            Notice,
-            stacklevel=2,
-        )
-    targets = select_targets(
-        backbone,
-        towers=config.towers,
-        blocks=config.blocks,
-        projections=projections,
-        kind=find_method(name).layers,
-        method=name,
-    )
-    if not targets:
-        raise UserError(f"'{name}' has nothing to adapt: no block of {backbone.config.name} was chosen")
-    return targets, make_peft_config(name, options, backbone, targets)
-
-
-def _method(config: LoraAdapterConfig | PeftAdapterConfig) -> str:
-    return "lora" if isinstance(config, LoraAdapterConfig) else config.method
 
 
 def _checkpoint_name(name: str) -> str:
