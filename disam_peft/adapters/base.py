@@ -318,6 +318,15 @@ class Adapter(StartHooks, nn.Module, ABC):
         """
         raise UserError(f"a '{self.kind}' adapter has no weights of the backbone to merge into; use --to peft")
 
+    def merged_weights(self, backbone: ClipBackbone) -> dict[str, Tensor]:
+        """The weights of ``merged`` by their names, or some of them: at least those that differ from the frozen ones.
+        An adapter on a half-precision backbone gives them as they were before they are rounded.
+
+        Raises:
+            UserError: as ``merged``.
+        """
+        return dict(self.merged(backbone).named_parameters())
+
 
 def parameter_dtype(backbone: ClipBackbone) -> torch.dtype:
     """float32, or the backbone's own dtype where that is wider."""

@@ -122,6 +122,9 @@ class FullAdapter(Adapter):
             self.trained_scale.write_into(plain)
         return plain
 
+    def merged_weights(self, backbone: ClipBackbone) -> dict[str, Tensor]:
+        return dict(self._weights())
+
     def exported_files(self, class_names: tuple[str, ...], class_features: Callable[[], Tensor]) -> dict[str, bytes]:
         """
         Raises:
@@ -129,7 +132,7 @@ class FullAdapter(Adapter):
         """
         raise UserError(
             "a 'full' adapter is the weights of the model itself, for which peft has no format; use --to merged, which "
-            "writes a checkpoint that the model's own library loads"
+            "writes a checkpoint that the model's own library loads, or --to lora for the nearest LoRA of a rank"
         )
 
 

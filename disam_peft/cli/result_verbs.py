@@ -91,23 +91,27 @@ def _score(score: float, metric: str) -> str:
 
 def export(
     folder: Annotated[Path, typer.Argument(help="A run.")],
-    to: Annotated[str, typer.Option(help="'peft': the adapter alone; 'merged': a complete checkpoint.")],
+    to: Annotated[
+        str,
+        typer.Option(help="'peft': the adapter alone; 'merged': a complete checkpoint; 'lora': the nearest LoRA."),
+    ],
     output: Annotated[Path, typer.Option(help="A new folder.")],
     held_out: Annotated[str | None, typer.Option(help="Which run, if the folder holds several.")] = None,
     alpha: Annotated[
         float | None, typer.Option(help="Weights between zero-shot (0) and trained (1), or beyond; unset: trained.")
     ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of --to lora; unset: 16.")] = None,
 ) -> None:
     """Write the adapter, or the whole model with the adapter merged in, for use elsewhere."""
     from disam_peft.config.export import check_form
 
-    check_form(to)
+    check_form(to, rank)
     from disam_peft.experiments.run_folder import find_run
 
     find_run(folder, held_out)  # before the imports below, which take seconds
     from disam_peft.experiments.export_run import export_run
 
-    say(f"wrote {export_run(folder, to, output, held_out=held_out, alpha=alpha)}")
+    say(f"wrote {export_run(folder, to, output, held_out=held_out, alpha=alpha, rank=rank)}")
 
 
 def report(

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from disam_peft.config.adapters import MAX_RANK
 from disam_peft.errors import UserError, did_you_mean
 
-FORMS = ("peft", "merged")
-"""``peft``: the adapter alone. ``merged``: a complete checkpoint of its family."""
+FORMS = ("peft", "merged", "lora")
+"""``peft``: the adapter alone. ``merged``: a complete checkpoint of its family. ``lora``: the nearest LoRA of a
+rank."""
+
+RANK = 16
+"""That of ``lora`` where none is asked for."""
 
 
-def check_form(to: str) -> None:
-    """Pass if there is such a form.
+def check_form(to: str, rank: int | None = None) -> None:
+    """Pass if there is such a form, and if it has a rank where one is given.
 
     Raises:
-        UserError: there is none; names the near ones.
+        UserError: there is none, and names the near ones; or a rank that no LoRA has.
     """
     if to not in FORMS:
         raise UserError(f"--to {to!r} is not one of {', '.join(FORMS)}{did_you_mean(to, FORMS)}")
+    if rank is not None and to != "lora":
+        raise UserError(f"--rank {rank} is for --to lora, and this is --to {to}; leave it out")
+    if rank is not None and not 1 <= rank <= MAX_RANK:
+        raise UserError(f"--rank {rank} is no rank; give a number from 1 to {MAX_RANK}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from disam_peft.backbones.with_model import with_model
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.doctor.check_result import CheckResult, largest_relative, measured, unavailable
 from disam_peft.doctor.subject import Subject
@@ -97,9 +97,7 @@ def merging(subject: Subject) -> CheckResult:
         merged = classifier.adapter.merged(classifier.backbone)
     except UserError as error:
         return unavailable(MERGED, str(error).split("; ")[0])
-    plain = copy.copy(classifier.backbone)
-    plain.model = merged
-    plain._base = dict(merged.named_parameters())
+    plain = with_model(classifier.backbone, merged)
     merged_logits_BC = ClipClassifier(plain, None, classifier.prompts)(subject.pixels())
     difference = largest_relative(merged_logits_BC, classifier.logits(subject.frozen()))
     limit = 1e-10 if subject.exact_dtype == torch.float64 else TOLERANCE

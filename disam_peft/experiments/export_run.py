@@ -7,16 +7,26 @@ from pathlib import Path
 from disam_peft.adapters.interpolation import require_alpha
 from disam_peft.adapters.manifest import read_manifest
 from disam_peft.classification.saved_classifier import load_adapter
-from disam_peft.config.export import check_form
+from disam_peft.config.export import RANK, check_form
 from disam_peft.errors import UserError
 from disam_peft.experiments.evaluate import put_at, require_zero_shot_weights
 from disam_peft.experiments.run_folder import ADAPTER, find_run, warn_if_unfinished
+from disam_peft.export.lora import export_lora
 from disam_peft.export.merged import export_merged
 from disam_peft.export.peft import export_peft
 
 
-def export_run(folder: Path, to: str, output: Path, *, held_out: str | None = None, alpha: float | None = None) -> Path:
-    """Export the adapter of a run: ``peft`` (the adapter alone) or ``merged`` (a complete checkpoint of its family).
+def export_run(
+    folder: Path,
+    to: str,
+    output: Path,
+    *,
+    held_out: str | None = None,
+    alpha: float | None = None,
+    rank: int | None = None,
+) -> Path:
+    """Export the adapter of a run: ``peft`` (the adapter alone), ``merged`` (a complete checkpoint of its family) or
+    ``lora`` (the nearest plain LoRA of a rank).
 
     Args:
         output: a folder that is new or empty.
@@ -24,12 +34,13 @@ def export_run(folder: Path, to: str, output: Path, *, held_out: str | None = No
         alpha: export the weights ``w0 + alpha (w1 - w0)`` in place of the trained ones w1; w0 are the zero-shot weights
             (WiSE-FT). The folder says so: an adapter in ``trained_with`` of its manifest, a merged checkpoint in
             ``disam_peft_export.json``.
+        rank: of ``lora``; unset: 16. How far it is from the adapter is said, and stands in ``disam_peft_lora.json``.
 
     Raises:
         UserError: several runs in ``folder`` and none chosen; an ``output`` that holds files; an adapter that cannot
             be merged, or that does not lie on a line from zero-shot weights; an alpha that is negative or not finite.
     """
-    check_form(to)
+    check_form(to, rank)
     run = find_run(folder, held_out)
     if alpha is not None:
         require_alpha(alpha)
@@ -40,12 +51,16 @@ def export_run(folder: Path, to: str, output: Path, *, held_out: str | None = No
         raise UserError(f"{output} is not empty; choose another --output, or remove it")
     classifier = load_adapter(source)
     trained_with = dict(read_manifest(source).trained_with)
-    if to == "merged":
-        with put_at(classifier, alpha):
-            export_merged(output, classifier, alpha=alpha)
-    else:
+    if to == "peft":
         if alpha is not None and classifier.adapter is not None:
             classifier.adapter.settle(classifier.backbone, classifier.prompts, alpha)
             trained_with["alpha"] = alpha
         export_peft(output, classifier, trained_with=trained_with)
+        return output
+    with put_at(classifier, alpha):
+        if to == "merged":
+            export_merged(output, classifier, alpha=alpha)
+        else:
+            told = trained_with if alpha is None else {**trained_with, "alpha": alpha}
+            export_lora(output, classifier, rank=RANK if rank is None else rank, trained_with=told)
     return output

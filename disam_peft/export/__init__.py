@@ -1,1 +1,2 @@
-"""Trained adapters (``peft.py``) and merged models (``merged.py``) as files that work without this package."""
+"""Trained adapters (``peft.py``), LoRAs made of them (``lora.py``) and merged models (``merged.py``) as files that work
+without this package."""

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.families import folder_config, load_backbone
 from disam_peft.backbones.fingerprint import WITH_WEIGHTS, differences
@@ -14,14 +13,13 @@ from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.common.files import published
 from disam_peft.common.strict_json import json_bytes
 from disam_peft.errors import UserError
+from disam_peft.export.logit_difference import largest_difference
 
 TOLERANCE = 1e-5
 """Largest difference of logits, in units of the largest logit (of 1 where all are smaller)."""
 
 EXPORT_NOTE = "disam_peft_export.json"
 """Says of a merged checkpoint at which alpha its weights are; no library reads it."""
-
-_IMAGES, _CLASSES = 4, 8
 
 
 def export_merged(directory: str | Path, classifier: ClipClassifier, *, alpha: float | None = None) -> float:
@@ -63,20 +61,11 @@ def export_merged(directory: str | Path, classifier: ClipClassifier, *, alpha: f
 
 
 def _difference(classifier: ClipClassifier, folder: Path) -> float:
-    source, adapter = classifier.backbone, classifier.adapter
+    source = classifier.backbone
     again = load_backbone(folder_config(source.config.family, folder)).to(source.device, source.dtype)
     _require_same_inputs(source, again)
-    # A sample of the prompts sees every weight of the text tower; an ensemble of thousands would see no more.
-    prompts = ClassPrompts(classifier.class_names[:_CLASSES], classifier.prompts.templates[:1])
-    height, width = source.preprocessing.size
-    generator = torch.Generator().manual_seed(0)
-    pixels_BCHW = torch.randn(_IMAGES, 3, height, width, generator=generator).to(source.device, source.dtype)
-    training = classifier.training
-    with torch.no_grad():
-        wanted_BC = ClipClassifier(source, adapter, prompts)(pixels_BCHW).double()
-        found_BC = ClipClassifier(again, None, prompts)(pixels_BCHW).double()
-    classifier.train(training)
-    return float((found_BC - wanted_BC).abs().max() / wanted_BC.abs().max().clamp(min=1))
+    difference, largest = largest_difference(classifier, again, None)
+    return difference / max(largest, 1.0)
 
 
 def _require_same_inputs(source: ClipBackbone, again: ClipBackbone) -> None:

@@ -18,9 +18,16 @@ from disam_peft.errors import Notice, UserError
 
 
 def export_peft(
-    directory: str | Path, classifier: ClipClassifier, *, trained_with: Mapping[str, Any] = MappingProxyType({})
+    directory: str | Path,
+    classifier: ClipClassifier,
+    *,
+    trained_with: Mapping[str, Any] = MappingProxyType({}),
+    more: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
     """Write the adapter folder and ``Adapter.exported_files`` into a new folder; never replaces anything.
+
+    Args:
+        more: further files, by name.
 
     Raises:
         UserError: as ``save_adapter``, or ``directory`` exists and is not empty.
@@ -39,7 +46,7 @@ def export_peft(
     with published(Path(directory)) as folder:
         write_adapter(folder, adapter, classifier.backbone, classifier.prompts, trained_with=trained_with)
         files = adapter.exported_files(classifier.class_names, lambda: _class_features(classifier))
-        for name, content in files.items():
+        for name, content in {**files, **more}.items():
             (folder / name).write_bytes(content)
 
 

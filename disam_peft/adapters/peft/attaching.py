@@ -42,8 +42,9 @@ def attach(backbone: ClipBackbone, peft_config: Any, seed: int | None) -> nn.Mod
 def _without_kernels() -> Iterator[None]:
     """BOFT would compile a CUDA extension for every layer that it is attached to, or warn that it cannot. Without it,
     it computes the same with torch; only butterfly factors beyond 1 need it."""
-    from peft.tuners.boft import layer
+    import peft.tuners.boft.layer
 
+    layer: Any = peft.tuners.boft.layer
     loaded, layer._FBD_CUDA = layer._FBD_CUDA, False
     try:
         yield

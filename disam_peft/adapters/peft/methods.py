@@ -51,7 +51,6 @@ class PeftMethod:
     needs_bias: bool = False
 
 
-LARGEST_COUNT = 2**31
 LARGEST_PROJECTIONS = 2**24
 
 _LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "use_rslora")
@@ -189,11 +188,9 @@ def _require_small_projections(options: Mapping[str, Scalar]) -> None:
 
 
 def _require_bounded(name: str, option: str, value: Scalar) -> None:
-    largest = MAX_RANK
-    if option.endswith(("_key", "_seed")):
-        largest = 2**63 - 1  # it only seeds
-    elif option == "n_frequency":
-        largest = LARGEST_COUNT  # peft compares it with the size of each layer
+    if option == "n_frequency":  # peft compares it with the size of each layer
+        return
+    largest = 2**63 - 1 if option.endswith(("_key", "_seed")) else MAX_RANK  # a key only seeds
     if isinstance(value, int) and abs(value) > largest:
         raise UserError(f"option '{option}' of peft method '{name}' is {value}, beyond {largest}; lower it")
 

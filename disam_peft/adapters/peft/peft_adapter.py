@@ -203,21 +203,8 @@ class PeftAdapter(Adapter):
                 backbone.model.set_submodule(name, layer)
 
     def merged(self, backbone: ClipBackbone) -> nn.Module:
-        self._require_unmerged()
-        whole = copy.deepcopy(self.peft_model)
-        if backbone.dtype in (torch.float16, torch.bfloat16):
-            whole.float()
-        try:
-            plain = whole.merge_and_unload(safe_merge=True)  # type: ignore[operator]
-        except ValueError as error:
-            raise UserError(f"merging failed: {error}; the adapter's weights are not finite") from error
+        plain = self._folded(backbone, torch.promote_types(backbone.dtype, torch.float32))
         as_loaded = {**backbone.base_parameters(), **dict(backbone.model.named_buffers())}
-        for layer, _ in self._layers() if self._alpha != 1 else ():
-            for part, parameter in plain.get_submodule(layer).named_parameters():
-                start = as_loaded[f"{layer}.{part}"].detach().to(parameter.dtype)
-                if not torch.equal(start, parameter):  # what did not change, as most biases, keeps its bits
-                    with torch.no_grad():
-                        parameter.copy_(wise_ft(start, parameter, self._alpha))
         for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):
             # a copy of our own that nobody holds yet; only its dtype changes, which copy_ could not do
             tensor.data = tensor.data.to(as_loaded[name].dtype)
@@ -225,6 +212,28 @@ class PeftAdapter(Adapter):
             self.trained_scale.write_into(plain)
         plain.requires_grad_(False)
         return plain.eval()
+
+    def merged_weights(self, backbone: ClipBackbone) -> dict[str, Tensor]:
+        return dict(self._folded(backbone, torch.float64).named_parameters())
+
+    def _folded(self, backbone: ClipBackbone, dtype: torch.dtype) -> nn.Module:
+        """A copy of the model with the adapter in its weights, computed in ``dtype``."""
+        self._require_unmerged()
+        whole = copy.deepcopy(self.peft_model)
+        if dtype != backbone.dtype:
+            whole.to(dtype)
+        try:
+            plain: nn.Module = whole.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+        except ValueError as error:
+            raise UserError(f"merging failed: {error}; the adapter's weights are not finite") from error
+        base = backbone.base_parameters()
+        for layer, _ in self._layers() if self._alpha != 1 else ():
+            for part, parameter in plain.get_submodule(layer).named_parameters():
+                start = base[f"{layer}.{part}"].detach().to(parameter.dtype)
+                if not torch.equal(start, parameter):  # what did not change, as most biases, keeps its bits
+                    with torch.no_grad():
+                        parameter.copy_(wise_ft(start, parameter, self._alpha))
+        return plain
 
     @classmethod
     def soup(

@@ -27,7 +27,6 @@ def plan(config: LoraAdapterConfig | PeftAdapterConfig, backbone: ClipBackbone) 
             that a layer cannot have.
     """
     name = method_name(config)
-    is_lora = isinstance(config, LoraAdapterConfig)
     projections = config.projections or list(find_method(name).projections)
     split_blocks = backbone.image_blocks
     if "qkv" in projections and "image" in config.towers and backbone.use_fused_qkv() and split_blocks:
@@ -47,7 +46,7 @@ def plan(config: LoraAdapterConfig | PeftAdapterConfig, backbone: ClipBackbone) 
     )
     if not targets:
         raise UserError(f"'{name}' has nothing to adapt: no block of {backbone.config.name} was chosen")
-    if not is_lora:
+    if isinstance(config, PeftAdapterConfig):
         return targets, make_peft_config(name, config.options, backbone, targets)
     if config.bias:
         require_biases("lora with bias: true", backbone, targets)

@@ -31,10 +31,11 @@ def start_factors(start: Start, weight_OI: Tensor, rank: int, scale: float) -> t
     outputs, inputs = weight_OI.shape
     scratch = nn.ModuleDict({"layer": nn.Linear(inputs, outputs, bias=False, device="meta")})
     scratch["layer"].weight = nn.Parameter(weight_OI.detach().float().clone(), requires_grad=False)
-    config = peft.LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=["layer"], init_lora_weights=start)
+    alpha: Any = scale * rank  # peft says int, and divides
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["layer"], init_lora_weights=start)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*PiSSA.*")
-        layer: Any = peft.inject_adapter_in_model(config, scratch)["layer"]
+        layer: Any = peft.inject_adapter_in_model(config, scratch).get_submodule("layer")
     return layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
 
 

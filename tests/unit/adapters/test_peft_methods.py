@@ -23,6 +23,7 @@ from tests.helpers.adapter_cells import (
     tiny_classifier,
 )
 from tests.helpers.timm_towers import tiny_timm
+from tests.helpers.tuner_cells import TUNERS
 
 
 @pytest.fixture
@@ -31,7 +32,8 @@ def backbone(twins: tuple[str, str]) -> ClipBackbone:
 
 
 def test_every_method_is_a_cell_of_the_contract() -> None:
-    tested = {config.method for config in CELLS.values() if isinstance(config, PeftAdapterConfig)}
+    cells = [*CELLS.values(), *TUNERS.values()]
+    tested = {config.method for config in cells if isinstance(config, PeftAdapterConfig)}
     assert tested | {"lora"} == METHODS.keys()
 
 

@@ -111,7 +111,7 @@ def test_python_m_runs_the_command_line() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["export", ".", "--to", "pefft", "--output", "out"], "--to 'pefft' is not one of peft, merged; did you mean"),
+        (["export", ".", "--to", "pefft", "--output", "out"], "--to 'pefft' is not one of peft, merged, lora; did you"),
         (["export", "docs", "--to", "peft", "--output", "out"], "no finished run in docs"),
     ],
 )
