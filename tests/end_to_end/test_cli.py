@@ -77,6 +77,9 @@ def test_train_evaluate_export(cli, arguments, tmp_path):
         code, out, err = cli("export", folder, "--to", to, "--output", tmp_path / to)
         assert code == 0, err
         assert (tmp_path / to / file).is_file()
+    code, _, err = cli("export", folder, "--to", "lora", "--rank", "2", "--alpha", "0.5", "--output", tmp_path / "lora")
+    assert code == 0 and "the LoRA of rank 2 lacks" in err, err
+    assert "disam_peft_lora.json" in {file.name for file in (tmp_path / "lora").iterdir()}
     code, _, err = cli("export", folder, "--to", "peft", "--output", tmp_path / "peft")
     assert code == 2
     assert "is not empty" in err

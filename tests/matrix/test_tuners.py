@@ -15,14 +15,20 @@ from disam_peft.adapters.peft.peft_adapter import PeftAdapter
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.config.adapters import LoraAdapterConfig, PeftAdapterConfig
+from disam_peft.config.anchors import WeightsAnchorConfig
+from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.errors import UserError
 from tests.helpers.adapter_cells import FAMILIES, LABELS, PROMPTS, pixels, tiny_backbone, tiny_classifier
+from tests.helpers.terms import Case, Workplace
 from tests.helpers.tuner_cells import TUNERS
 from tests.matrix.test_adapter_contract import largest_gradient_error
+from tests.matrix.test_terms import difference, same_bits
 
 every_tuner = pytest.mark.parametrize("name", TUNERS)
 # Layers are the same in both families; the folder of one is what plain peft reads.
 FAMILY_OF = {name: FAMILIES[number % 2] for number, name in enumerate(TUNERS)}
+SAMPLE = ("lora-pattern", "shira", "tinylora-tied", "boft")
+"""Those that keep more than what they train: starts, places, shared vectors, permutations."""
 AT_START = {"lora-orthogonal": 1e-6}
 """peft orthogonalises in float32."""
 
@@ -120,6 +126,19 @@ def test_a_half_precision_backbone(twins: tuple[str, str], name: str) -> None:
     wanted = reference.adapter.merged(wide).state_dict()
     for key, tensor in classifier.adapter.merged(backbone).state_dict().items():
         assert torch.equal(tensor, wanted[key].to(tensor.dtype)), key
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_steps_in_micro_batches_from_a_store_and_after_a_resume(
+    name: str, twins: tuple[str, str], domains_folder: Path
+) -> None:
+    """Under DISAM, which perturbs and restores; the anchor asks for where the weights started."""
+    place = Workplace(twins, domains_folder)
+    case = Case(ObjectiveConfig(anchors=[WeightsAnchorConfig(weight=2.0)]), TUNERS[name])
+    whole = place.train(case, "disam")
+    assert difference(place.train(case, "disam", 3), whole) <= 1e-12
+    assert difference(place.train(case, "disam", source="feature store"), whole) <= 1e-12
+    assert same_bits(place.resumed(case, "disam"), whole)
 
 
 def _has_mean(adapter: PeftAdapter) -> bool:
