@@ -63,7 +63,7 @@ class Adapter(StartHooks, nn.Module, ABC):
     """The same for the text tower; None: it is frozen for the class prompts, whose features are computed once.
     (A text prompt trains none of the tower and replaces the class prompts: it overrides ``class_features``.)"""
 
-    replaces_class_prompts: ClassVar[bool] = False
+    replaces_class_prompts: bool = False
     """``class_features`` has prompts of its own: those of the templates need never run."""
 
     @classmethod
@@ -111,10 +111,10 @@ class Adapter(StartHooks, nn.Module, ABC):
             return backbone.encode_text(text.tokens_NL)
         return backbone.text_head(text.hidden, text.tokens_NL, self.text_split)
 
-    @classmethod
-    def has_prompt_features(cls) -> bool:
-        """Whether the class features of this kind of adapter are the ensemble of ``prompt_features``."""
-        return cls.class_features is Adapter.class_features or cls.prompt_features is not Adapter.prompt_features
+    def has_prompt_features(self) -> bool:
+        """Whether the class features of this adapter are the ensemble of ``prompt_features``."""
+        own = type(self)
+        return own.class_features is Adapter.class_features or own.prompt_features is not Adapter.prompt_features
 
     def image_features(self, features_BE: Tensor) -> Tensor:
         """The image tower's features (B, E) as this adapter changes them; neither is normalised."""
@@ -274,6 +274,10 @@ class Adapter(StartHooks, nn.Module, ABC):
         return ""
 
     # -- saving and exporting ------------------------------------------------------------------------------------
+
+    def parts(self) -> Mapping[str, Adapter]:
+        """The adapters that this one is made of, by name; each can be saved as itself. Not overridden: none."""
+        return {}
 
     companion_names: ClassVar[tuple[str, ...]] = ()
     """Files for other programs that may lie in an adapter folder of this kind beside our own two."""

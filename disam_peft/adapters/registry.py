@@ -6,6 +6,7 @@ from disam_peft.adapters.base import Adapter
 from disam_peft.adapters.clap import ClapAdapter
 from disam_peft.adapters.clip_adapter import ClipAdapter
 from disam_peft.adapters.closed_form_probe import ClosedFormProbe
+from disam_peft.adapters.combined import CombinedAdapter
 from disam_peft.adapters.coop.cocoop_adapter import CoCoOpAdapter
 from disam_peft.adapters.coop.coop_adapter import CoOpAdapter
 from disam_peft.adapters.effect import require_effect
@@ -27,6 +28,7 @@ from disam_peft.config.adapters import (
     AdapterConfig,
     ClipAdapterConfig,
     CoCoOpConfig,
+    CombinedConfig,
     CoOpConfig,
     FullConfig,
     LinearProbeConfig,
@@ -63,6 +65,7 @@ ADAPTERS: dict[type[Config], type[Adapter]] = {
     MapleConfig: MapleAdapter,
     ClapConfig: ClapAdapter,
     CoCoOpConfig: CoCoOpAdapter,
+    CombinedConfig: CombinedAdapter,
 }
 
 

@@ -322,6 +322,92 @@ class LpFtConfig(Config):
         return self
 
 
+_HOW_TO_COMBINE = (
+    "choose at most one of lora, peft, full and visual_prompts, clip_adapter, and one of coop, task_res, linear_probe"
+)
+
+
+def _that_combines(value: Any) -> Any:
+    kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+    if kind in ADAPTER_KINDS and kind not in CombinedConfig.places:
+        raise ValueError(f"{kind} stands alone, and cannot be a part of a combination; {_HOW_TO_COMBINE}")
+    return value
+
+
+class CombinedConfig(Config):
+    """Several adapters at once, each at a place of its own: in the towers, behind the image tower, and on the side of
+    the classes. A list is short for it: ``adapter: [{kind: lora}, {kind: coop}]``."""
+
+    places: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("lora", "peft", "full", "visual_prompts"), "the towers"),
+        "clip_adapter": "the features behind the image tower",
+        **dict.fromkeys(("coop", "task_res", "linear_probe"), "the classes"),
+    }
+    """Kind of a part -> what it changes."""
+
+    kind: Literal["combined"] = "combined"
+    parts: Annotated[
+        list[
+            Annotated[
+                Annotated[
+                    LoraAdapterConfig
+                    | PeftAdapterConfig
+                    | FullConfig
+                    | VisualPromptsConfig
+                    | ClipAdapterConfig
+                    | CoOpConfig
+                    | TaskResConfig
+                    | LinearProbeConfig,
+                    Field(discriminator="kind"),
+                ],
+                BeforeValidator(_that_combines),
+            ]
+        ],
+        Field(min_length=2),
+    ]
+    """They are trained together, from the first step on, in one forward pass."""
+
+    @property
+    def has_own_head(self) -> bool:
+        return any(isinstance(part, LinearProbeConfig) for part in self.parts)
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> CombinedConfig:
+        taken: dict[str, str] = {}
+        for part in self.parts:
+            place = self.places[part.kind]
+            if place in taken:
+                raise ValueError(f"{taken[place]} and {part.kind} both change {place}; {_HOW_TO_COMBINE}")
+            taken[place] = part.kind
+            if getattr(part, "logit_scale", "frozen") == "trained":
+                raise ValueError(
+                    f"{part.kind} has logit_scale: trained, which a combination cannot train; leave it out"
+                )
+        if any("text" in getattr(part, "towers", []) for part in self.parts):
+            self._require_text_to_matter()
+        return self
+
+    def _require_text_to_matter(self) -> None:
+        for part in self.parts:
+            if isinstance(part, LinearProbeConfig):
+                raise ValueError(
+                    "towers has text, but with a linear_probe the text has no part in the logits; use towers: [image]"
+                )
+            if isinstance(part, TaskResConfig):
+                raise ValueError(
+                    "towers has text, but task_res adds to the class features of a frozen text tower; use "
+                    "towers: [image]"
+                )
+            if isinstance(part, CoOpConfig) and part.memory_budget_gb is not None:
+                raise ValueError(
+                    "memory_budget_gb of coop counts what a frozen text tower keeps, and towers has text; leave it out"
+                )
+
+
+def _combination_of_a_list(value: Any) -> Any:
+    return {"kind": "combined", "parts": value} if isinstance(value, list) else value
+
+
 AdapterConfig = Annotated[
     LoraAdapterConfig
     | PeftAdapterConfig
@@ -338,14 +424,22 @@ AdapterConfig = Annotated[
     | IvlpConfig
     | MapleConfig
     | ClapConfig
-    | CoCoOpConfig,
+    | CoCoOpConfig
+    | CombinedConfig,
     Field(discriminator="kind"),
+    BeforeValidator(_combination_of_a_list),
 ]
 """The list of all adapters: recipes, ``compare --adapters``, the registry and the tests read it."""
 
 ADAPTER_CONFIGS: tuple[type[Config], ...] = get_args(get_args(AdapterConfig)[0])
 ADAPTER_KINDS: tuple[str, ...] = tuple(config.model_fields["kind"].default for config in ADAPTER_CONFIGS)
 """What ``adapter.kind`` may be in a recipe."""
+
+
+def adapter_label(adapter: Config) -> str:
+    """The kind of an adapter, as tables and sentences call it; of a combination those of its parts: ``lora + coop``."""
+    parts = adapter.parts if isinstance(adapter, CombinedConfig) else [adapter]
+    return " + ".join(getattr(part, "kind", "") for part in parts)
 
 
 def export_format(adapter: Config) -> Literal["peft", "merged"]:

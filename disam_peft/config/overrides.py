@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from disam_peft.config.data import SOURCE_SETTINGS
@@ -50,18 +51,24 @@ def _apply(values: dict[str, Any], override: str, mistakes: list[str], as_text: 
 
 def set_key(values: dict[str, Any], key: str, value: Any, mistakes: list[str]) -> None:
     """Set the dotted ``key`` in ``values``. A part of the key that holds a value in place of further keys is a mistake,
-    which is appended to ``mistakes``."""
+    which is appended to ``mistakes``. An entry of a list has its number as its key, from 0."""
     *parents, last = key.split(".")
-    place = values
-    for parent in parents:
-        inner = place.setdefault(parent, {})
+    place: Any = values
+    for depth, (parent, below) in enumerate(pairwise([*parents, last])):
+        inner = place[int(parent)] if isinstance(place, list) else place.setdefault(parent, {})
         if isinstance(inner, str) and parent in SHORT_FOR_KINDS:
             inner = place[parent] = {"kind": inner}
-        if not isinstance(inner, dict):
-            mistakes.append(f"override '{key}={value}': {parent} holds the value {inner!r}, not further keys")
+        where = f"override '{key}={value}': {parent} holds"
+        if isinstance(inner, list) and inner:
+            if not (below.isdecimal() and int(below) < len(inner)):
+                path = ".".join(parents[: depth + 1])
+                mistakes.append(f"{where} a list; its entries are {path}.0 to {path}.{len(inner) - 1}")
+                return
+        elif not isinstance(inner, dict):
+            mistakes.append(f"{where} the value {inner!r}, not further keys")
             return
         place = inner
-    place[last] = value
+    place[int(last) if isinstance(place, list) else last] = value
 
 
 def override(key: str, value: str) -> str:

@@ -71,7 +71,7 @@ def _keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 def _as_part_of_a_name(value: Any) -> str:
     if isinstance(value, Mapping):
-        value = value.get("kind", value.get("name"))
+        value = value.get("parts") or value.get("kind", value.get("name"))  # a combination is called by its parts
     if isinstance(value, list):
         return "+".join(map(_as_part_of_a_name, value)).replace("+", "-") or "none"
     if value is None:

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from disam_peft import __version__
 from disam_peft.common.progress import track
-from disam_peft.config.adapters import LoraAdapterConfig
+from disam_peft.config.adapters import LoraAdapterConfig, adapter_label
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.data import DataConfig
 from disam_peft.config.protocol import ProtocolConfig
@@ -132,7 +132,7 @@ def examine(recipe: Recipe, *, seconds: float = SECONDS, device: torch.device | 
     finally:
         if ranks is not None:
             ranks.stop()
-    label = f"{recipe.backbone.name}, {recipe.adapter.kind}, {recipe.method.name}"
+    label = f"{recipe.backbone.name}, {adapter_label(recipe.adapter)}, {recipe.method.name}"
     return Examination(environment(device), label, tuple(findings), time.monotonic() - start)
 
 

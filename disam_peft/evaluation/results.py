@@ -24,6 +24,7 @@ from disam_peft.common.records import (
     write_results,
 )
 from disam_peft.common.run_images import size_as_content
+from disam_peft.config.adapters import adapter_label
 from disam_peft.config.evaluation import EvaluationConfig, SharpnessConfig
 from disam_peft.config.recipe import Recipe
 from disam_peft.data.dataset import DomainDataset
@@ -53,7 +54,7 @@ class Identity:
     @classmethod
     def of_trained(cls, recipe: Recipe, weights: str = RAW, *, chosen: bool) -> Identity:
         """The recipe's model with its trained adapter; ``weights`` and ``chosen`` as in ``ResultRow``."""
-        model = (_backbone_label(recipe), recipe.adapter.kind, recipe.method.name)
+        model = (_backbone_label(recipe), adapter_label(recipe.adapter), recipe.method.name)
         return cls(*model, recipe.protocol.domain, recipe.seed, weights, chosen)
 
 

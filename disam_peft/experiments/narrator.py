@@ -16,6 +16,7 @@ from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.domain_inference import InferredDomains
 from disam_peft.common import progress
 from disam_peft.common.processes import is_main
+from disam_peft.config.adapters import adapter_label
 from disam_peft.config.average import kept_averages
 from disam_peft.config.data import DomainsConfig
 from disam_peft.config.feature_adapters import takes_no_steps
@@ -100,7 +101,7 @@ class Narrator:
         every = {id(p): p.numel() for p in [*classifier.parameters(), *trained.values()] if id(p) not in replaced}
         name, tag = recipe.backbone.name, recipe.backbone.pretrained
         self.say(
-            f"  trained: {recipe.adapter.kind} on {name if tag is None else f'{name}:{tag}'}, {numbers:,} of "
+            f"  trained: {adapter_label(recipe.adapter)} on {name if tag is None else f'{name}:{tag}'}, {numbers:,} of "
             f"{sum(every.values()):,} parameters ({_share(numbers / sum(every.values()))})"
         )
         if self.verbose:

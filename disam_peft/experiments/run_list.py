@@ -14,6 +14,7 @@ from disam_peft.common.locks import holder
 from disam_peft.common.records import METRICS, RESULTS, ResultRow
 from disam_peft.common.soup_record import soup_settings
 from disam_peft.common.strict_json import parse_json
+from disam_peft.config.adapters import adapter_label
 from disam_peft.config.feature_adapters import takes_no_steps
 from disam_peft.config.identity import identifying_settings
 from disam_peft.config.names import name_of_folder
@@ -101,7 +102,7 @@ def _listed(place: Path) -> ListedRun:
         "name": name,
         "held_out": recipe.protocol.domain,
         "backbone": _backbone(recipe),
-        "adapter": recipe.adapter.kind,
+        "adapter": adapter_label(recipe.adapter),
         "method": recipe.method.name,
         "data": data_source(recipe),
         "seed": recipe.seed,

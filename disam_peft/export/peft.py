@@ -24,7 +24,8 @@ def export_peft(
     trained_with: Mapping[str, Any] = MappingProxyType({}),
     more: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
-    """Write the adapter folder and ``Adapter.exported_files`` into a new folder; never replaces anything.
+    """Write the adapter folder and ``Adapter.exported_files`` into a new folder; never replaces anything. The parts of
+    an adapter that is made of several lie beside them, each as an adapter folder of its own.
 
     Args:
         more: further files, by name.
@@ -48,6 +49,9 @@ def export_peft(
         files = adapter.exported_files(classifier.class_names, lambda: _class_features(classifier))
         for name, content in {**files, **more}.items():
             (folder / name).write_bytes(content)
+        for name, part in adapter.parts().items():
+            (folder / name).mkdir()
+            write_adapter(folder / name, part, classifier.backbone, classifier.prompts, trained_with=trained_with)
 
 
 def _class_features(classifier: ClipClassifier) -> Tensor:

@@ -16,7 +16,9 @@ from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.config.adapters import (
     ADAPTER_CONFIGS,
     AdapterConfig,
+    ClipAdapterConfig,
     CoCoOpConfig,
+    CombinedConfig,
     CoOpConfig,
     FullConfig,
     LastBlocks,
@@ -67,6 +69,22 @@ CELLS: dict[str, AdapterConfig] = {
     "lp_ft-full": LpFtConfig(probe=ProbeStartConfig(bias=False), adapter=FullConfig(blocks=[2])),
     "tip_adapter-keys": TipAdapterConfig(trained="keys", shots=2, alpha=0.5, beta=5.5),
     "closed_form_probe-head": ClosedFormProbeConfig(trained="head", regularisation=0.1, scale=10),
+    "prompts+probe": CombinedConfig(
+        parts=[VisualPromptsConfig(tokens=2, blocks=LAST_TWO, seed=1), LinearProbeConfig()]
+    ),
+    "lora-both+coop": CombinedConfig(
+        parts=[
+            CoOpConfig(context_tokens=4, seed=1),
+            LoraAdapterConfig(towers=["image", "text"], projections=ALL_LINEAR, blocks=LAST_TWO, rank=2, seed=1),
+        ]
+    ),
+    "full+adapter+probe": CombinedConfig(
+        parts=[
+            FullConfig(blocks="none", norms=LAST_TWO),
+            ClipAdapterConfig(seed=1),
+            LinearProbeConfig(bias=False),
+        ]
+    ),
     "full-biases": FullConfig(towers=["image", "text"], blocks="none", biases=LAST_TWO),
     "visual_prompts": VisualPromptsConfig(tokens=2, blocks=LAST_TWO, seed=1),
     "ivlp": IvlpConfig(context_tokens=3, init=None, visual_tokens=2, seed=1),

@@ -22,6 +22,7 @@ NOT_LINEAR = ("dora", "oft", "hra")
 WITHOUT = (
     *("coop-shared", "coop-class", "coop-scale", "cocoop", "cocoop-class", "clip_adapter", "tip_adapter-keys"),
     *("visual_prompts", "ivlp", "maple"),
+    *("prompts+probe", "lora-both+coop", "full+adapter+probe"),
 )
 ALPHAS = (0.3, 1.2)
 BOTH_FAMILIES = (FAMILIES[0], pytest.param(FAMILIES[1], marks=pytest.mark.slow))

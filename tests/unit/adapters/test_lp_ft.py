@@ -195,7 +195,7 @@ def test_soups_average_heads_and_what_is_below_them(twins: tuple[str, str]) -> N
     torch.testing.assert_close(found.head.weight.detach(), (heads[0] + heads[1]) / 2, rtol=0, atol=1e-12)
     for name, parameter in found.inner.merged(backbone).named_parameters():
         torch.testing.assert_close(parameter, (features[0][name] + features[1][name]) / 2, rtol=0, atol=1e-12)
-    with pytest.raises(UserError, match=r"different kinds below the head \(lora, full\)"):
+    with pytest.raises(UserError, match=r"different parts \(lora and linear_probe, full and linear_probe\)"):
         LpFtAdapter.soup([configs[0], LpFtConfig(adapter=FullConfig())], states)
     with pytest.raises(UserError, match="differ in bias"):
         LpFtAdapter.soup([configs[0], configs[1].model_copy(update={"probe": ProbeStartConfig(bias=False)})], states)
