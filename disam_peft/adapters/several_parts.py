@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from disam_peft.adapters.base import Adapter
@@ -68,6 +69,10 @@ class SeveralParts(Adapter):
         for part in self.parts().values():
             features_BE = part.image_features(features_BE)
         return features_BE
+
+    def own_term(self) -> Tensor | None:
+        terms = [term for part in self.parts().values() if (term := part.own_term()) is not None]
+        return torch.stack(terms).sum() if terms else None
 
     # -- weights -------------------------------------------------------------------------------------------------
 

@@ -54,6 +54,15 @@ def test_each_part_computes_what_it_computes_alone(twins: tuple[str, str], famil
     assert (features[0] - wanted).abs().max() > 1e-3
 
 
+def test_the_terms_of_the_parts_are_added(twins: tuple[str, str]) -> None:
+    probe = LinearProbeConfig(text_weight=0.5)
+    both = tiny_classifier(tiny_backbone(twins, "open_clip"), CombinedConfig(parts=[LORA, probe]))
+    term = alone(combined(both), "linear_probe", twins, "open_clip").adapter.own_term()
+    assert term is not None and term > 0 and torch.equal(both.adapter.own_term(), term)
+    plain = tiny_classifier(tiny_backbone(twins, "open_clip"), CombinedConfig(parts=[LORA, LinearProbeConfig()]))
+    assert plain.adapter.own_term() is None
+
+
 def test_context_goes_through_the_adapted_text_tower(twins: tuple[str, str]) -> None:
     text = LoraAdapterConfig(towers=["text"], projections=ALL_LINEAR, blocks=[1], rank=2, seed=1)
     both = tiny_classifier(tiny_backbone(twins, "open_clip"), CombinedConfig(parts=[text, COOP]))
