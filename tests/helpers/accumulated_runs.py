@@ -143,6 +143,7 @@ ON_TWO = {
     "whole tower": {"pieces": 2, "batch": 13, "cell": "full"},
     "probe first": {"pieces": 2, "batch": 13, "cell": "lp_ft-lora"},
     "cache": {"pieces": 2, "batch": 13, "cell": "tip_adapter-keys"},
+    "prompts of both towers": {"pieces": 2, "batch": 13, "cell": "maple"},
     "one piece": {"pieces": 1, "batch": 13},
     "penalty": {"pieces": 2, "batch": 13, "objective": "vrex"},
     "penalty, one piece": {"pieces": 1, "batch": 13, "objective": "vrex"},

@@ -125,6 +125,10 @@ def test_row_60_killed_before_any_write_at_the_end_of_a_run_it_is_completed(fini
         {"adapter": {"kind": "full", "towers": ["image", "text"], "logit_scale": "trained"}},
         {"adapter": {"kind": "lp_ft", "adapter": LORA}, "average": [{"kind": "bma"}, {"kind": "ema", "decay": 0.9}]},
         {"adapter": {"kind": "tip_adapter", "trained": "keys", "shots": 2, "search_step": [8, 5]}},
+        {
+            "adapter": {"kind": "maple", "context_tokens": 2, "memory_budget_gb": 1e-4},
+            "features": {"store": True, "views": 2},
+        },
         {"data": {"pixel_store": 36}, "train": {"workers": 2}},
         {"features": {"store": True, "views": 2}},
         {"augment": {"mixup": {}}, "train": {"class_sampling": "balanced", "workers": 2}},
@@ -148,6 +152,7 @@ def test_row_60_killed_before_any_write_at_the_end_of_a_run_it_is_completed(fini
         "full towers",
         "probe first",
         "cache",
+        "prompts of both towers",
         "pixel store",
         "feature store",
         "mixup",

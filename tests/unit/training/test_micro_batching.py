@@ -131,7 +131,7 @@ def test_every_adapter_in_pieces(run, cell):
 
 
 @pytest.mark.parametrize("source", ["pixel store", "feature store"])
-@pytest.mark.parametrize("cell", ["lora-image", "probe-random"])
+@pytest.mark.parametrize("cell", ["lora-image", "probe-random", pytest.param("visual_prompts", marks=pytest.mark.slow)])
 def test_every_source_in_pieces(run, source, cell):
     whole, in_pieces = (run(pieces, cell=cell, source=source, steps=2)[0] for pieces in (1, 4))
     assert (in_pieces - whole).abs().max() <= 1e-12
