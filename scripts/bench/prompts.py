@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -102,7 +103,7 @@ def maple_pair(
 
 
 def rows(folder: Path, batch_size: int, rounds: int, device: torch.device) -> list[Row]:
-    """The section's part of the table."""
+    """The section's part of the table. On a CPU with one thread it is CPU time, which other programs disturb less."""
     return [*_visual(folder, batch_size, rounds, device), *_maple(folder, rounds, device)]
 
 
@@ -153,4 +154,6 @@ def _differences(step: dict[str, Step], wide: dict[str, Step], ending: str) -> t
 
 
 def _timed(step: dict[str, Step], names: tuple[str, ...], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    return interleaved({name: step[name].run for name in names}, rounds, device)
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
+    return interleaved({name: step[name].run for name in names}, rounds, device, clock=clock)
