@@ -27,7 +27,7 @@ class ImageTokens:
     Args:
         chosen: numbers of the blocks, in order.
         count: P.
-        prompts_of: the prompts (P, W) of a block, with a graph; asked in each pass.
+        prompts_of: the prompts (P, W) of a block by its number, as text, with a graph; asked in each pass.
         trained: the module whose parameters ``prompts_of`` uses. The model shows it as a part of it while it is
             attached, as it does with those of other adapters.
     """
@@ -37,19 +37,19 @@ class ImageTokens:
         backbone: ClipBackbone,
         chosen: Sequence[int],
         count: int,
-        prompts_of: Callable[[int], Tensor],
+        prompts_of: Callable[[str], Tensor],
         trained: nn.Module,
     ) -> None:
         self._prompts_of, self._count, self._active = prompts_of, count, True
         blocks, norm = backbone.blocks("image"), backbone.image_token_entrance().norm
-        hooks = [partial(self._enter, number, number > chosen[0], None if number else norm) for number in chosen]
+        hooks = [partial(self._enter, str(number), number > chosen[0], None if number else norm) for number in chosen]
         self._handles = [
             blocks[number].register_forward_pre_hook(hook) for number, hook in zip(chosen, hooks, strict=True)
         ]
         self._handles.append(blocks[-1].register_forward_hook(self._leave))
         backbone.model.add_module(_NAME, trained)
 
-    def _enter(self, number: int, replace: bool, norm: nn.Module | None, _: nn.Module, args: tuple[Any, ...]) -> Any:
+    def _enter(self, number: str, replace: bool, norm: nn.Module | None, _: nn.Module, args: tuple[Any, ...]) -> Any:
         if not self._active:
             return None
         hidden_BLW: Tensor = args[0]

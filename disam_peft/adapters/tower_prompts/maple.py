@@ -42,7 +42,8 @@ class MapleAdapter(Adapter):
     ) -> None:
         super().__init__()
         self.config = config
-        self.text, self.projections = text, nn.ModuleList(projections)
+        self.text = text
+        self.projections = nn.ModuleDict({str(number): layer for number, layer in enumerate(projections)})
         self._placed = ImageTokens(
             backbone,
             range(len(projections)),

@@ -70,9 +70,9 @@ class TextPrompts(nn.Module):
         deep = {number: drawn(start.context.shape, generator).to(backbone.device, wide) for number in range(1, depth)}
         return cls(CoOpAdapter.from_start(asked(start.length), backbone, start), start.first, deep)
 
-    def of_block(self, number: int) -> Tensor:
-        """The prompts (M, W) that enter before a block."""
-        return self.deep[str(number)] if number else self.coop.context
+    def of_block(self, number: str) -> Tensor:
+        """The prompts (M, W) that enter before the block of this number."""
+        return self.coop.context if number == "0" else self.deep[number]
 
     def features(self, backbone: ClipBackbone) -> Tensor:
         """Features (C, E) of the prompts of all classes, not normalised."""

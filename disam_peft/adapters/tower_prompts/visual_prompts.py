@@ -34,7 +34,7 @@ class VisualPromptsAdapter(Adapter):
         self.prompts = nn.ParameterDict([(str(number), nn.Parameter(start)) for number, start in prompts.items()])
         self.image_split = min(prompts)
         self._placed = ImageTokens(
-            backbone, sorted(prompts), config.tokens, lambda number: self.prompts[str(number)], self.prompts
+            backbone, sorted(prompts), config.tokens, lambda number: self.prompts[number], self.prompts
         )
 
     @classmethod
