@@ -39,6 +39,7 @@ from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.families import load_backbone
 from disam_peft.backbones.fingerprint import differences
 from disam_peft.common.strict_json import json_bytes
+from disam_peft.config.backbone import Precision
 from disam_peft.errors import Notice, UserError
 
 _UNREAD = "It was not read; export the adapter again where it was trained"
@@ -91,13 +92,19 @@ def read_state(directory: Path) -> tuple[AdapterManifest, dict[str, Tensor]]:
 
 
 def read_adapter(
-    directory: Path, backbone: ClipBackbone | None = None, *, device: torch.device | str | None = None
+    directory: Path,
+    backbone: ClipBackbone | None = None,
+    *,
+    device: torch.device | str | None = None,
+    precision: Precision | None = None,
 ) -> tuple[ClipBackbone, Adapter, ClassPrompts]:
     """The adapter of a folder, attached to its backbone.
 
     Args:
         backbone: a backbone without adapter to attach to; None loads the recorded one.
         device: moves the backbone there first.
+        precision: of the frozen weights; one that is named may be another than that which the adapter was trained on.
+            Unset: it has to be that one.
 
     Raises:
         UserError: not an adapter folder, pickled weights, another backbone than the recorded one, tensors that are
@@ -106,8 +113,9 @@ def read_adapter(
     """
     manifest, state = read_state(directory)
     if backbone is None:
-        backbone = load_backbone(manifest.backbone.config())
-    require_same_backbone(directory, manifest, backbone)
+        named = {} if precision is None else {"precision": precision}
+        backbone = load_backbone(manifest.backbone.config().model_copy(update=named))
+    require_same_backbone(directory, manifest, backbone, precision=precision)
     if device is not None:
         backbone.to(device)
     _check_companions(directory, manifest, backbone)
@@ -149,14 +157,28 @@ def _read_tensors(directory: Path, manifest: AdapterManifest) -> dict[str, Tenso
     return tensors
 
 
-def require_same_backbone(directory: Path, manifest: AdapterManifest, backbone: ClipBackbone) -> None:
+def require_same_backbone(
+    directory: Path, manifest: AdapterManifest, backbone: ClipBackbone, *, precision: Precision | None = None
+) -> None:
     """
+    Args:
+        precision: the precision of the backbone, where it may be another than the recorded one.
+
     Raises:
         UserError: the backbone has other weights than the recorded one, or computes something else with them.
     """
-    record = manifest.backbone
+    record, here = manifest.backbone, backbone.config.precision
+    if precision not in (None, here):
+        raise UserError(f"precision={precision} was named, but {backbone.config.name} was loaded with precision {here}")
+    if precision is None and here != record.precision:
+        raise UserError(
+            f"the adapter in {directory} was trained on {record.name} with backbone.precision={record.precision}, and "
+            f"this one has {here}: its features are others. Load it as it was, or allow this by its name "
+            f"(load_adapter(..., precision='{here}'), or backbone.precision={here} for evaluate) and check the accuracy"
+        )
     if record.fingerprint is not None:
-        changes = differences(record.fingerprint, backbone.fingerprint)
+        formats = {"number formats": backbone.fingerprint["number formats"]} if here != record.precision else {}
+        changes = differences({**record.fingerprint, **formats}, backbone.fingerprint)
         unknown = [name for name in backbone.fingerprint if name not in record.fingerprint]
     else:
         changes = differences({"QuickGELU": record.quick_gelu}, {"QuickGELU": backbone.quick_gelu})

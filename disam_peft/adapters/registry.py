@@ -17,6 +17,7 @@ from disam_peft.adapters.lp_plus_plus import LpPlusPlusAdapter
 from disam_peft.adapters.peft.lora_adapter import LoraAdapter
 from disam_peft.adapters.peft.peft_adapter import PeftAdapter
 from disam_peft.adapters.prompts import ClassPrompts, fill_templates
+from disam_peft.adapters.quantised import require_possible
 from disam_peft.adapters.task_res import TaskResAdapter
 from disam_peft.adapters.tip_adapter import TipAdapter
 from disam_peft.adapters.tower_prompts.ivlp import IvlpAdapter
@@ -83,6 +84,7 @@ def build_adapter(
     """
     fill_templates(prompts)
     _require_plain(backbone)
+    require_possible(config, backbone)
     adapter = ADAPTERS[type(config)].build(config, backbone, prompts)
     if getattr(config, "logit_scale", "frozen") == "trained":
         adapter.trained_scale = TrainedScale(backbone)

@@ -16,14 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from disam_peft.backbones.added_tokens import TokenEntrance
-from disam_peft.backbones.fingerprint import (
-    Fingerprint,
-    identity,
-    model_parts,
-    tokenizer_parts,
-    tower_parts,
-    weights_hash,
-)
+from disam_peft.backbones.fingerprint import model_parts, tokenizer_parts, tower_parts
+from disam_peft.backbones.frozen_weights import FrozenWeights
 from disam_peft.backbones.packed_text import PackedText
 from disam_peft.backbones.pass_cache import PassCache
 from disam_peft.common.preprocessing import Preprocessing
@@ -67,7 +61,7 @@ BEFORE_STEM = -1
 """In the place of a number of frozen blocks: not even the stem of the tower is frozen."""
 
 
-class ClipBackbone(PackedText):
+class ClipBackbone(FrozenWeights, PackedText):
     """A frozen CLIP in eval mode. Adapters attach to ``model``; everything else goes through the methods.
 
     The methods do not compute what cannot change a feature: the last block's output at positions that are not pooled,
@@ -86,7 +80,6 @@ class ClipBackbone(PackedText):
     """
 
     family: ClassVar[str]
-    model: nn.Module
     config: BackboneConfig
     image_blocks: int
     text_blocks: int
@@ -95,17 +88,10 @@ class ClipBackbone(PackedText):
     context_length: int
     preprocessing: Preprocessing
     quick_gelu: bool
-    base_hash: str
-    fingerprint: Fingerprint
 
     def _freeze(self) -> None:
-        """Called once by each family after loading: freeze, set eval mode, remember the base weights, take their hash
-        and the fingerprint."""
-        self.model.requires_grad_(False)
-        self.model.eval()
-        # Parameter objects, not copies: attaching an adapter renames them, but they stay the same objects.
-        self._base = dict(self.model.named_parameters())
-        self.base_hash = self.current_hash()
+        """Called once by each family after loading: ``_freeze_weights``, the fingerprint, and the precision."""
+        self._freeze_weights()
         bias = self.logit_bias
         self.fingerprint = {
             **tower_parts(self._root("image"), "image"),
@@ -119,39 +105,11 @@ class ClipBackbone(PackedText):
             "logit bias": None if bias is None else float(bias),
             **model_parts(self.model),
         }
-
-    @property
-    def identity(self) -> str:
-        """sha256, hex, over weights and fingerprint: equal exactly if equal inputs give equal features and logits."""
-        return identity({"weights": self.base_hash, **self.fingerprint})
-
-    def current_hash(self) -> str:
-        """sha256 of the base weights as they are now: ``base_hash`` for as long as nobody touched them."""
-        return weights_hash(self._hashed_weights())
-
-    def _hashed_weights(self) -> Mapping[str, Tensor]:
-        return self._base  # some families hash them in the form in which their library has them
-
-    def base_parameters(self) -> dict[str, nn.Parameter]:
-        """The frozen weights by the names they had at load, whatever adapters are attached by now."""
-        return dict(self._base)
+        self._convert_weights(one.name for one in self.targets() if one.kind == "linear" and one.block is not None)
 
     def use_fused_qkv(self) -> bool:
         """Whether the image tower has a ``qkv``; one that was split at load is put together, as users of 0.1 need."""
         return any(target.projection == "qkv" and target.tower == "image" for target in self.targets())
-
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self._base.values())).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(iter(self._base.values())).dtype
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ClipBackbone:
-        """Move the model; returns self."""
-        self.model.to(device=device, dtype=dtype)
-        return self
 
     # -- images ----------------------------------------------------------------------------------------------
 

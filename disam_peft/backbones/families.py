@@ -50,7 +50,7 @@ BACKBONES: dict[str, Callable[[BackboneConfig], ClipBackbone]] = {
 
 
 def load_backbone(config: BackboneConfig) -> ClipBackbone:
-    """A frozen CLIP on the CPU, in float32 and eval mode. Random weights come with a warning.
+    """A frozen CLIP on the CPU, in the config's precision and eval mode. Random weights come with a warning.
 
     Raises:
         UserError: an unknown name or tag, weights that are missing, pickled or cannot be fetched.

@@ -6,13 +6,15 @@ Shapes in this file: C prompts, L tokens, W token width, E embedding width; P, N
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from disam_peft.backbones.added_tokens import DeepTokens
 from disam_peft.backbones.blocks import BlockParts
 from disam_peft.backbones.packed_prompts import PackedPrompts
+from disam_peft.backbones.recomputation import is_recomputed
 
 
 class PackedText(ABC):
@@ -22,6 +24,10 @@ class PackedText(ABC):
     @abstractmethod
     def dtype(self) -> torch.dtype:
         """Of the weights."""
+
+    @abstractmethod
+    def blocks(self, tower: Literal["image", "text"]) -> list[nn.Module]:
+        """The transformer blocks of a tower, in order; none where it cannot be split."""
 
     def pack_prompts(self, tokens_CL: Tensor, shared: int) -> PackedPrompts | None:
         """The layout for ``encode_packed_prompts`` of prompts whose first ``shared`` tokens have the same embeddings;
@@ -51,6 +57,7 @@ class PackedText(ABC):
         """
         blocks = self._text_parts()
         assert blocks is not None  # pack_prompts gave the layout
+        recomputed_blocks = len(blocks) if any(map(is_recomputed, self.blocks("text"))) else recomputed_blocks
         rows_RW = torch.cat([prefix_PW, suffix_NW], dim=-2).to(self.dtype) + self._text_positions()[packed.positions()]
         pooled_CW = packed(blocks, rows_RW, recomputed_blocks, deep)
         return self._text_output(pooled_CW.flatten(0, -2)).unflatten(0, pooled_CW.shape[:-1])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from disam_peft.backbones.base import Target, TowerName, TowerParameter
 from disam_peft.backbones.pass_cache import PassCache, with_cache
+from disam_peft.backbones.recomputation import is_recomputed, where_recomputed
 from disam_peft.errors import UserError
 
 
@@ -27,7 +28,8 @@ class Given(nn.Module):
 def some_blocks(
     stack: Iterable[nn.Module], which: slice, last: nn.Module | None, cache: PassCache | None
 ) -> nn.ModuleList:
-    """The blocks ``which`` of a stack. ``last``, if given, takes the place of the last block of the whole stack.
+    """The blocks ``which`` of a stack. ``last``, if given, takes the place of the last block of the whole stack. Blocks
+    that are ``recomputed`` keep only their inputs.
 
     Args:
         cache: see ``ClipBackbone.image_head``; None: every block computes everything.
@@ -36,9 +38,10 @@ def some_blocks(
     if last is not None:
         blocks[-1] = last
     chosen = blocks[which]
-    if cache is not None and chosen and chosen[0] is not last:  # that one hardly computes anything
+    keeps = cache is not None and bool(chosen) and chosen[0] is not last  # that one hardly computes anything
+    if cache is not None and keeps and not is_recomputed(chosen[0]):
         chosen[0] = with_cache(chosen[0], cache)
-    return nn.ModuleList(chosen)
+    return nn.ModuleList(where_recomputed(chosen))
 
 
 def check_split(blocks: int, available: int, tower: TowerName) -> None:

@@ -13,6 +13,7 @@ from disam_peft.adapters.manifest import MANIFEST_NAME
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.common.files import published
+from disam_peft.config.backbone import Precision
 from disam_peft.errors import UserError
 
 
@@ -34,17 +35,23 @@ def save_adapter(directory: str | Path, classifier: ClipClassifier, *, trained_w
 
 
 def load_adapter(
-    directory: str | Path, backbone: ClipBackbone | None = None, *, device: torch.device | str | None = None
+    directory: str | Path,
+    backbone: ClipBackbone | None = None,
+    *,
+    device: torch.device | str | None = None,
+    precision: Precision | None = None,
 ) -> ClipClassifier:
     """The classifier of an adapter folder, in eval mode.
 
     Args:
         backbone: a backbone without adapter to attach to; None loads the recorded one.
         device: moves the backbone there first.
+        precision: of the frozen weights; one that is named may be another than that which the adapter was trained on.
+            Unset: it has to be that one.
 
     Raises:
         UserError: not an adapter folder, pickled weights, another backbone than the recorded one, tensors that are
             missing, extra, misshapen, non-finite or damaged, or a companion file that says something else than
             the manifest. A ``backbone`` that was passed in is left as it was.
     """
-    return ClipClassifier(*read_adapter(Path(directory), backbone, device=device))
+    return ClipClassifier(*read_adapter(Path(directory), backbone, device=device, precision=precision))

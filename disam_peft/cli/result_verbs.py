@@ -101,17 +101,22 @@ def export(
         float | None, typer.Option(help="Weights between zero-shot (0) and trained (1), or beyond; unset: trained.")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Of --to lora; unset: 16.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Of the frozen weights, if another than in training: 'float32', 'bfloat16'.")
+    ] = None,
 ) -> None:
     """Write the adapter, or the whole model with the adapter merged in, for use elsewhere."""
-    from disam_peft.config.export import check_form
+    from disam_peft.config.export import check_form, check_precision
 
     check_form(to, rank)
+    named = check_precision(precision)
     from disam_peft.experiments.run_folder import find_run
 
     find_run(folder, held_out)  # before the imports below, which take seconds
     from disam_peft.experiments.export_run import export_run
 
-    say(f"wrote {export_run(folder, to, output, held_out=held_out, alpha=alpha, rank=rank)}")
+    path = export_run(folder, to, output, held_out=held_out, alpha=alpha, rank=rank, precision=named)
+    say(f"wrote {path}")
 
 
 def report(

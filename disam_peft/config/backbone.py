@@ -15,6 +15,9 @@ RANDOM_WEIGHTS = "none"
 
 Channels = tuple[float, float, float]
 
+Precision = Literal["float32", "bfloat16", "int8", "nf4"]
+"""Of the frozen weights."""
+
 
 def _one_word(value: Any) -> Any:
     return RANDOM_WEIGHTS if value == "random" else value
@@ -50,6 +53,10 @@ class BackboneConfig(Config):
     """A branch, tag or commit of a hub repository (``hf-hub:...``, or a transformers hub id)."""
     seed: int = 0
     """Seed of the weights of ``pretrained: random``. It has no meaning otherwise."""
+    precision: Precision = "float32"
+    """Of the frozen weights; trained ones are float32. ``bfloat16``: all of them, in half the memory. ``int8`` and
+    ``nf4``: the Linear layers in the blocks in 8 or 4 bits, by bitsandbytes (``pip install 'disam_peft[quantised]'``);
+    the rest stays float32. An adapter belongs to the precision that it was trained on."""
     activation: Literal["gelu", "quick_gelu"] | None = None
     """Of a model whose weights are a safetensors file, which cannot say it. Unset: as the model's known weights."""
     preprocessing: FilePreprocessing | None = None

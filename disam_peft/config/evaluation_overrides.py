@@ -9,6 +9,7 @@ from disam_peft.config.recipe import Recipe, load_recipe
 from disam_peft.errors import UserError
 
 EVALUATION_SETTINGS = (
+    "backbone.precision",
     "data",
     "evaluation",
     "features.store",

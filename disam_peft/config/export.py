@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from disam_peft.config.adapters import MAX_RANK
+from disam_peft.config.backbone import Precision
 from disam_peft.errors import UserError, did_you_mean
 
 FORMS = ("peft", "merged", "lora")
@@ -25,3 +28,15 @@ def check_form(to: str, rank: int | None = None) -> None:
         raise UserError(f"--rank {rank} is for --to lora, and this is --to {to}; leave it out")
     if rank is not None and not 1 <= rank <= MAX_RANK:
         raise UserError(f"--rank {rank} is no rank; give a number from 1 to {MAX_RANK}")
+
+
+def check_precision(precision: str | None) -> Precision | None:
+    """
+    Raises:
+        UserError: there is no such precision; names the near ones.
+    """
+    known: tuple[Precision, ...] = get_args(Precision)
+    found = next((one for one in known if one == precision), None)
+    if precision is not None and found is None:
+        raise UserError(f"--precision {precision!r} is not one of {', '.join(known)}{did_you_mean(precision, known)}")
+    return found

@@ -24,6 +24,7 @@ HARMLESS = {
     "train.save_every": "saving changes nothing",
     "train.keep_checkpoints": "nor does removing",
     "train.timeout_minutes": "nor waiting",
+    "train.gradient_checkpointing": "what was not kept is computed again, to the bit",
     "train.log_every": "the records become more or fewer",
     "train.tracker": "they go elsewhere besides",
     "evaluation.workers": "every sample is judged once, in whatever order",

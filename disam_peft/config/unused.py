@@ -15,7 +15,8 @@ _OF_VARIANCE = tuple(f"method.variance_{name}" for name in ("weight", "over", "s
 
 _OF_STEPS = (
     *("steps", "batch_size", "sampling", "class_sampling", "optimizer", "learning_rate", "weight_decay", "schedule"),
-    *("warmup_steps", "clip_norm", "compile", "gradient_accumulation_steps", "validate_every", "save_every"),
+    *("warmup_steps", "clip_norm", "compile", "gradient_checkpointing"),
+    *("gradient_accumulation_steps", "validate_every", "save_every"),
 )
 """Settings of ``train`` that only steps have."""
 

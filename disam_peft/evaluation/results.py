@@ -60,8 +60,9 @@ class Identity:
 
 def _backbone_label(recipe: Recipe) -> str:
     """Name and pretrained tag, as they stand in tables."""
-    name, tag = recipe.backbone.name, recipe.backbone.pretrained
-    return name if tag is None else f"{name}:{tag}"
+    name, tag, precision = recipe.backbone.name, recipe.backbone.pretrained, recipe.backbone.precision
+    label = name if tag is None else f"{name}:{tag}"
+    return label if precision == "float32" else f"{label} ({precision})"
 
 
 @dataclass(frozen=True)

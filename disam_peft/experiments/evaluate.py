@@ -119,7 +119,7 @@ def reload(run: Path, overrides: Sequence[str]) -> Reloaded:
     recipe = recipe_for_evaluation(run / RECIPE, overrides)
     warn_if_unfinished(run)
     accelerator = start_accelerator(recipe.train.mixed_precision, timeout_minutes=recipe.train.timeout_minutes)
-    classifier = load_adapter(run / ADAPTER, device=accelerator.device)
+    classifier = load_adapter(run / ADAPTER, device=accelerator.device, precision=recipe.backbone.precision)
     manifest = read_manifest(run / ADAPTER)
     require_own_adapter(manifest, recipe, run)
     images = RunsImages(run, load_recipe(run / RECIPE))

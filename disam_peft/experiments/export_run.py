@@ -7,6 +7,7 @@ from pathlib import Path
 from disam_peft.adapters.interpolation import require_alpha
 from disam_peft.adapters.manifest import read_manifest
 from disam_peft.classification.saved_classifier import load_adapter
+from disam_peft.config.backbone import Precision
 from disam_peft.config.export import RANK, check_form
 from disam_peft.errors import UserError
 from disam_peft.experiments.evaluate import put_at, require_zero_shot_weights
@@ -24,6 +25,7 @@ def export_run(
     held_out: str | None = None,
     alpha: float | None = None,
     rank: int | None = None,
+    precision: Precision | None = None,
 ) -> Path:
     """Export the adapter of a run: ``peft`` (the adapter alone), ``merged`` (a complete checkpoint of its family) or
     ``lora`` (the nearest plain LoRA of a rank).
@@ -35,6 +37,7 @@ def export_run(
             (WiSE-FT). The folder says so: an adapter in ``trained_with`` of its manifest, a merged checkpoint in
             ``disam_peft_export.json``.
         rank: of ``lora``; unset: 16. How far it is from the adapter is said, and stands in ``disam_peft_lora.json``.
+        precision: of the frozen weights, where it is to be another than that which the adapter was trained on.
 
     Raises:
         UserError: several runs in ``folder`` and none chosen; an ``output`` that holds files; an adapter that cannot
@@ -49,7 +52,7 @@ def export_run(
     source = run / ADAPTER
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is not empty; choose another --output, or remove it")
-    classifier = load_adapter(source)
+    classifier = load_adapter(source, precision=precision)
     trained_with = dict(read_manifest(source).trained_with)
     if to == "peft":
         if alpha is not None and classifier.adapter is not None:

@@ -16,6 +16,12 @@ from disam_peft.common.slurm import is_batch_script, slurm_task
 from disam_peft.errors import Notice, UserError
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+_SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+"""Variables by which ``accelerate launch`` hands on what its config says."""
 DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
 """Those that torch accepts."""
 
@@ -32,8 +38,9 @@ def start_accelerator(
         timeout_minutes: how long processes wait for each other before they give up.
 
     Raises:
-        UserError: a precision that the device does not have.
+        UserError: a precision that the device does not have; a launch that would shard the model.
     """
+    _refuse_sharding()
     processes = _join(timeout_minutes)
     # before Accelerate sees it: fp16 on a CPU would silently run in float32
     check_precision(mixed_precision, processes.device)
@@ -48,6 +55,23 @@ def start_accelerator(
             f"train.mixed_precision={mixed_precision}: this process began with another one, and Accelerate keeps one "
             "for all of a process; run it in a new process"
         ) from error
+
+
+def _refuse_sharding() -> None:
+    """Accelerate shards what is handed to its ``prepare``, and the towers are called in parts, which never go there:
+    each process would hold them whole, against what the user asked for.
+
+    Raises:
+        UserError: ``accelerate launch`` was told to shard.
+    """
+    for flag, name in _SHARDING.items():
+        if parse_flag_from_env(flag):
+            raise UserError(
+                f"this process was launched with {name} ({flag}), which shards a model over processes; here every "
+                "process holds the whole frozen model, and only batches are shared. Launch without it (accelerate "
+                "launch --multi_gpu); for a tower that does not fit set train.gradient_checkpointing=true and "
+                "backbone.precision=bfloat16, int8 or nf4"
+            )
 
 
 def _join(timeout_minutes: float) -> PartialState:

@@ -171,8 +171,9 @@ def fit(
     if trainer.micro_batches.count > 1 and resumed_after == 0:
         mb = trainer.micro_batches
         emit("accumulation", pieces=mb.count, images_at_once=mb.size, way=mb.mode)
-    # the cosine takes a second backward through each forward, which what is recorded does not have
-    captured = nullcontext() if config.log_ascent_cosine else classifier.captured(accelerator.autocast)
+    # what is recorded has one backward for each forward, where the cosine takes two, and keeps all of its activations
+    repeated = config.log_ascent_cosine or config.gradient_checkpointing
+    captured = nullcontext() if repeated else classifier.captured(accelerator.autocast)
     interval = config.validation_interval
     with manager.watching(), captured:
         for batch in track(batches, "training", total=config.steps - resumed_after, status=trainer.status):

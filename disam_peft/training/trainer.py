@@ -32,6 +32,7 @@ from disam_peft.training.compiled_blocks import CompiledBlocks
 from disam_peft.training.guarded_optimizer import GuardedOptimizer
 from disam_peft.training.micro_batching import StepGradient, choose_micro_batches
 from disam_peft.training.optimizers import Schedule, build_optimizer, learning_rate_factor
+from disam_peft.training.recomputed_blocks import blocks_with_gradient, recomputed_blocks
 from disam_peft.training.selection import same_tensors
 from disam_peft.training.step_metrics import FinishedStep, OnEvent, StepMetrics
 
@@ -101,6 +102,7 @@ class Trainer:
         self.averages = WeightAverages(averages, params, config.steps)
         self.metrics = StepMetrics(dataset, method, config, on_event, accelerator, objective)
         self.compiled = CompiledBlocks.of(classifier) if config.compile else nullcontext()
+        self.recomputed = recomputed_blocks(classifier) if config.gradient_checkpointing else nullcontext
         self.steps_done = 0
         self.validated = ""
         """The last validation, in words."""
@@ -123,7 +125,7 @@ class Trainer:
         self.disam.rho = self.method.rho_in_step(*about)
         self.disam.variance_weight = self.method.variance_weight_in_step(*about)
         try:
-            with self.compiled:
+            with self.compiled, self.recomputed():
                 report = self.gradient(batch)  # both passes: p.grad is the gradient at w + e, the weights are w again
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory(step, error) from error
@@ -153,7 +155,8 @@ class Trainer:
             UserError: memory ran out.
         """
         try:
-            self.gradient(batch)
+            with self.recomputed():
+                self.gradient(batch)
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory(self.steps_done + 1, error) from error
 
@@ -183,7 +186,10 @@ class Trainer:
     def _out_of_memory(self, step: int, error: torch.OutOfMemoryError) -> UserError:
         self.optimizer.flush()  # the step before is not lost
         hint = " ".join(getattr(error, "__notes__", []))  # the step restored the weights and notes what may help
-        return UserError(f"out of memory at step {step}: {error} {hint} {self.micro_batches.memory_remedy}")
+        remedy = self.micro_batches.memory_remedy
+        if not self.config.gradient_checkpointing and blocks_with_gradient(self.classifier):
+            remedy += " train.gradient_checkpointing=true needs less memory, too, with the same result."
+        return UserError(f"out of memory at step {step}: {error} {hint} {remedy}")
 
 
 def _disam(

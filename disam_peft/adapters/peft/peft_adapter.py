@@ -219,6 +219,7 @@ class PeftAdapter(Adapter):
     def _folded(self, backbone: ClipBackbone, dtype: torch.dtype) -> nn.Module:
         """A copy of the model with the adapter in its weights, computed in ``dtype``."""
         self._require_unmerged()
+        backbone.require_float_weights("a merged checkpoint, or a LoRA that stands for another adapter,")
         whole = copy.deepcopy(self.peft_model)
         if dtype != backbone.dtype:
             whole.to(dtype)

@@ -26,6 +26,7 @@ from disam_peft.backbones import towers
 from disam_peft.backbones.added_tokens import TokenEntrance
 from disam_peft.backbones.base import ClipBackbone, Target, TowerName, TowerParameter
 from disam_peft.backbones.blocks import BlockParts, replace_quick_gelu, shallow_clone
+from disam_peft.backbones.fingerprint import weights_hash
 from disam_peft.backbones.open_clip.attention import fused_state, split_attention
 from disam_peft.backbones.open_clip.hf_text import hf_text
 from disam_peft.backbones.open_clip.image_towers import ImageTower, OwnVit, WholeTower
@@ -91,11 +92,14 @@ class OpenClipBackbone(ClipBackbone):
         """The tower then runs as a whole, under timm's names. Features, hash and fingerprint stay as they are."""
         # Where the biases are not the layer's, the attention would not call it.
         if set(self._split_layers.values()) == {"layer"}:
+            self.require_float_weights("'projections: [qkv]', which is there for recipes of 0.1,")
             self._image.fuse_projections(self.model.visual)
             self._image, self._split_layers, self.image_blocks = WholeTower(), {}, 0
             self._targets = self._find_targets()
             self._state_names = frozenset(self.model.state_dict())
             self._base = dict(self.model.named_parameters())
+            if self._hash_of_converted is not None:
+                self._hash_of_converted = weights_hash(self._stored())
         return super().use_fused_qkv()
 
     # -- images ----------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ is the library's own. Shapes: C prompts, L tokens, W token width, H heads, E emb
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -20,6 +19,7 @@ from disam_peft.backbones import towers
 from disam_peft.backbones.base import Target, TowerParameter
 from disam_peft.backbones.blocks import shallow_clone
 from disam_peft.backbones.open_clip.resblocks import pooled
+from disam_peft.backbones.recomputation import where_recomputed
 
 _ROOT = "text"
 
@@ -186,10 +186,11 @@ def _is_of_transformers(module: nn.Module, name: str) -> bool:
     return type(module).__name__ == name and type(module).__module__.startswith("transformers.models.")
 
 
-def _with(module: Any, **children: nn.Module | Iterable[nn.Module]) -> Any:
-    """A shallow clone in which some children are exchanged; blocks are given one by one."""
+def _with(module: Any, **children: nn.Module | list[nn.Module]) -> Any:
+    """A shallow clone in which some children are exchanged; blocks are given as a list of them."""
     modules = {
-        name: child if isinstance(child, nn.Module) else nn.ModuleList(child) for name, child in children.items()
+        name: nn.ModuleList(where_recomputed(child)) if isinstance(child, (list, nn.ModuleList)) else child
+        for name, child in children.items()
     }
     return shallow_clone(module, **modules)
 

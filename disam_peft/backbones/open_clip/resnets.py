@@ -59,7 +59,11 @@ class ResNet(ImageTower):
         number, within = _place(visual, blocks)
         some = towers.some_blocks(visual.get_submodule(_LAYERS[number]), slice(within, None), None, cache)
         done = {name: nn.Identity() for name in _LAYERS[:number]}
-        rest = shallow_clone(visual, **{_LAYERS[number]: nn.Sequential(*some)}, **done)
+        later = {
+            name: nn.Sequential(*towers.some_blocks(visual.get_submodule(name), slice(None), None, None))
+            for name in _LAYERS[number + 1 :]
+        }
+        rest = shallow_clone(visual, **{_LAYERS[number]: nn.Sequential(*some)}, **done, **later)
         rest.stem = lambda given: given
         return rest(hidden)
 

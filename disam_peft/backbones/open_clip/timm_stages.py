@@ -86,7 +86,11 @@ class TimmStages(ImageTower):
         stage = trunk.stages[number]
         some = towers.some_blocks(stage.blocks, slice(within, None), None, cache)
         begun = {name: nn.Identity() for name in ("downsample", "pos_emb") if within and hasattr(stage, name)}
-        stages = [shallow_clone(stage, blocks=nn.Sequential(*some), **begun), *trunk.stages[number + 1 :]]
+        later = [
+            shallow_clone(one, blocks=nn.Sequential(*towers.some_blocks(one.blocks, slice(None), None, None)))
+            for one in trunk.stages[number + 1 :]
+        ]
+        stages = [shallow_clone(stage, blocks=nn.Sequential(*some), **begun), *later]
         rest = shallow_clone(trunk, stem=towers.Given(hidden), stages=nn.Sequential(*stages))
         return shallow_clone(visual, trunk=rest)(hidden)
 

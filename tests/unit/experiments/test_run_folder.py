@@ -284,7 +284,14 @@ def test_row_38_harmless_keys_may_change(make_recipe, cut, domains_folder, tmp_p
     moved = tmp_path / "elsewhere"
     recipe.output.rename(moved)
     shutil.copytree(domains_folder, tmp_path / "copy")
-    faster = {"workers": 1, "log_every": 2, "save_every": 1, "keep_checkpoints": 1, "timeout_minutes": 5.0}
+    faster = {
+        "workers": 1,
+        "log_every": 2,
+        "save_every": 1,
+        "keep_checkpoints": 1,
+        "timeout_minutes": 5.0,
+        "gradient_checkpointing": True,
+    }
     other = make_recipe(output=moved, data=tmp_path / "copy", train=faster, evaluation={"workers": 1, "batch_size": 32})
     changed = [line.split(":")[0] for line in differences(as_dict(recipe), as_dict(other))]
     unchanged = {"name", "features.folder", "train.tracker", "data.verify", "data.duplicates"}

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 from disam_peft import DISAM
+from disam_peft.backbones.recomputation import recomputed
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.config.training import TrainConfig
 from disam_peft.errors import UserError
@@ -78,6 +79,17 @@ def test_a_step_is_the_same_and_blocks_are_eager_outside(twins: tuple[str, str],
     assert counting.ran == ran
     assert all(torch.equal(again[name], expected[name]) for name in expected)
     assert built <= 12  # kinds of blocks, not blocks
+
+
+@pytest.mark.slow
+def test_compiled_blocks_can_be_recomputed(twins: tuple[str, str]) -> None:
+    classifier = tiny_classifier(tiny_backbone(twins, "open_clip"), "lora-image").double().train()
+    expected, counting = gradients(classifier, nullcontext()), Counting()
+    blocks = classifier.backbone.blocks("image")
+    with recomputed(blocks):
+        found = gradients(classifier, CompiledBlocks(blocks, counting.backend))
+    assert counting.ran > 0
+    assert all((found[name] - expected[name]).abs().max() < 1e-12 for name in expected)
 
 
 @pytest.mark.slow

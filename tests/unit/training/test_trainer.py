@@ -90,6 +90,17 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(trained):
 
 
 @pytest.mark.slow
+def test_gradient_checkpointing_changes_no_bit(trained):
+    dropout = LoraAdapterConfig(towers=["image", "text"], seed=0, dropout=0.3)
+    assert torch.equal(trained(adapter=dropout)[0], trained(adapter=dropout, gradient_checkpointing=True)[0])
+
+
+def test_gradient_checkpointing_says_where_it_does_nothing(trained):
+    with pytest.warns(UserWarning, match="gradient_checkpointing=true does nothing here"):
+        trained(adapter=LinearProbeConfig(), gradient_checkpointing=True, steps=1)
+
+
+@pytest.mark.slow
 def test_workers_do_not_change_the_result(trained):
     assert torch.equal(trained()[0], trained(workers=2)[0])
 
@@ -325,6 +336,7 @@ def test_row_31_out_of_memory_leaves_the_weights_alone_and_says_what_to_do(make_
         states.append([p.detach().clone() for p in classifier.trainable().values()])
 
     remedy = r"out of memory at step 2.*20 GiB.*Set train\.gradient_accumulation_steps=2.*or lower train\.batch_size"
+    remedy += r".*train\.gradient_checkpointing=true"
     with pytest.raises(UserError, match=remedy):
         fit(classifier, dataset, config=config, on_event=watch)
     final = list(classifier.trainable().values())
@@ -350,6 +362,12 @@ def test_row_30_precisions_that_the_device_does_not_have():
 
 
 @pytest.mark.slow
+def test_row_85_a_launch_that_would_shard_the_model_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match=r"launched with FSDP.*train\.gradient_checkpointing=true"):
+        start_accelerator("no")
+
+
 def test_another_precision_in_the_same_process_is_an_error_that_says_so():
     script = (
         "from disam_peft.training.accelerator import start_accelerator\n"
