@@ -144,6 +144,8 @@ ON_TWO = {
     "probe first": {"pieces": 2, "batch": 13, "cell": "lp_ft-lora"},
     "cache": {"pieces": 2, "batch": 13, "cell": "tip_adapter-keys"},
     "prompts of both towers": {"pieces": 2, "batch": 13, "cell": "maple"},
+    "prompts of images": {"pieces": 2, "batch": 13, "cell": "cocoop"},
+    "held to zero-shot": {"pieces": 2, "batch": 9, "cell": "clap", "method": "sam"},
     "one piece": {"pieces": 1, "batch": 13},
     "penalty": {"pieces": 2, "batch": 13, "objective": "vrex"},
     "penalty, one piece": {"pieces": 1, "batch": 13, "objective": "vrex"},

@@ -19,6 +19,7 @@ ADAPTERS = {
     "lora-text": {"kind": "lora", "towers": ["text"]},
     "ln_tuning": {"kind": "peft", "method": "ln_tuning", "blocks": [1]},
     "coop": {"kind": "coop", "context_tokens": 4},
+    "cocoop": {"kind": "cocoop", "context_tokens": 2},
     "linear_probe": {"kind": "linear_probe"},
     "clip_adapter": {"kind": "clip_adapter"},
     "full-last": {"kind": "full", "blocks": {"last": 1}},
