@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disam_peft.config.adapters import CombinedConfig, FullConfig, LpFtConfig, PeftAdapterConfig
+from disam_peft.config.adapters import CombinedConfig, FullConfig, LoraAdapterConfig, LpFtConfig, PeftAdapterConfig
 from disam_peft.config.base import Config
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.training import TrainConfig
@@ -165,7 +165,8 @@ def _has_new_tensors_alone(adapter: Config | None) -> bool:
     if isinstance(adapter, CombinedConfig):
         return all(map(_has_new_tensors_alone, adapter.parts))
     is_norms = isinstance(adapter, PeftAdapterConfig) and adapter.method == "ln_tuning"
-    return not isinstance(adapter, FullConfig | LpFtConfig) and not is_norms
+    is_part = isinstance(adapter, LoraAdapterConfig) and adapter.keeps_start
+    return not (isinstance(adapter, FullConfig | LpFtConfig) or is_norms or is_part)
 
 
 def _norm(params: Sequence[Tensor]) -> float:

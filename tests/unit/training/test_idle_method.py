@@ -157,6 +157,7 @@ def test_a_radius_out_of_proportion_is_said_once_with_one_to_try(method: dict[st
         (LinearProbeConfig(), True),
         (PeftAdapterConfig(method="dora"), True),
         (PeftAdapterConfig(method="ln_tuning"), False),
+        (LoraAdapterConfig(init="pissa"), False),
         (FullConfig(), False),
         (LpFtConfig(), False),
     ],
