@@ -34,8 +34,8 @@ def test_the_nearest_matrix_of_a_rank() -> None:
     "config",
     [
         TUNERS["road"],
-        TUNERS["gralora"],
-        TUNERS["lora-pattern"],
+        pytest.param(TUNERS["gralora"], marks=pytest.mark.slow),
+        pytest.param(TUNERS["lora-pattern"], marks=pytest.mark.slow),
         pytest.param(CELLS["dora"], marks=pytest.mark.slow),
         pytest.param(CELLS["lora-both"], marks=pytest.mark.slow),
         pytest.param(CELLS["lora-scale"], marks=pytest.mark.slow),
