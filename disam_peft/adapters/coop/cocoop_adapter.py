@@ -119,8 +119,7 @@ class CoCoOpAdapter(Adapter):
             "images, or another adapter (coop has the same prompts without an image in them)"
         )
 
-    @classmethod
-    def has_prompt_features(cls) -> bool:
+    def has_prompt_features(self) -> bool:
         return False
 
     def class_features_of_images(self, backbone: ClipBackbone, text: FrozenText, features_BE: Tensor) -> Tensor:
