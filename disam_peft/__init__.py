@@ -121,6 +121,10 @@ _HOMES = {
     # export
     "export_merged": "disam_peft.export.merged",
     "export_peft": "disam_peft.export.peft",
+    # a trained classifier at work
+    "LoadedClassifier": "disam_peft.inference.loaded_classifier",
+    "Prediction": "disam_peft.inference.prediction",
+    "load_classifier": "disam_peft.inference.loaded_classifier",
     # whole runs
     "Outcome": "disam_peft.experiments.outcome",
     "train": "disam_peft.experiments.run",
@@ -222,6 +226,9 @@ if TYPE_CHECKING:  # the same names, for type checkers; a test compares them wit
     from disam_peft.experiments.run import train as train
     from disam_peft.export.merged import export_merged as export_merged
     from disam_peft.export.peft import export_peft as export_peft
+    from disam_peft.inference.loaded_classifier import LoadedClassifier as LoadedClassifier
+    from disam_peft.inference.loaded_classifier import load_classifier as load_classifier
+    from disam_peft.inference.prediction import Prediction as Prediction
     from disam_peft.objectives.base import Loss as Loss
     from disam_peft.objectives.base import Penalty as Penalty
     from disam_peft.objectives.base import Reference as Reference

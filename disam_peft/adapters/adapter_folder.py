@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,8 @@ def read_adapter(
     *,
     device: torch.device | str | None = None,
     precision: Precision | None = None,
+    classes: Sequence[str] | None = None,
+    templates: Sequence[str] | None = None,
 ) -> tuple[ClipBackbone, Adapter, ClassPrompts]:
     """The adapter of a folder, attached to its backbone.
 
@@ -105,13 +107,18 @@ def read_adapter(
         device: moves the backbone there first.
         precision: of the frozen weights; one that is named may be another than that which the adapter was trained on.
             Unset: it has to be that one.
+        classes, templates: in place of those that it was trained with; unset: those.
 
     Raises:
         UserError: not an adapter folder, pickled weights, another backbone than the recorded one, tensors that are
-            missing, extra, misshapen, non-finite or damaged, or a companion file that says something else than
-            the manifest. A ``backbone`` that was passed in is left as it was.
+            missing, extra, misshapen, non-finite or damaged, a companion file that says something else than the
+            manifest, or other classes for an adapter that has weights for its own. A ``backbone`` that was passed in is
+            left as it was.
     """
     manifest, state = read_state(directory)
+    names = tuple(manifest.classes if classes is None else classes)
+    if names != tuple(manifest.classes):
+        ADAPTERS[type(manifest.config)].require_any_classes(manifest.config)
     if backbone is None:
         named = {} if precision is None else {"precision": precision}
         backbone = load_backbone(manifest.backbone.config().model_copy(update=named))
@@ -120,7 +127,7 @@ def read_adapter(
         backbone.to(device)
     _check_companions(directory, manifest, backbone)
     _require_size(directory, manifest, backbone)
-    prompts = ClassPrompts(tuple(manifest.classes), tuple(manifest.templates))
+    prompts = ClassPrompts(names, tuple(manifest.templates if templates is None else templates))
     with torch.random.fork_rng(devices=[]):  # building draws initial weights that are overwritten at once
         adapter = build_adapter(manifest.config, backbone, prompts, to_train=False)
     try:

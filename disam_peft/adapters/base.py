@@ -153,6 +153,20 @@ class Adapter(StartHooks, nn.Module, ABC):
         """
         return nullcontext()
 
+    @classmethod
+    def require_any_classes(cls, config: Config) -> None:
+        """Pass if an adapter of this config can be built and loaded with other classes than it was trained on, whose
+        names the text tower reads. Not overridden, this is so where the config has no head of its own.
+
+        Raises:
+            UserError: it cannot; says why.
+        """
+        if getattr(config, "has_own_head", False):
+            raise UserError(
+                f"a '{cls.kind}' adapter has weights for the classes that it was trained on, and none for others; "
+                "train it on them, or take one whose classes are names: lora, full or coop"
+            )
+
     # -- weights -------------------------------------------------------------------------------------------------
 
     def trainable(self) -> dict[str, nn.Parameter]:

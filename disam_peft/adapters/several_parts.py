@@ -65,6 +65,11 @@ class SeveralParts(Adapter):
     def expected_numbers(cls, config: Config, backbone: ClipBackbone, classes: int) -> int:
         return sum(kind.expected_numbers(part, backbone, classes) for kind, part in cls._planned(config))
 
+    @classmethod
+    def require_any_classes(cls, config: Config) -> None:
+        for kind, part in cls._planned(config):
+            kind.require_any_classes(part)
+
     def image_features(self, features_BE: Tensor) -> Tensor:
         for part in self.parts().values():
             features_BE = part.image_features(features_BE)

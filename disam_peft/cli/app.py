@@ -19,6 +19,7 @@ from disam_peft.cli.demo_verbs import demo, doctor
 from disam_peft.cli.early_signals import orderly_end
 from disam_peft.cli.frontier_verb import frontier
 from disam_peft.cli.model_verbs import models
+from disam_peft.cli.predict_verb import predict
 from disam_peft.cli.result_verbs import evaluate, export, report, soup
 from disam_peft.cli.run_verbs import runs
 from disam_peft.cli.terminal import say
@@ -28,7 +29,10 @@ from disam_peft.common.processes import is_main
 from disam_peft.errors import Notice, Stopped, UserError
 
 app = typer.Typer(name="disam-peft", no_args_is_help=True, pretty_exceptions_enable=False)
-for verb in (check_data, train, sweep, compare, runs, evaluate, frontier, soup, export, report, demo, doctor, models):
+VERBS = (
+    *(check_data, train, sweep, compare, runs, evaluate, frontier, soup, export, predict, report, demo, doctor, models),
+)
+for verb in VERBS:
     app.command()(verb)
 app.add_typer(cache)
 

@@ -19,7 +19,9 @@ TOLERANCE = 1e-5
 """Largest difference of logits, in units of the largest logit (of 1 where all are smaller)."""
 
 EXPORT_NOTE = "disam_peft_export.json"
-"""Says of a merged checkpoint at which alpha its weights are; no library reads it."""
+"""Says of a merged checkpoint which classes it was trained on and at which alpha its weights are; no library reads it.
+"""
+MAX_NOTE_BYTES = 16 * 2**20
 
 
 def export_merged(directory: str | Path, classifier: ClipClassifier, *, alpha: float | None = None) -> float:
@@ -28,8 +30,8 @@ def export_merged(directory: str | Path, classifier: ClipClassifier, *, alpha: f
 
     Args:
         alpha: where the classifier is put between zero-shot (0) and trained weights (1), see
-            ``ClipClassifier.interpolation``. It is written to ``disam_peft_export.json`` in the folder; unset: the
-            weights are the trained ones, and there is no such file.
+            ``ClipClassifier.interpolation``; unset: the weights are the trained ones. ``disam_peft_export.json`` in the
+            folder says it, beside the classes and templates.
 
     Returns:
         the largest difference between its logits and the classifier's, in units of the largest logit: at most 1e-5,
@@ -45,9 +47,15 @@ def export_merged(directory: str | Path, classifier: ClipClassifier, *, alpha: f
     model = adapter.merged(backbone)
     with published(Path(directory)) as folder:
         backbone.save(folder, model)
+        told = {
+            "adapter": adapter.kind,
+            "backbone": backbone.config.name,
+            "classes": list(classifier.class_names),
+            "templates": list(classifier.prompts.templates),
+        }
         if alpha is not None:
-            told = {"alpha": alpha, "adapter": adapter.kind, "backbone": backbone.config.name}
-            (folder / EXPORT_NOTE).write_bytes(json_bytes(told))
+            told["alpha"] = alpha
+        (folder / EXPORT_NOTE).write_bytes(json_bytes(told))
         difference = _difference(classifier, folder)
         # Merged weights are rounded to the backbone's precision, the live model adds the adapter unrounded.
         allowed = max(TOLERANCE, 8 * torch.finfo(backbone.dtype).eps)

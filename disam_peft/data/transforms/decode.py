@@ -91,6 +91,27 @@ def decode_image(data: bytes, source: str, *, max_pixels: int = MAX_PIXELS) -> I
         raise BadImage.of(source, _why(data, error)) from error
 
 
+def to_picture(image: object, source: str) -> Image.Image:
+    """An image in memory as an upright RGB image, by the table of this module.
+
+    Args:
+        image: of PIL, or an array (H, W, 3) or (H, W) of uint8.
+        source: for the message.
+
+    Raises:
+        BadImage: something else, or of a kind without a defined conversion.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
+            reason = f"an array of shape {image.shape} and {image.dtype}; expected (H, W, 3) or (H, W) of uint8"
+            raise BadImage.of(source, reason)
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        reason = f"of the type {type(image).__name__}; expected a path, the bytes of a file, a PIL image or an array of uint8"
+        raise BadImage.of(source, reason)
+    return _to_rgb(_upright(image), source)
+
+
 def _require_size(picture: Image.Image, source: str, max_pixels: int) -> None:
     width, height = picture.size
     if width * height > max_pixels:

@@ -22,6 +22,7 @@ VERBS = (
     "frontier",
     "soup",
     "export",
+    "predict",
     "report",
     "demo",
     "doctor",
