@@ -55,7 +55,7 @@ def batches(
     own = [list(range(start, min(start + batch_size, len(images)))) for start in starts[rank::world]]
     loader: DataLoader[Any] = DataLoader(
         _Images(images, transform),
-        batch_sampler=own,  # type: ignore[arg-type]
+        batch_sampler=own,
         num_workers=resolve_workers(workers),
         collate_fn=_collated,
         generator=torch.Generator(),

@@ -121,7 +121,7 @@ class LoadedClassifier:
         Raises:
             BadImage: an image that cannot be read.
         """
-        like, found = next(self.classifier.model.parameters()), []
+        like, found = next(self.classifier.model.parameters()), list[Tensor]()
         for batch in batches(images, self.classifier.backbone.image_transform, batch_size):
             assert batch is not None
             for number, error in enumerate(batch.errors):

@@ -154,7 +154,7 @@ def test_a_batch_has_the_same_images_whatever_the_number_of_processes(
     for rank in range(world):
         monkeypatch.setattr("disam_peft.common.processes.rank", lambda rank=rank: rank)
         monkeypatch.setattr("disam_peft.common.processes.world_size", lambda: world)
-        own = batches(images, lambda picture: torch.tensor(picture.getpixel((0, 0))[0]), 2, first=2)
+        own = batches(images, lambda picture: torch.tensor(np.asarray(picture)[0, 0, 0]), 2, first=2)
         found.append([[] if batch is None else batch.pixels_RCHW.tolist() for batch in own])
     assert len({len(own) for own in found}) == 1
     together = [part for round_ in zip(*found, strict=True) for part in round_ if part]
