@@ -156,15 +156,15 @@ class Adapter(StartHooks, nn.Module, ABC):
     @classmethod
     def require_any_classes(cls, config: Config) -> None:
         """Pass if an adapter of this config can be built and loaded with other classes than it was trained on, whose
-        names the text tower reads. Not overridden, this is so where the config has no head of its own.
+        names the text tower reads.
 
         Raises:
-            UserError: it cannot; says why.
+            UserError: it has tensors for its own classes.
         """
-        if getattr(config, "has_own_head", False):
+        if any(getattr(config, name, False) for name in ("has_own_head", "class_specific", "of_each_class")):
             raise UserError(
-                f"a '{cls.kind}' adapter has weights for the classes that it was trained on, and none for others; "
-                "train it on them, or take one whose classes are names: lora, full or coop"
+                f"this '{cls.kind}' adapter has weights for each class that it was trained on, and none for others; "
+                "train it on them, or take one whose classes are names alone, such as lora, full or coop"
             )
 
     # -- weights -------------------------------------------------------------------------------------------------

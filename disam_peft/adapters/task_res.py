@@ -17,7 +17,6 @@ from disam_peft.adapters.prompts import ClassPrompts, FrozenText
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.config.base import Config
 from disam_peft.config.feature_adapters import TaskResConfig
-from disam_peft.errors import UserError
 
 
 def task_residual(class_features_CE: Tensor, residual_CE: Tensor, alpha: float) -> Tensor:
@@ -53,10 +52,6 @@ class TaskResAdapter(Adapter):
         assert text.features_CE is not None  # the text tower is frozen
         with torch.autocast(self.residual.device.type, enabled=False):
             return task_residual(text.features_CE.to(self.residual.dtype), self.residual, self._alpha)
-
-    @classmethod
-    def require_any_classes(cls, config: Config) -> None:
-        raise UserError("a 'task_res' adapter has a residual for each class that it was trained on, none for others")
 
     @classmethod
     def require_zero_shot_weights(cls, config: Config) -> None:

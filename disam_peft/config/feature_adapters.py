@@ -17,6 +17,8 @@ class TaskResConfig(CosineConfig):
     """A trained residual on the class features, ``t + alpha x`` (Yu et al. 2023, arXiv 2211.10277)."""
 
     other_names: ClassVar[Mapping[str, str]] = {"taskres": "kind: task_res"}
+    of_each_class: ClassVar[bool] = True
+    """It has weights for every class that it was trained on."""
 
     kind: Literal["task_res"] = "task_res"
     alpha: float = Field(default=0.5, gt=0, le=LARGEST_OPTION)
@@ -97,6 +99,8 @@ class LpPlusPlusConfig(Config):
 class ClapConfig(CosineConfig):
     """A weight for each class, which starts at its zero-shot features and is pulled back to them the harder, the better
     zero-shot CLIP knows the class (CLAP, Silva-Rodriguez et al. 2024, arXiv 2312.12730)."""
+
+    of_each_class: ClassVar[bool] = True
 
     kind: Literal["clap"] = "clap"
     penalty: Weight = 1.0

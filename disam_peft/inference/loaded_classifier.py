@@ -110,7 +110,7 @@ class LoadedClassifier:
         """Logits (B, C) of pixels (B, 3, H, W) as ``classifier.backbone.image_transform`` makes them."""
         like = next(self.classifier.model.parameters())
         if self._class_features is None:
-            self._class_features = self.classifier.class_features()
+            self._class_features = self.classifier.shared_class_features()
         frozen = self.classifier.encode_frozen(to_device(pixels_BCHW, like.device).to(like.dtype))
         return self.classifier.logits(frozen, class_features_CE=self._class_features)
 

@@ -95,15 +95,6 @@ class CoOpAdapter(Adapter):
         )
 
     @classmethod
-    def require_any_classes(cls, config: Config) -> None:
-        assert isinstance(config, CoOpConfig)
-        if config.class_specific:
-            raise UserError(
-                "a 'coop' adapter with class_specific has a context for each class that it was trained on, and none "
-                "for others; train it with one context for all"
-            )
-
-    @classmethod
     def expected_numbers(cls, config: Config, backbone: ClipBackbone, classes: int) -> int:
         assert isinstance(config, CoOpConfig)
         # At least one context token. A context for all classes is bounded by the prompt's length.

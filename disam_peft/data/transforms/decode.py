@@ -107,7 +107,8 @@ def to_picture(image: object, source: str) -> Image.Image:
             raise BadImage.of(source, reason)
         image = Image.fromarray(image)
     if not isinstance(image, Image.Image):
-        reason = f"of the type {type(image).__name__}; expected a path, the bytes of a file, a PIL image or an array of uint8"
+        kinds = "a path, the bytes of a file, a PIL image or an array of uint8"
+        reason = f"of the type {type(image).__name__}; expected {kinds}"
         raise BadImage.of(source, reason)
     return _to_rgb(_upright(image), source)
 

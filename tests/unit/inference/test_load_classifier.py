@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import CoOpConfig, LinearProbeConfig, LoraAdapterConfig
+from disam_peft.config.adapters import CoCoOpConfig, CombinedConfig, CoOpConfig, LinearProbeConfig, LoraAdapterConfig
 from disam_peft.config.data import DataConfig
-from disam_peft.config.feature_adapters import TaskResConfig
+from disam_peft.config.feature_adapters import ClapConfig, TaskResConfig
 from disam_peft.data.load import load
 from disam_peft.errors import UserError
 from disam_peft.evaluation.predict import predict
@@ -93,18 +93,32 @@ def test_other_classes_are_read_by_the_adapted_text_tower(exported: Path, classi
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    "config",
     [
-        (LinearProbeConfig(), "'linear_probe' adapter has weights for the classes"),
-        (TaskResConfig(), "a residual for each class"),
-        (CoOpConfig(class_specific=True, context_tokens=4), "a context for each class"),
+        LinearProbeConfig(),
+        TaskResConfig(),
+        ClapConfig(),
+        CoOpConfig(class_specific=True, context_tokens=4),
+        CombinedConfig(parts=[LoraAdapterConfig(), TaskResConfig()]),
     ],
+    ids=lambda config: config.kind,
 )
-def test_a_head_has_its_own_classes_alone(twins: tuple[str, str], tmp_path: Path, config, message: str) -> None:
+def test_weights_of_classes_are_of_these_classes_alone(twins: tuple[str, str], tmp_path: Path, config) -> None:
     export_peft(tmp_path / "out", tiny_classifier(tiny_backbone(twins, "open_clip", torch.float32), config))
     assert load_classifier(tmp_path / "out", classes=PROMPTS.class_names).class_names == PROMPTS.class_names
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match="has weights for each class that it was trained on"):
         load_classifier(tmp_path / "out", classes=["tree"])
+
+
+def test_prompts_of_each_image_classify_too(twins: tuple[str, str], tmp_path: Path, domains_folder: Path) -> None:
+    trained = tiny_classifier(
+        tiny_backbone(twins, "open_clip", torch.float32), CoCoOpConfig(context_tokens=2, seed=1), scramble=0.5
+    )
+    export_peft(tmp_path / "out", trained)
+    path = next(domains_folder.rglob("*.png"))
+    wanted = trained(trained.backbone.image_transform(Image.open(path).convert("RGB"))[None]).detach().softmax(-1)
+    row = load_classifier(tmp_path / "out").predict([path])[0]
+    assert row.probability == pytest.approx(float(wanted.max()), abs=1e-6)
 
 
 def test_a_learned_context_takes_other_classes(twins: tuple[str, str], tmp_path: Path) -> None:
