@@ -158,13 +158,15 @@ def test_row_46_all_mistakes_of_a_study_at_once(tmp_path):
         plan(tmp_path, adapters=["linear_prob"])
 
 
-def test_every_kind_of_adapter_can_be_compared_by_its_name_alone_but_peft_which_needs_a_method(tmp_path):
-    by_name = [kind for kind in ADAPTER_KINDS if kind != "peft"]
+def test_every_kind_of_adapter_can_be_compared_by_its_name_alone_but_those_that_need_a_setting(tmp_path):
+    by_name = [kind for kind in ADAPTER_KINDS if kind not in ("peft", "combined")]
     found = plan(tmp_path, adapters=by_name, seeds=1)
     assert {cell.condition: cell.recipe.adapter.kind for cell in found.cells} == {kind: kind for kind in by_name}
     assert {cell.recipe.adapter.rank for cell in found.cells if cell.condition == "lora"} == {4}, "the recipe's own"
     with pytest.raises(UserError, match=r"adapter\.method: Field required"):
         plan(tmp_path, adapters=["lora", "peft"], seeds=1)
+    with pytest.raises(UserError, match=r"adapter\.parts: Field required"):
+        plan(tmp_path, adapters=["lora", "combined"], seeds=1)
 
 
 STUDIES = sorted((RECIPES / "studies").glob("[a-z]_*.yaml"))
