@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,7 +48,7 @@ def export_merged(directory: str | Path, classifier: ClipClassifier, *, alpha: f
     model = adapter.merged(backbone)
     with published(Path(directory)) as folder:
         backbone.save(folder, model)
-        told = {
+        told: dict[str, Any] = {
             "adapter": adapter.kind,
             "backbone": backbone.config.name,
             "classes": list(classifier.class_names),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,9 +16,6 @@ from disam_peft.common import processes
 from disam_peft.data.loading.loader import resolve_workers
 from disam_peft.data.sources.samples import MAX_FILE_BYTES
 from disam_peft.data.transforms.decode import BadImage, decode_image, to_picture
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 ImageLike = Any
 """A path, the bytes of an image file, a PIL image, or an array (H, W, 3) of uint8."""
@@ -41,7 +38,7 @@ class ImageBatch:
 
 def batches(
     images: Sequence[ImageLike],
-    transform: Callable[[Image], Tensor],
+    transform: Callable[[Any], Tensor],
     batch_size: int,
     *,
     first: int = 0,
@@ -66,7 +63,7 @@ def batches(
 
 
 class _Images(Dataset[Any]):
-    def __init__(self, images: Sequence[ImageLike], transform: Callable[[Image], Tensor]) -> None:
+    def __init__(self, images: Sequence[ImageLike], transform: Callable[[Any], Tensor]) -> None:
         self._images, self._transform = images, transform
 
     def __getitem__(self, index: int) -> tuple[str | None, str | None, Tensor | None]:
@@ -85,8 +82,8 @@ def _collated(samples: list[tuple[str | None, str | None, Tensor | None]]) -> Im
     return ImageBatch(paths, errors, torch.stack(readable) if readable else torch.empty(0))
 
 
-def read_picture(image: ImageLike, source: str) -> Image:
-    """An image as an upright RGB picture.
+def read_picture(image: ImageLike, source: str) -> Any:
+    """An image as an upright RGB picture of PIL.
 
     Raises:
         BadImage: it cannot be read or decoded, or is of a kind that is not known.
