@@ -28,14 +28,14 @@ _HOMES = {
     "Stopped": "disam_peft.errors",
     "UserError": "disam_peft.errors",
     # settings
-    "ClipAdapterConfig": "disam_peft.config.adapters",
-    "CoCoOpConfig": "disam_peft.config.adapters",
-    "CoOpConfig": "disam_peft.config.adapters",
-    "FullConfig": "disam_peft.config.adapters",
-    "LastBlocks": "disam_peft.config.adapters",
-    "LinearProbeConfig": "disam_peft.config.adapters",
-    "LoraAdapterConfig": "disam_peft.config.adapters",
-    "PeftAdapterConfig": "disam_peft.config.adapters",
+    "ClipAdapterConfig": "disam_peft.config.feature_adapters",
+    "CoCoOpConfig": "disam_peft.config.prompt_adapters",
+    "CoOpConfig": "disam_peft.config.prompt_adapters",
+    "FullConfig": "disam_peft.config.full_adapter",
+    "LastBlocks": "disam_peft.config.adapter_parts",
+    "LinearProbeConfig": "disam_peft.config.feature_adapters",
+    "LoraAdapterConfig": "disam_peft.config.peft_adapters",
+    "PeftAdapterConfig": "disam_peft.config.peft_adapters",
     "ClapConfig": "disam_peft.config.feature_adapters",
     "ClosedFormProbeConfig": "disam_peft.config.feature_adapters",
     "LpPlusPlusConfig": "disam_peft.config.feature_adapters",
@@ -148,14 +148,7 @@ if TYPE_CHECKING:  # the same names, for type checkers; a test compares them wit
     from disam_peft.classification.classifier import zero_shot as zero_shot
     from disam_peft.classification.saved_classifier import load_adapter as load_adapter
     from disam_peft.classification.saved_classifier import save_adapter as save_adapter
-    from disam_peft.config.adapters import ClipAdapterConfig as ClipAdapterConfig
-    from disam_peft.config.adapters import CoCoOpConfig as CoCoOpConfig
-    from disam_peft.config.adapters import CoOpConfig as CoOpConfig
-    from disam_peft.config.adapters import FullConfig as FullConfig
-    from disam_peft.config.adapters import LastBlocks as LastBlocks
-    from disam_peft.config.adapters import LinearProbeConfig as LinearProbeConfig
-    from disam_peft.config.adapters import LoraAdapterConfig as LoraAdapterConfig
-    from disam_peft.config.adapters import PeftAdapterConfig as PeftAdapterConfig
+    from disam_peft.config.adapter_parts import LastBlocks as LastBlocks
     from disam_peft.config.anchors import ClassFeaturesAnchorConfig as ClassFeaturesAnchorConfig
     from disam_peft.config.anchors import ImageFeaturesAnchorConfig as ImageFeaturesAnchorConfig
     from disam_peft.config.anchors import LogitsAnchorConfig as LogitsAnchorConfig
@@ -174,10 +167,13 @@ if TYPE_CHECKING:  # the same names, for type checkers; a test compares them wit
     from disam_peft.config.evaluation import EvaluationConfig as EvaluationConfig
     from disam_peft.config.evaluation import SharpnessConfig as SharpnessConfig
     from disam_peft.config.feature_adapters import ClapConfig as ClapConfig
+    from disam_peft.config.feature_adapters import ClipAdapterConfig as ClipAdapterConfig
     from disam_peft.config.feature_adapters import ClosedFormProbeConfig as ClosedFormProbeConfig
+    from disam_peft.config.feature_adapters import LinearProbeConfig as LinearProbeConfig
     from disam_peft.config.feature_adapters import LpPlusPlusConfig as LpPlusPlusConfig
     from disam_peft.config.feature_adapters import TaskResConfig as TaskResConfig
     from disam_peft.config.feature_adapters import TipAdapterConfig as TipAdapterConfig
+    from disam_peft.config.full_adapter import FullConfig as FullConfig
     from disam_peft.config.losses import ContrastiveConfig as ContrastiveConfig
     from disam_peft.config.losses import CrossEntropyConfig as CrossEntropyConfig
     from disam_peft.config.losses import FocalConfig as FocalConfig
@@ -185,12 +181,16 @@ if TYPE_CHECKING:  # the same names, for type checkers; a test compares them wit
     from disam_peft.config.losses import SigmoidConfig as SigmoidConfig
     from disam_peft.config.method import MethodConfig as MethodConfig
     from disam_peft.config.objective import ObjectiveConfig as ObjectiveConfig
+    from disam_peft.config.peft_adapters import LoraAdapterConfig as LoraAdapterConfig
+    from disam_peft.config.peft_adapters import PeftAdapterConfig as PeftAdapterConfig
     from disam_peft.config.penalties import CoralConfig as CoralConfig
     from disam_peft.config.penalties import FishrConfig as FishrConfig
     from disam_peft.config.penalties import GroupDROConfig as GroupDROConfig
     from disam_peft.config.penalties import IRMConfig as IRMConfig
     from disam_peft.config.penalties import MMDConfig as MMDConfig
     from disam_peft.config.penalties import VRexConfig as VRexConfig
+    from disam_peft.config.prompt_adapters import CoCoOpConfig as CoCoOpConfig
+    from disam_peft.config.prompt_adapters import CoOpConfig as CoOpConfig
     from disam_peft.config.prompt_adapters import IvlpConfig as IvlpConfig
     from disam_peft.config.prompt_adapters import MapleConfig as MapleConfig
     from disam_peft.config.prompt_adapters import VisualPromptsConfig as VisualPromptsConfig

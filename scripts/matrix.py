@@ -44,9 +44,10 @@ from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.families import listed_models, load_backbone
 from disam_peft.backbones.fingerprint import identity
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import LoraAdapterConfig, LpFtConfig
 from disam_peft.config.base import Config
+from disam_peft.config.composed_adapters import LpFtConfig
 from disam_peft.config.feature_adapters import takes_no_steps
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 from disam_peft.disam.disam import DISAM
 from disam_peft.errors import UserError
 from scripts.matrix_models import open_clip_models, small_model, transformers_models

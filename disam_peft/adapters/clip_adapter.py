@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from disam_peft.adapters.base import Adapter, parameter_dtype
 from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.config.adapters import ClipAdapterConfig
 from disam_peft.config.base import Config
+from disam_peft.config.feature_adapters import ClipAdapterConfig
 from disam_peft.errors import UserError
 
 

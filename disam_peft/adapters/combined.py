@@ -22,18 +22,12 @@ from disam_peft.adapters.several_parts import SeveralParts
 from disam_peft.adapters.task_res import TaskResAdapter
 from disam_peft.adapters.tower_prompts.visual_prompts import VisualPromptsAdapter
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.config.adapters import (
-    ClipAdapterConfig,
-    CombinedConfig,
-    CoOpConfig,
-    FullConfig,
-    LinearProbeConfig,
-    LoraAdapterConfig,
-    PeftAdapterConfig,
-)
 from disam_peft.config.base import Config
-from disam_peft.config.feature_adapters import TaskResConfig
-from disam_peft.config.prompt_adapters import VisualPromptsConfig
+from disam_peft.config.composed_adapters import CombinedConfig
+from disam_peft.config.feature_adapters import ClipAdapterConfig, LinearProbeConfig, TaskResConfig
+from disam_peft.config.full_adapter import FullConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig, PeftAdapterConfig
+from disam_peft.config.prompt_adapters import CoOpConfig, VisualPromptsConfig
 from disam_peft.errors import UserError
 
 PARTS: dict[type[Config], type[Adapter]] = {

@@ -18,8 +18,8 @@ from disam_peft.adapters.peft.targets import block_indices, tower_blocks
 from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.backbones.base import BEFORE_STEM, ClipBackbone, TowerName, TowerParameter
 from disam_peft.backbones.blocks import STANDS_FOR
-from disam_peft.config.adapters import FullConfig
 from disam_peft.config.base import Config
+from disam_peft.config.full_adapter import FullConfig
 from disam_peft.errors import UserError
 
 _FROZEN = "weights_before_training"

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from disam_peft.adapters.base import Adapter, parameter_dtype
 from disam_peft.adapters.prompts import ClassPrompts, fill_templates, prompt_features, zero_shot_features
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.config.adapters import LinearProbeConfig
 from disam_peft.config.base import Config
+from disam_peft.config.feature_adapters import LinearProbeConfig
 
 _INIT_STD = 0.01
 

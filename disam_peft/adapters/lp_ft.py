@@ -21,15 +21,11 @@ from disam_peft.adapters.peft.peft_adapter import PeftAdapter
 from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.adapters.several_parts import SeveralParts
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.config.adapters import (
-    ClipAdapterConfig,
-    FullConfig,
-    LinearProbeConfig,
-    LoraAdapterConfig,
-    LpFtConfig,
-    PeftAdapterConfig,
-)
 from disam_peft.config.base import Config
+from disam_peft.config.composed_adapters import LpFtConfig
+from disam_peft.config.feature_adapters import ClipAdapterConfig, LinearProbeConfig
+from disam_peft.config.full_adapter import FullConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig, PeftAdapterConfig
 from disam_peft.errors import UserError
 
 INNER: dict[type[Config], type[Adapter]] = {

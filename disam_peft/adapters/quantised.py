@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.config.adapters import FullConfig, PeftAdapterConfig
 from disam_peft.config.base import Config
+from disam_peft.config.full_adapter import FullConfig
+from disam_peft.config.peft_adapters import PeftAdapterConfig
 
 METHODS = ("lora", "ia3", "oft", "vera", "ln_tuning")
 """Those of peft that call the frozen layer and never look at its weight; a test compares each with the same adapter on

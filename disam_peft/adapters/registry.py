@@ -25,28 +25,22 @@ from disam_peft.adapters.tower_prompts.maple import MapleAdapter
 from disam_peft.adapters.tower_prompts.visual_prompts import VisualPromptsAdapter
 from disam_peft.adapters.trained_scale import TrainedScale
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.config.adapters import (
-    AdapterConfig,
-    ClipAdapterConfig,
-    CoCoOpConfig,
-    CombinedConfig,
-    CoOpConfig,
-    FullConfig,
-    LinearProbeConfig,
-    LoraAdapterConfig,
-    LpFtConfig,
-    PeftAdapterConfig,
-)
+from disam_peft.config.adapters import AdapterConfig
 from disam_peft.config.base import Config
+from disam_peft.config.composed_adapters import CombinedConfig, LpFtConfig
 from disam_peft.config.feature_adapters import (
     ClapConfig,
+    ClipAdapterConfig,
     ClosedFormProbeConfig,
+    LinearProbeConfig,
     LpPlusPlusConfig,
     TaskResConfig,
     TipAdapterConfig,
     takes_no_steps,
 )
-from disam_peft.config.prompt_adapters import IvlpConfig, MapleConfig, VisualPromptsConfig
+from disam_peft.config.full_adapter import FullConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig, PeftAdapterConfig
+from disam_peft.config.prompt_adapters import CoCoOpConfig, CoOpConfig, IvlpConfig, MapleConfig, VisualPromptsConfig
 from disam_peft.errors import UserError
 
 ADAPTERS: dict[type[Config], type[Adapter]] = {

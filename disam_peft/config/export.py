@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import get_args
 
-from disam_peft.config.adapters import MAX_RANK
 from disam_peft.config.backbone import Precision
+from disam_peft.config.peft_adapters import MAX_RANK
 from disam_peft.errors import UserError, did_you_mean
 
 FORMS = ("peft", "merged", "lora")

@@ -110,6 +110,39 @@ class ClapConfig(CosineConfig):
     """Whether the perturbation of sam and disam climbs that term too. It is always part of what is descended."""
 
 
+class LinearProbeConfig(Config):
+    """A linear layer on normalised image features."""
+
+    other_names: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("cross_modal", "cross-modal", "cross_modal_probe"), "kind: linear_probe, text_weight: 1"
+    )
+    has_own_head: ClassVar[bool] = True
+    """Its logits come from weights of its own, not from class features."""
+
+    kind: Literal["linear_probe"] = "linear_probe"
+    init: Literal["zero_shot", "random"] = "zero_shot"
+    """zero_shot: logit scale times the class features, which gives the zero-shot logits; random: N(0, 0.01^2)."""
+    bias: bool = True
+    text_weight: float = Field(default=0.0, ge=0, le=LARGEST_OPTION)
+    """The prompts are training samples too (cross-modal adaptation, Lin et al. 2023, arXiv 2301.06267): this times the
+    mean cross entropy of the head on their normalised text features, each with its class, is added to the objective. 1:
+    images and texts count alike, as in the paper. 0: no texts."""
+    seed: Seed | None = None
+    """Seeds the random weights; unset: torch's global generator, which the run seeds."""
+
+
+class ClipAdapterConfig(CosineConfig):
+    """A bottleneck behind the image tower, blended with the frozen features (Gao et al. 2021, arXiv 2110.04544)."""
+
+    kind: Literal["clip_adapter"] = "clip_adapter"
+    reduction: int = Field(default=4, ge=1)
+    """How many times narrower the hidden layer is than the features."""
+    ratio: float = Field(default=0.2, gt=0, le=1)
+    """Share of the adapted feature in the blend; 1 - ratio is the share of the frozen one."""
+    seed: Seed | None = None
+    """Seeds the initial weights; unset: torch's global generator, which the run seeds."""
+
+
 def takes_no_steps(adapter: Config) -> bool:
     """Whether an adapter is fitted to the training features as a whole, so that nothing is left to descend."""
     return getattr(adapter, "trained", "") == "nothing"

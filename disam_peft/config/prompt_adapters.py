@@ -1,5 +1,4 @@
-"""The configs of adapters that train prompts inside the towers: of the image tower alone, and of both. Imports no
-torch."""
+"""The configs of adapters that train prompts: in front of the class names, and inside the towers. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,6 +12,47 @@ from disam_peft.config.adapter_parts import Blocks, CosineConfig, Seed
 PromptTokens = Annotated[int, Field(ge=1, le=1024)]
 """More than any tower has of its own would be no prompt, and a config from a stranger must not ask for all memory."""
 Depth = Annotated[int, Field(ge=1)]
+
+
+class CoOpConfig(CosineConfig):
+    """Learned context in the text prompt (Zhou et al. 2022, arXiv 2109.01134): [ctx_1] ... [ctx_M] class name."""
+
+    kind: Literal["coop"] = "coop"
+    context_tokens: int | None = Field(default=None, ge=1)
+    """M. Unset: 16, or as many tokens as ``init`` has."""
+    class_specific: bool = False
+    """One context per class instead of one for all."""
+    init: str | None = Field(default=None, min_length=1)
+    """Words that the context starts from, e.g. ``a photo of a``. Unset: drawn from N(0, 0.02^2)."""
+    seed: Seed | None = None
+    """Seeds the random context; unset: torch's global generator, which the run seeds."""
+    memory_budget_gb: float | None = Field(default=None, gt=0)
+    """Memory (10^9 bytes) for what the prompts' forward pass keeps for backward, the model not counted. Beyond it,
+    backward repeats parts of the forward pass; the gradient is the same. Unset: no limit."""
+
+
+class CoCoOpConfig(CosineConfig):
+    """Learned context that every image shifts (Zhou et al. 2022, arXiv 2203.05557): [ctx_1 + pi] ... [ctx_M + pi] class
+    name, where a small network makes pi of the image's feature. Every image has class prompts of its own."""
+
+    class_features_of_images: ClassVar[bool] = True
+    """There are no class features without an image."""
+
+    kind: Literal["cocoop"] = "cocoop"
+    context_tokens: int | None = Field(default=None, ge=1)
+    """M. Unset: 16, or as many tokens as ``init`` has."""
+    class_specific: bool = False
+    """One context per class instead of one for all. pi is one for all classes of an image in any case."""
+    init: str | None = Field(default=None, min_length=1)
+    """Words that the context starts from; published are 4 tokens, ``a photo of a``. Unset: drawn from N(0, 0.02^2)."""
+    reduction: int = Field(default=16, ge=1)
+    """How many times narrower the network's hidden layer is than the image features."""
+    seed: Seed | None = None
+    """Seeds the network and a random context; unset: torch's global generator, which the run seeds."""
+    memory_budget_gb: float | None = Field(default=4.0, gt=0)
+    """Memory (10^9 bytes) for what the prompts' forward pass keeps for backward, the model not counted. It grows with
+    images times classes; beyond the budget they go in chunks that backward computes again, and the gradient is the
+    same. ``null``: no limit."""
 
 
 class VisualPromptsConfig(CosineConfig):

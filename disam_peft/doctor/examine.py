@@ -19,9 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from disam_peft import __version__
 from disam_peft.common.progress import track
-from disam_peft.config.adapters import LoraAdapterConfig, adapter_label
+from disam_peft.config.adapters import adapter_label
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.data import DataConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 from disam_peft.config.protocol import ProtocolConfig
 from disam_peft.config.recipe import Recipe
 from disam_peft.config.shapes import ShapesConfig

@@ -12,12 +12,13 @@ import numpy as np
 from PIL import Image
 
 from disam_peft.common.files import output_folder
-from disam_peft.config.adapters import LastBlocks, LoraAdapterConfig
+from disam_peft.config.adapter_parts import LastBlocks
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.data import AugmentConfig, DataConfig, FeatureConfig
 from disam_peft.config.evaluation import EvaluationConfig, SharpnessConfig
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.objective import ObjectiveConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 from disam_peft.config.protocol import ProtocolConfig
 from disam_peft.config.recipe import Recipe
 from disam_peft.config.shapes import ShapesConfig

@@ -23,7 +23,7 @@ from disam_peft.backbones.base import ClipBackbone, Target
 from disam_peft.backbones.with_model import with_model
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.common.strict_json import json_bytes
-from disam_peft.config.adapters import LoraAdapterConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 from disam_peft.errors import Notice, UserError
 from disam_peft.export.logit_difference import largest_difference
 from disam_peft.export.peft import export_peft

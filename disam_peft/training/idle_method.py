@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disam_peft.config.adapters import CombinedConfig, FullConfig, LoraAdapterConfig, LpFtConfig, PeftAdapterConfig
 from disam_peft.config.base import Config
+from disam_peft.config.composed_adapters import CombinedConfig, LpFtConfig
+from disam_peft.config.full_adapter import FullConfig
 from disam_peft.config.method import MethodConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig, PeftAdapterConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.disam.step_report import StepReport
 from disam_peft.errors import Notice

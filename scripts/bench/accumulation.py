@@ -11,7 +11,7 @@ from torch import Tensor
 from disam_peft import DISAM
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import LoraAdapterConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 from disam_peft.disam.passes import Mode
 from disam_peft.objectives.cross_entropy import cross_entropy
 

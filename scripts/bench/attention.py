@@ -18,8 +18,8 @@ from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.families import load_backbone
 from disam_peft.backbones.open_clip.attention import fused_state
-from disam_peft.config.adapters import LoraAdapterConfig
 from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 
 from .lora import ALPHA, CLASSES, RANK
 from .measure import Row, interleaved, ratios

@@ -11,8 +11,10 @@ import torch
 from disam_peft import DISAM
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import AdapterConfig, FullConfig, LoraAdapterConfig
+from disam_peft.config.adapters import AdapterConfig
 from disam_peft.config.average import BmaConfig, EmaConfig, KeptAverageConfig, SwaConfig, SwadConfig
+from disam_peft.config.full_adapter import FullConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 from disam_peft.objectives.objective import Objective
 from disam_peft.training.accelerator import start_accelerator
 from disam_peft.training.averages.weight_averages import WeightAverages

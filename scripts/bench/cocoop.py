@@ -21,8 +21,8 @@ from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.families import load_backbone
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import CoCoOpConfig
 from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.prompt_adapters import CoCoOpConfig
 
 from .measure import Row, interleaved, ratios
 from .memory import process_bytes

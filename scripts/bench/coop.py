@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import CoOpConfig
+from disam_peft.config.prompt_adapters import CoOpConfig
 
 from .measure import Row, interleaved, ratios
 from .models import class_prompts, our_backbone, peer_model

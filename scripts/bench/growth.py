@@ -9,7 +9,8 @@ import torch
 from disam_peft import DISAM
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import LastBlocks, LoraAdapterConfig
+from disam_peft.config.adapter_parts import LastBlocks
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 from disam_peft.objectives.cross_entropy import cross_entropy
 
 from .measure import Row, interleaved, ratios

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import LastBlocks, LoraAdapterConfig
+from disam_peft.config.adapter_parts import LastBlocks
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 
 from .measure import Row, interleaved, ratios
 from .models import class_prompts, our_backbone, peer_model

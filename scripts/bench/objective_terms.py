@@ -10,8 +10,11 @@ import torch
 from disam_peft import DISAM
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import AdapterConfig, CoOpConfig, LastBlocks, LoraAdapterConfig
+from disam_peft.config.adapter_parts import LastBlocks
+from disam_peft.config.adapters import AdapterConfig
 from disam_peft.config.objective import ObjectiveConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
+from disam_peft.config.prompt_adapters import CoOpConfig
 from disam_peft.objectives.objective import Objective
 from disam_peft.training.accelerator import start_accelerator
 from disam_peft.training.micro_batching import MicroBatches, StepGradient

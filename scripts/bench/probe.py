@@ -15,7 +15,7 @@ from disam_peft import DISAM
 from disam_peft.adapters.linear_probe import LinearProbeAdapter
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import LinearProbeConfig
+from disam_peft.config.feature_adapters import LinearProbeConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.objectives.cross_entropy import cross_entropy
 from disam_peft.training.stacked_probes import ProbeSetting, ProbeStack, fit_probes, probe_features

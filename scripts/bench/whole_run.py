@@ -20,10 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from disam_peft.config.adapters import AdapterConfig, CoOpConfig, LastBlocks, LoraAdapterConfig
+from disam_peft.config.adapter_parts import LastBlocks
+from disam_peft.config.adapters import AdapterConfig
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.data import AugmentConfig, DataConfig, FeatureConfig
 from disam_peft.config.method import MethodConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
+from disam_peft.config.prompt_adapters import CoOpConfig
 from disam_peft.config.protocol import ProtocolConfig
 from disam_peft.config.recipe import Recipe
 from disam_peft.config.training import TrainConfig

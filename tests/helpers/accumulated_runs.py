@@ -8,7 +8,6 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from disam_peft.adapters.prompts import ClassPrompts
-from disam_peft.config.adapters import LoraAdapterConfig
 from disam_peft.config.anchors import (
     ClassFeaturesAnchorConfig,
     ImageFeaturesAnchorConfig,
@@ -19,6 +18,7 @@ from disam_peft.config.data import AugmentConfig, DataConfig, FeatureConfig, Mix
 from disam_peft.config.losses import ContrastiveConfig, CrossEntropyConfig, MarginSoftmaxConfig
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.objective import ObjectiveConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 from disam_peft.config.penalties import (
     CoralConfig,
     FishrConfig,

@@ -13,24 +13,19 @@ from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.families import load_backbone
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import (
-    ADAPTER_CONFIGS,
-    AdapterConfig,
-    ClipAdapterConfig,
-    CoCoOpConfig,
-    CombinedConfig,
-    CoOpConfig,
-    FullConfig,
-    LastBlocks,
-    LinearProbeConfig,
-    LoraAdapterConfig,
-    LpFtConfig,
-    PeftAdapterConfig,
-    ProbeStartConfig,
-)
+from disam_peft.config.adapter_parts import LastBlocks
+from disam_peft.config.adapters import ADAPTER_CONFIGS, AdapterConfig
 from disam_peft.config.backbone import BackboneConfig
-from disam_peft.config.feature_adapters import ClosedFormProbeConfig, TipAdapterConfig
-from disam_peft.config.prompt_adapters import IvlpConfig, MapleConfig, VisualPromptsConfig
+from disam_peft.config.composed_adapters import CombinedConfig, LpFtConfig, ProbeStartConfig
+from disam_peft.config.feature_adapters import (
+    ClipAdapterConfig,
+    ClosedFormProbeConfig,
+    LinearProbeConfig,
+    TipAdapterConfig,
+)
+from disam_peft.config.full_adapter import FullConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig, PeftAdapterConfig
+from disam_peft.config.prompt_adapters import CoCoOpConfig, CoOpConfig, IvlpConfig, MapleConfig, VisualPromptsConfig
 from tests.helpers.own_backbone import own_backbone
 
 FAMILIES = ("open_clip", "transformers")

@@ -16,11 +16,13 @@ from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.families import load_backbone
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.fit_start import start_from_features
-from disam_peft.config.adapters import AdapterConfig, LoraAdapterConfig, LpFtConfig
+from disam_peft.config.adapters import AdapterConfig
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.base import Config
+from disam_peft.config.composed_adapters import LpFtConfig
 from disam_peft.config.data import DataConfig, FeatureConfig
 from disam_peft.config.feature_adapters import ClosedFormProbeConfig, TipAdapterConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 from disam_peft.data.dataset import DomainDataset
 from disam_peft.data.load import load
 

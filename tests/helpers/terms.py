@@ -20,13 +20,14 @@ from torch import Tensor
 from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.frozen_features import training_store
-from disam_peft.config.adapters import AdapterConfig, LoraAdapterConfig
+from disam_peft.config.adapters import AdapterConfig
 from disam_peft.config.anchors import AnchorConfig, LogitsAnchorConfig, WeightsAnchorConfig
 from disam_peft.config.base import Config
 from disam_peft.config.data import AugmentConfig, DataConfig, FeatureConfig, MixupConfig
 from disam_peft.config.losses import CrossEntropyConfig, LossConfig, MarginSoftmaxConfig, SigmoidConfig
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.objective import ObjectiveConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 from disam_peft.config.penalties import CoralConfig, FishrConfig, GroupDROConfig, IRMConfig, PenaltyConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.dataset import DomainDataset

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from disam_peft.config.adapters import AdapterConfig, LoraAdapterConfig, PeftAdapterConfig
+from disam_peft.config.adapters import AdapterConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig, PeftAdapterConfig
 
 BLOCKS, PROJECTIONS = [2], ["q", "v", "fc2"]
 

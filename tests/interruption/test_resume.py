@@ -14,11 +14,12 @@ from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.families import load_backbone
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.common.records import append_event
-from disam_peft.config.adapters import LinearProbeConfig, LoraAdapterConfig
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.data import DataConfig
+from disam_peft.config.feature_adapters import LinearProbeConfig
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.objective import ObjectiveConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 from disam_peft.config.penalties import FishrConfig, GroupDROConfig, IRMConfig, VRexConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load

@@ -14,9 +14,9 @@ from disam_peft.adapters.peft.methods import find_method
 from disam_peft.adapters.peft.peft_adapter import PeftAdapter
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import LoraAdapterConfig, PeftAdapterConfig
 from disam_peft.config.anchors import WeightsAnchorConfig
 from disam_peft.config.objective import ObjectiveConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig, PeftAdapterConfig
 from disam_peft.errors import UserError
 from tests.helpers.adapter_cells import FAMILIES, LABELS, PROMPTS, pixels, tiny_backbone, tiny_classifier
 from tests.helpers.terms import Case, Workplace

@@ -24,8 +24,8 @@ from disam_peft.adapters.coop.context_start import ContextStart, context_start
 from disam_peft.adapters.coop.image_prompts import ImagePrompts
 from disam_peft.adapters.prompts import ClassPrompts, FrozenText, normalised
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.config.adapters import CoCoOpConfig, CoOpConfig
 from disam_peft.config.base import Config
+from disam_peft.config.prompt_adapters import CoCoOpConfig, CoOpConfig
 from disam_peft.errors import UserError
 
 

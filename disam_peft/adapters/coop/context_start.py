@@ -14,7 +14,7 @@ from torch import Tensor
 
 from disam_peft.adapters.base import parameter_dtype
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.config.adapters import CoOpConfig
+from disam_peft.config.prompt_adapters import CoOpConfig
 from disam_peft.errors import UserError
 
 _DEFAULT_CONTEXT_TOKENS = 16

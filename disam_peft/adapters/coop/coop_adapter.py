@@ -27,8 +27,8 @@ from disam_peft.adapters.prompts import ClassPrompts, FrozenText, ensemble
 from disam_peft.backbones.added_tokens import DeepTokens
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.packed_prompts import PackedPrompts
-from disam_peft.config.adapters import CoOpConfig
 from disam_peft.config.base import Config
+from disam_peft.config.prompt_adapters import CoOpConfig
 from disam_peft.errors import UserError
 
 

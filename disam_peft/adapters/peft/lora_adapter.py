@@ -18,8 +18,8 @@ from disam_peft.adapters.peft.plan import lora_ranks, plan
 from disam_peft.adapters.peft.starts import FactorBesideItsStart, require_rank, start_factors
 from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.backbones.base import ClipBackbone, Target
-from disam_peft.config.adapters import LoraAdapterConfig
 from disam_peft.config.base import Config
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 from disam_peft.errors import Notice, UserError
 
 

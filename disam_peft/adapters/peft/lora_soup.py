@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from disam_peft.adapters.averaging import mean_of_tensors, require_same_shape
-from disam_peft.config.adapters import MAX_RANK, LoraAdapterConfig, PeftAdapterConfig
 from disam_peft.config.base import Config
+from disam_peft.config.peft_adapters import MAX_RANK, LoraAdapterConfig, PeftAdapterConfig
 from disam_peft.errors import UserError
 
 _DOWN, _UP, _UP_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"

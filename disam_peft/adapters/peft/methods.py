@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from disam_peft.backbones.base import ClipBackbone, Target
-from disam_peft.config.adapters import MAX_RANK, Scalar
+from disam_peft.config.peft_adapters import MAX_RANK, Scalar
 from disam_peft.errors import UserError, did_you_mean
 
 

@@ -31,8 +31,8 @@ from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.backbones.base import ClipBackbone, Target
 from disam_peft.backbones.blocks import AFFINE
 from disam_peft.common.strict_json import json_bytes
-from disam_peft.config.adapters import LoraAdapterConfig, PeftAdapterConfig
 from disam_peft.config.base import Config
+from disam_peft.config.peft_adapters import LoraAdapterConfig, PeftAdapterConfig
 from disam_peft.errors import Notice, UserError
 
 _AVERAGED = ", ".join(["lora", *(name for name, method in METHODS.items() if method.averages)])

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from disam_peft.adapters.peft.methods import find_method, make_peft_config, require_biases
 from disam_peft.adapters.peft.targets import select_targets, tower_blocks
 from disam_peft.backbones.base import ClipBackbone, Target
-from disam_peft.config.adapters import LoraAdapterConfig, PeftAdapterConfig, Scalar
+from disam_peft.config.peft_adapters import LoraAdapterConfig, PeftAdapterConfig, Scalar
 from disam_peft.errors import Notice, UserError
 
 Value = TypeVar("Value", int, float)

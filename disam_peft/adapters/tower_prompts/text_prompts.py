@@ -15,8 +15,7 @@ from disam_peft.adapters.peft.targets import tower_blocks
 from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.backbones.added_tokens import DeepTokens
 from disam_peft.backbones.base import ClipBackbone, TowerName
-from disam_peft.config.adapters import CoOpConfig
-from disam_peft.config.prompt_adapters import IvlpConfig, MapleConfig
+from disam_peft.config.prompt_adapters import CoOpConfig, IvlpConfig, MapleConfig
 from disam_peft.errors import UserError
 
 _PUBLISHED_DEPTH = 9

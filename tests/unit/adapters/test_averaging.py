@@ -7,15 +7,11 @@ from disam_peft.adapters.peft.lora_soup import mean_of_products
 from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.adapters.registry import ADAPTERS, build_adapter
 from disam_peft.backbones.families import load_backbone
-from disam_peft.config.adapters import (
-    ClipAdapterConfig,
-    CoOpConfig,
-    FullConfig,
-    LinearProbeConfig,
-    LoraAdapterConfig,
-    PeftAdapterConfig,
-)
 from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.feature_adapters import ClipAdapterConfig, LinearProbeConfig
+from disam_peft.config.full_adapter import FullConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig, PeftAdapterConfig
+from disam_peft.config.prompt_adapters import CoOpConfig
 from disam_peft.errors import UserError
 
 PROMPTS = ClassPrompts(("red", "blue"), ("a photo of a {}.",))

@@ -20,7 +20,7 @@ from disam_peft.backbones.families import folder_config, load_backbone
 from disam_peft.backbones.fingerprint import activation_name
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.saved_classifier import load_adapter, save_adapter
-from disam_peft.config.adapters import LinearProbeConfig
+from disam_peft.config.feature_adapters import LinearProbeConfig
 from disam_peft.errors import Notice, UserError
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import tiny_openclip, tiny_transformers

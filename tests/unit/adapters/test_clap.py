@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from disam_peft.adapters.clap import ClapAdapter, clap_penalty, clap_strengths
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import LpFtConfig
+from disam_peft.config.composed_adapters import LpFtConfig
 from disam_peft.config.feature_adapters import ClapConfig
 from tests.helpers.adapter_cells import DOMAINS, FAMILIES, LABELS, PROMPTS, pixels, tiny_backbone, tiny_classifier
 

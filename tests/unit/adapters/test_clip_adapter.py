@@ -16,9 +16,9 @@ from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.families import load_backbone
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import ClipAdapterConfig
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.data import AugmentConfig, DataConfig, FeatureConfig
+from disam_peft.config.feature_adapters import ClipAdapterConfig
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.recipe import load_recipe
 from disam_peft.config.training import TrainConfig

@@ -20,11 +20,12 @@ from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.families import load_backbone
 from disam_peft.classification.classifier import ClipClassifier, zero_shot
-from disam_peft.config.adapters import CoCoOpConfig, CoOpConfig, LpFtConfig
 from disam_peft.config.anchors import ClassFeaturesAnchorConfig
 from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.composed_adapters import LpFtConfig
 from disam_peft.config.losses import ContrastiveConfig, MarginSoftmaxConfig, SigmoidConfig
 from disam_peft.config.objective import ObjectiveConfig, adapter_conflict
+from disam_peft.config.prompt_adapters import CoCoOpConfig, CoOpConfig
 from disam_peft.disam.disam import DISAM
 from disam_peft.errors import UserError
 from disam_peft.objectives.base import Outputs

@@ -14,8 +14,11 @@ from disam_peft.adapters.combined import PARTS, CombinedAdapter
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.classification.classifier import ClipClassifier, zero_shot
 from disam_peft.classification.saved_classifier import load_adapter
-from disam_peft.config.adapters import CombinedConfig, CoOpConfig, LinearProbeConfig, LoraAdapterConfig, adapter_label
-from disam_peft.config.feature_adapters import TaskResConfig
+from disam_peft.config.adapters import adapter_label
+from disam_peft.config.composed_adapters import CombinedConfig
+from disam_peft.config.feature_adapters import LinearProbeConfig, TaskResConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
+from disam_peft.config.prompt_adapters import CoOpConfig
 from disam_peft.config.recipe import Recipe, as_yaml, load_recipe
 from disam_peft.errors import UserError
 from disam_peft.export.peft import export_peft

@@ -9,7 +9,7 @@ from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.classification.classifier import ClipClassifier, zero_shot
-from disam_peft.config.adapters import CoOpConfig
+from disam_peft.config.prompt_adapters import CoOpConfig
 from disam_peft.errors import UserError
 from tests.helpers.adapter_cells import FAMILIES, PROMPTS, pixels, tiny_backbone, tiny_classifier
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from disam_peft import DISAM
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import CoOpConfig
+from disam_peft.config.prompt_adapters import CoOpConfig
 from disam_peft.objectives.cross_entropy import cross_entropy
 from tests.helpers.adapter_cells import FAMILIES, LABELS, pixels, tiny_backbone, tiny_classifier
 

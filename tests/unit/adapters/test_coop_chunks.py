@@ -17,8 +17,9 @@ from disam_peft.backbones.blocks import shallow_clone
 from disam_peft.backbones.families import load_backbone
 from disam_peft.backbones.towers import Given
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import CoOpConfig, LoraAdapterConfig
 from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
+from disam_peft.config.prompt_adapters import CoOpConfig
 from disam_peft.disam.disam import DISAM
 from tests.helpers.adapter_cells import FAMILIES, LABELS, PROMPTS, pixels, tiny_backbone, tiny_classifier
 from tests.helpers.tiny import tiny_openclip

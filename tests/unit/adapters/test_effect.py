@@ -13,7 +13,8 @@ from disam_peft.adapters.registry import build_adapter, planned_image_split
 from disam_peft.backbones.base import BEFORE_STEM, Target, TowerParameter
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.saved_classifier import load_adapter, save_adapter
-from disam_peft.config.adapters import FullConfig, LoraAdapterConfig, PeftAdapterConfig
+from disam_peft.config.full_adapter import FullConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig, PeftAdapterConfig
 from disam_peft.errors import UserError
 from tests.helpers.adapter_cells import CELLS, FAMILIES, LABELS, PROMPTS, pixels, tiny_backbone, tiny_classifier
 

@@ -15,7 +15,9 @@ from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.open_clip.image_towers import WholeTower
 from disam_peft.classification.classifier import ClipClassifier, zero_shot
 from disam_peft.classification.saved_classifier import load_adapter, save_adapter
-from disam_peft.config.adapters import FullConfig, LastBlocks, LoraAdapterConfig
+from disam_peft.config.adapter_parts import LastBlocks
+from disam_peft.config.full_adapter import FullConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 from disam_peft.errors import UserError
 from disam_peft.export.peft import export_peft
 from tests.helpers.adapter_cells import FAMILIES, LABELS, PROMPTS, pixels, tiny_backbone, tiny_classifier

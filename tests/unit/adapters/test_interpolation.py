@@ -13,7 +13,8 @@ from disam_peft.adapters.adapter_folder import read_adapter, write_adapter
 from disam_peft.adapters.interpolation import wise_ft, wise_ft_fisher
 from disam_peft.adapters.registry import ADAPTERS
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import LinearProbeConfig, LoraAdapterConfig
+from disam_peft.config.feature_adapters import LinearProbeConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 from disam_peft.errors import UserError
 from tests.helpers.adapter_cells import CELLS, FAMILIES, MERGED_CELLS, PROMPTS, pixels, tiny_backbone, tiny_classifier
 

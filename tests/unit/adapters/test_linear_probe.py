@@ -8,7 +8,7 @@ import torch
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import LinearProbeConfig
+from disam_peft.config.feature_adapters import LinearProbeConfig
 from tests.helpers.adapter_cells import FAMILIES, PROMPTS, pixels, tiny_backbone
 
 

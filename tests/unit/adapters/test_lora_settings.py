@@ -18,7 +18,8 @@ from disam_peft.adapters.peft.plan import plan, resolved
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.open_clip.attention import SplitAttention
-from disam_peft.config.adapters import AdapterConfig, LoraAdapterConfig, PeftAdapterConfig
+from disam_peft.config.adapters import AdapterConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig, PeftAdapterConfig
 from disam_peft.config.recipe import load_recipe
 from disam_peft.errors import UserError
 from tests.helpers.adapter_cells import PROMPTS, tiny_backbone

@@ -18,15 +18,11 @@ from disam_peft.adapters.lp_ft import INNER, LpFtAdapter
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.classification.classifier import ClipClassifier, zero_shot
 from disam_peft.classification.saved_classifier import load_adapter, save_adapter
-from disam_peft.config.adapters import (
-    ADAPTER_CONFIGS,
-    ClipAdapterConfig,
-    FullConfig,
-    LoraAdapterConfig,
-    LpFtConfig,
-    PeftAdapterConfig,
-    ProbeStartConfig,
-)
+from disam_peft.config.adapters import ADAPTER_CONFIGS
+from disam_peft.config.composed_adapters import LpFtConfig, ProbeStartConfig
+from disam_peft.config.feature_adapters import ClipAdapterConfig
+from disam_peft.config.full_adapter import FullConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig, PeftAdapterConfig
 from disam_peft.errors import UserError
 from disam_peft.export.peft import export_peft
 from tests.helpers.adapter_cells import FAMILIES, LABELS, LAST_TWO, PROMPTS, pixels, tiny_backbone, tiny_classifier

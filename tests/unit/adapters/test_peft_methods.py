@@ -10,7 +10,7 @@ from disam_peft.adapters.peft.methods import METHODS
 from disam_peft.adapters.peft.peft_adapter import PeftAdapter
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
-from disam_peft.config.adapters import LoraAdapterConfig, PeftAdapterConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig, PeftAdapterConfig
 from disam_peft.errors import UserError
 from tests.helpers.adapter_cells import (
     ALL_LINEAR,

@@ -15,8 +15,10 @@ from disam_peft.adapters.peft.targets import frozen_blocks, select_targets
 from disam_peft.adapters.registry import build_adapter, planned_image_split
 from disam_peft.backbones.base import BEFORE_STEM, ClipBackbone
 from disam_peft.backbones.families import load_backbone
-from disam_peft.config.adapters import AdapterConfig, LastBlocks, LoraAdapterConfig
+from disam_peft.config.adapter_parts import LastBlocks
+from disam_peft.config.adapters import AdapterConfig
 from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 from disam_peft.errors import Notice, UserError
 from tests.helpers.adapter_cells import CELLS, FAMILIES, PROMPTS, tiny_backbone
 from tests.helpers.timm_towers import tiny_timm

@@ -12,7 +12,7 @@ from torch import nn
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.adapters.task_res import TaskResAdapter
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import LpFtConfig
+from disam_peft.config.composed_adapters import LpFtConfig
 from disam_peft.config.feature_adapters import TaskResConfig
 from disam_peft.config.losses import ContrastiveConfig, head_conflict
 from disam_peft.errors import UserError

@@ -16,11 +16,12 @@ from disam_peft.adapters.tower_prompts.maple import from_published
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.families import load_backbone
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import AdapterConfig, CoOpConfig, LpFtConfig
+from disam_peft.config.adapters import AdapterConfig
 from disam_peft.config.anchors import ClassFeaturesAnchorConfig, ImageFeaturesAnchorConfig, LogitsAnchorConfig
 from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.composed_adapters import LpFtConfig
 from disam_peft.config.objective import ObjectiveConfig
-from disam_peft.config.prompt_adapters import IvlpConfig, MapleConfig, VisualPromptsConfig
+from disam_peft.config.prompt_adapters import CoOpConfig, IvlpConfig, MapleConfig, VisualPromptsConfig
 from disam_peft.disam.disam import DISAM
 from disam_peft.errors import UserError
 from disam_peft.objectives.objective import Objective

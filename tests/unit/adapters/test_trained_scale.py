@@ -15,8 +15,12 @@ from disam_peft.adapters.trained_scale import LARGEST, TrainedScale
 from disam_peft.backbones.families import load_backbone
 from disam_peft.classification.classifier import ClipClassifier, zero_shot
 from disam_peft.classification.saved_classifier import load_adapter, save_adapter
-from disam_peft.config.adapters import AdapterConfig, ClipAdapterConfig, CoOpConfig, FullConfig, LoraAdapterConfig
+from disam_peft.config.adapters import AdapterConfig
 from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.feature_adapters import ClipAdapterConfig
+from disam_peft.config.full_adapter import FullConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
+from disam_peft.config.prompt_adapters import CoOpConfig
 from tests.helpers.adapter_cells import FAMILIES, LABELS, LAST_TWO, PROMPTS, pixels, tiny_backbone, tiny_classifier
 from tests.helpers.tiny import tiny_openclip
 

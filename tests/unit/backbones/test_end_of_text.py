@@ -16,7 +16,7 @@ from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.families import folder_config, load_backbone
 from disam_peft.backbones.towers import end_of_text
 from disam_peft.classification.classifier import ClipClassifier, zero_shot
-from disam_peft.config.adapters import LoraAdapterConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 from disam_peft.errors import UserError
 from tests.helpers.adapter_cells import PROMPTS
 from tests.helpers.tiny import tiny_openclip, tiny_transformers

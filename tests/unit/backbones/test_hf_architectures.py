@@ -25,7 +25,10 @@ from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.families import folder_config, load_backbone
 from disam_peft.backbones.transformers.architectures import ARCHITECTURES
 from disam_peft.classification.classifier import ClipClassifier, zero_shot
-from disam_peft.config.adapters import CoOpConfig, FullConfig, LastBlocks, LoraAdapterConfig
+from disam_peft.config.adapter_parts import LastBlocks
+from disam_peft.config.full_adapter import FullConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
+from disam_peft.config.prompt_adapters import CoOpConfig
 from disam_peft.errors import UserError
 from disam_peft.export.merged import export_merged
 from disam_peft.export.peft import export_peft

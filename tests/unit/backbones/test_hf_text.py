@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import BEFORE_STEM, ClipBackbone
-from disam_peft.config.adapters import CoOpConfig, FullConfig, LastBlocks, LoraAdapterConfig, PeftAdapterConfig
+from disam_peft.config.adapter_parts import LastBlocks
+from disam_peft.config.full_adapter import FullConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig, PeftAdapterConfig
+from disam_peft.config.prompt_adapters import CoOpConfig
 from disam_peft.errors import UserError
 from disam_peft.export.merged import TOLERANCE, export_merged
 from tests.helpers.adapter_cells import LABELS, PROMPTS, pixels, tiny_classifier

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.blocks import AFFINE
-from disam_peft.config.adapters import LoraAdapterConfig, PeftAdapterConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig, PeftAdapterConfig
 from tests.helpers.adapter_cells import FAMILIES, PROMPTS, tiny_backbone
 from tests.helpers.towers import assert_same, pixels, whole_image, whole_text
 

@@ -20,8 +20,10 @@ from safetensors.torch import load_file, save_file
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.families import imagenet_templates, load_backbone
-from disam_peft.config.adapters import FullConfig, LastBlocks, LoraAdapterConfig
+from disam_peft.config.adapter_parts import LastBlocks
 from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.full_adapter import FullConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 from disam_peft.errors import Notice, UserError
 from disam_peft.export.merged import TOLERANCE, export_merged
 from tests.helpers.adapter_cells import PROMPTS, pixels, tiny_classifier

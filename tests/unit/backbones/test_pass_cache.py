@@ -13,7 +13,7 @@ from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.pass_cache import PassCache, with_cache
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import LoraAdapterConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 from tests.helpers.adapter_cells import CELLS, FAMILIES, FULL_CELLS, PEFT_CELLS, PROMPTS, tiny_backbone
 
 QV = LoraAdapterConfig(rank=2, seed=1, blocks=[1, 2])

@@ -17,8 +17,11 @@ from disam_peft.backbones.families import load_backbone
 from disam_peft.backbones.frozen_precision import QuantisedLinear
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.saved_classifier import load_adapter, save_adapter
-from disam_peft.config.adapters import AdapterConfig, CoOpConfig, FullConfig, LoraAdapterConfig, PeftAdapterConfig
+from disam_peft.config.adapters import AdapterConfig
 from disam_peft.config.backbone import BackboneConfig, Precision
+from disam_peft.config.full_adapter import FullConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig, PeftAdapterConfig
+from disam_peft.config.prompt_adapters import CoOpConfig
 from disam_peft.errors import UserError
 from tests.helpers.adapter_cells import FAMILIES, LABELS, PROMPTS, pixels, tiny_classifier
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.recomputation import is_recomputed, recomputed
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import AdapterConfig, LoraAdapterConfig
+from disam_peft.config.adapters import AdapterConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 from disam_peft.disam.disam import DISAM
 from tests.helpers.adapter_cells import CELLS, DOMAINS, LABELS, pixels, tiny_backbone, tiny_classifier
 from tests.helpers.hf_texts import tiny_hf_text

@@ -17,8 +17,10 @@ from disam_peft.backbones.base import BEFORE_STEM, ClipBackbone
 from disam_peft.backbones.families import load_backbone
 from disam_peft.backbones.fingerprint import model_parts, tower_parts, weights_hash
 from disam_peft.classification.saved_classifier import load_adapter, save_adapter
-from disam_peft.config.adapters import FullConfig, LastBlocks, LoraAdapterConfig, PeftAdapterConfig
+from disam_peft.config.adapter_parts import LastBlocks
 from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.full_adapter import FullConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig, PeftAdapterConfig
 from disam_peft.errors import Notice, UserError
 from disam_peft.export.merged import TOLERANCE, export_merged
 from tests.helpers.adapter_cells import LABELS, PROMPTS, pixels, tiny_classifier

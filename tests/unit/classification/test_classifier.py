@@ -14,7 +14,8 @@ from disam_peft.adapters.prompts import ClassPrompts, fill_templates
 from disam_peft.adapters.registry import ADAPTERS, build_adapter
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.classification.classifier import ClipClassifier, zero_shot
-from disam_peft.config.adapters import LinearProbeConfig, LoraAdapterConfig
+from disam_peft.config.feature_adapters import LinearProbeConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 from disam_peft.errors import UserError
 from tests.helpers.adapter_cells import FAMILIES, PROMPTS, pixels, tiny_backbone, tiny_classifier
 

@@ -15,9 +15,12 @@ from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.families import load_backbone
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.frozen_features import evaluation_store, training_store
-from disam_peft.config.adapters import ClipAdapterConfig, CoOpConfig, LastBlocks, LinearProbeConfig, LoraAdapterConfig
+from disam_peft.config.adapter_parts import LastBlocks
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.data import AugmentConfig, DataConfig, FeatureConfig, MixupConfig
+from disam_peft.config.feature_adapters import ClipAdapterConfig, LinearProbeConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
+from disam_peft.config.prompt_adapters import CoOpConfig
 from disam_peft.config.shapes import ShapesConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load

@@ -9,9 +9,10 @@ import pytest
 from pydantic import Discriminator, Field, Tag, ValidationError
 
 from disam_peft.adapters.peft.methods import METHODS
-from disam_peft.config.adapters import ADAPTER_KINDS, PEFT_METHODS
+from disam_peft.config.adapters import ADAPTER_KINDS
 from disam_peft.config.base import Config
 from disam_peft.config.mistakes import all_mistakes, explain
+from disam_peft.config.peft_adapters import PEFT_METHODS
 from disam_peft.config.recipe import Recipe, load_recipe
 from disam_peft.config.study import Study
 from disam_peft.errors import UserError

@@ -2,10 +2,11 @@
 
 import pytest
 
-from disam_peft.config.adapters import CoOpConfig, LoraAdapterConfig
 from disam_peft.config.average import kept_averages
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.data import DataConfig, MixupConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
+from disam_peft.config.prompt_adapters import CoOpConfig
 from disam_peft.config.protocol import ProtocolConfig
 from disam_peft.config.recipe import Recipe, as_dict, differences, load_recipe, save_recipe
 from disam_peft.errors import UserError

@@ -15,17 +15,13 @@ from disam_peft.adapters.peft.peft_adapter import PeftAdapter
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.cli.app import app
 from disam_peft.cli.output import print_examination
-from disam_peft.config.adapters import (
-    ClipAdapterConfig,
-    CoOpConfig,
-    FullConfig,
-    LinearProbeConfig,
-    LoraAdapterConfig,
-    LpFtConfig,
-    PeftAdapterConfig,
-)
 from disam_peft.config.backbone import BackboneConfig
+from disam_peft.config.composed_adapters import LpFtConfig
+from disam_peft.config.feature_adapters import ClipAdapterConfig, LinearProbeConfig
+from disam_peft.config.full_adapter import FullConfig
 from disam_peft.config.method import MethodConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig, PeftAdapterConfig
+from disam_peft.config.prompt_adapters import CoOpConfig
 from disam_peft.config.recipe import save_recipe
 from disam_peft.disam import passes
 from disam_peft.disam.disam import DISAM

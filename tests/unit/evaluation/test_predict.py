@@ -12,10 +12,11 @@ from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.families import load_backbone
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.frozen_features import evaluation_store
-from disam_peft.config.adapters import LinearProbeConfig, LoraAdapterConfig
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.data import DataConfig, FeatureConfig
 from disam_peft.config.evaluation import EvaluationConfig
+from disam_peft.config.feature_adapters import LinearProbeConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 from disam_peft.data.load import load
 from disam_peft.evaluation.predict import predict, predict_states
 from tests.helpers.adapter_cells import tiny_backbone, tiny_classifier

@@ -5,7 +5,10 @@ import torch
 from scipy.optimize import brentq
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from disam_peft.config.adapters import CoOpConfig, LastBlocks, LinearProbeConfig, LoraAdapterConfig
+from disam_peft.config.adapter_parts import LastBlocks
+from disam_peft.config.feature_adapters import LinearProbeConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
+from disam_peft.config.prompt_adapters import CoOpConfig
 from disam_peft.evaluation.sharpness.measures import (
     extreme_eigenvalue,
     fixed_direction,

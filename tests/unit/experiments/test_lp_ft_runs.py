@@ -14,7 +14,7 @@ from disam_peft.adapters.linear_probe import LinearProbeAdapter
 from disam_peft.adapters.lp_ft import LpFtAdapter
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.saved_classifier import load_adapter
-from disam_peft.config.adapters import LinearProbeConfig
+from disam_peft.config.feature_adapters import LinearProbeConfig
 from disam_peft.config.recipe import Recipe
 from disam_peft.data.load import load
 from disam_peft.errors import UserError

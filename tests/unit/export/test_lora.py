@@ -11,8 +11,10 @@ import torch
 
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.classification.saved_classifier import load_adapter
-from disam_peft.config.adapters import AdapterConfig, FullConfig, LoraAdapterConfig, PeftAdapterConfig
+from disam_peft.config.adapters import AdapterConfig
 from disam_peft.config.export import check_form
+from disam_peft.config.full_adapter import FullConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig, PeftAdapterConfig
 from disam_peft.errors import Notice, UserError
 from disam_peft.export.lora import LORA_NOTE, export_lora, lora_of, truncated
 from tests.helpers.adapter_cells import CELLS, pixels, tiny_backbone, tiny_classifier

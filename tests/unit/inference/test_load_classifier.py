@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import CoCoOpConfig, CombinedConfig, CoOpConfig, LinearProbeConfig, LoraAdapterConfig
+from disam_peft.config.composed_adapters import CombinedConfig
 from disam_peft.config.data import DataConfig
-from disam_peft.config.feature_adapters import ClapConfig, TaskResConfig
+from disam_peft.config.feature_adapters import ClapConfig, LinearProbeConfig, TaskResConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
+from disam_peft.config.prompt_adapters import CoCoOpConfig, CoOpConfig
 from disam_peft.data.load import load
 from disam_peft.errors import UserError
 from disam_peft.evaluation.predict import predict

@@ -13,9 +13,8 @@ from disam_peft.adapters.base import Adapter
 from disam_peft.adapters.linear_probe import text_cross_entropy
 from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import LinearProbeConfig
 from disam_peft.config.data import AugmentConfig, DataConfig
-from disam_peft.config.feature_adapters import ClapConfig
+from disam_peft.config.feature_adapters import ClapConfig, LinearProbeConfig
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load

@@ -6,7 +6,6 @@ from torch import nn
 
 from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import LoraAdapterConfig
 from disam_peft.config.anchors import (
     ClassFeaturesAnchorConfig,
     ImageFeaturesAnchorConfig,
@@ -15,6 +14,7 @@ from disam_peft.config.anchors import (
 )
 from disam_peft.config.data import AugmentConfig, DataConfig
 from disam_peft.config.objective import ObjectiveConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
 from disam_peft.disam.disam import DISAM

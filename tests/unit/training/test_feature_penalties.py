@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from disam_peft.config.adapters import LinearProbeConfig
+from disam_peft.config.feature_adapters import LinearProbeConfig
 from disam_peft.config.objective import ObjectiveConfig
 from disam_peft.config.penalties import (
     BasePenaltyConfig,

@@ -14,18 +14,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from disam_peft.config.adapters import (
-    CoOpConfig,
-    FullConfig,
-    LinearProbeConfig,
-    LoraAdapterConfig,
-    LpFtConfig,
-    PeftAdapterConfig,
-)
 from disam_peft.config.base import Config
+from disam_peft.config.composed_adapters import LpFtConfig
 from disam_peft.config.data import DataConfig
+from disam_peft.config.feature_adapters import LinearProbeConfig
+from disam_peft.config.full_adapter import FullConfig
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.objective import ObjectiveConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig, PeftAdapterConfig
+from disam_peft.config.prompt_adapters import CoOpConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
 from disam_peft.disam.disam import DISAM

@@ -10,11 +10,11 @@ from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.families import load_backbone
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import LoraAdapterConfig
 from disam_peft.config.average import BmaConfig, EmaConfig, SwaConfig, SwadConfig
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.data import AugmentConfig, DataConfig
 from disam_peft.config.method import MethodConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
 from disam_peft.objectives.cross_entropy import cross_entropy

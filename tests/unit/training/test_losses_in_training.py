@@ -6,10 +6,11 @@ from torch import nn
 
 from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.common.random import keyed_uniforms
-from disam_peft.config.adapters import LinearProbeConfig, LoraAdapterConfig
 from disam_peft.config.data import AugmentConfig, DataConfig
+from disam_peft.config.feature_adapters import LinearProbeConfig
 from disam_peft.config.losses import ContrastiveConfig, CrossEntropyConfig, FocalConfig, MarginSoftmaxConfig
 from disam_peft.config.objective import ObjectiveConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
 from disam_peft.disam.disam import DISAM

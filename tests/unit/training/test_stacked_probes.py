@@ -10,9 +10,9 @@ from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.families import load_backbone
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import LinearProbeConfig
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.data import AugmentConfig, DataConfig
+from disam_peft.config.feature_adapters import LinearProbeConfig
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load

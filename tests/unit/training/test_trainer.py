@@ -13,11 +13,12 @@ from disam_peft.adapters.prompts import ClassPrompts
 from disam_peft.adapters.registry import build_adapter
 from disam_peft.backbones.families import load_backbone
 from disam_peft.classification.classifier import ClipClassifier
-from disam_peft.config.adapters import LinearProbeConfig, LoraAdapterConfig
 from disam_peft.config.backbone import BackboneConfig
 from disam_peft.config.data import AugmentConfig, DataConfig
+from disam_peft.config.feature_adapters import LinearProbeConfig
 from disam_peft.config.method import MethodConfig
 from disam_peft.config.objective import ObjectiveConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig
 from disam_peft.config.training import TrainConfig
 from disam_peft.data.load import load
 from disam_peft.errors import Diverged, Notice, UserError
