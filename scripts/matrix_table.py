@@ -75,23 +75,26 @@ def table(cells: Sequence[Outcome], columns: Sequence[str], models: int) -> str:
     counts = Counter(cell.outcome for cell in cells)
     tried, small = len({cell.model for cell in cells}), len({cell.small for cell in cells})
     told = ", ".join(f"{counts[name]} {name}" for name in sorted(counts, key=lambda name: -counts[name]))
+    fewer = {column: sum(cell.adapter == column for cell in cells) for column in columns}
+    partly = [f"{column} ({count})" for column, count in fewer.items() if count < tried]
     lines = [
         f"Tried: {tried} of {models} architectures ({small} different ones once they are small) with {len(columns)} "
-        f"adapters, {len(cells)} cells: {told}.",
+        f"adapters, {len(cells)} cells: {told}." + (f" Not on all of them: {', '.join(partly)}." if partly else ""),
         "",
         f"| architectures | {' | '.join(columns)} |",
         f"|---|{'---|' * len(columns)}",
     ]
     notes: dict[str, list[str]] = {}
+    names = sorted({cell.model for cell in cells}, key=len, reverse=True)
     for family, of_family in rows.items():
         number = len({cell.model for cell in of_family})
-        signs = [_sign([cell for cell in of_family if cell.adapter == column], notes) for column in columns]
+        signs = [_sign([cell for cell in of_family if cell.adapter == column], notes, names) for column in columns]
         lines.append(f"| {family}{f' ({number})' if number > 1 else ''} | {' | '.join(signs)} |")
     sentences = [f"{number + 1}: {note}" for number, note in enumerate(notes)]
     return "\n".join([*lines, "", *(f"{one}  " for one in sentences)]).rstrip() + "\n"
 
 
-def _sign(cells: Sequence[Outcome], notes: dict[str, list[str]]) -> str:
+def _sign(cells: Sequence[Outcome], notes: dict[str, list[str]], names: Sequence[str]) -> str:
     """``yes``, ``no``, or how many of the family work; with the numbers of what is to be said."""
     if not cells:
         return "not tried"
@@ -99,8 +102,10 @@ def _sign(cells: Sequence[Outcome], notes: dict[str, list[str]]) -> str:
     told = []
     for cell in cells:
         if cell.note:
-            # One sentence stands for all models of a family: what differs between them is their name and their layers.
-            note = re.sub(r"\s+", " ", cell.note.replace(cell.model, "the model"))[:240]
+            note = cell.note
+            for name in names:  # one sentence stands for all models
+                note = note.replace(name, "the model")
+            note = re.sub(r"\s+", " ", note)[:180]
             known = notes.setdefault(note, [])
             known.append(cell.model)
             told.append(list(notes).index(note) + 1)
