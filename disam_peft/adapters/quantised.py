@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from disam_peft.backbones.base import ClipBackbone
 from disam_peft.config.base import Config
 from disam_peft.config.full_adapter import FullConfig
-from disam_peft.config.peft_adapters import PeftAdapterConfig
+from disam_peft.config.peft_adapters import LoraAdapterConfig, PeftAdapterConfig
 
 METHODS = ("lora", "ia3", "oft", "vera", "ln_tuning")
 """Those of peft that call the frozen layer and never look at its weight; a test compares each with the same adapter on
@@ -25,8 +25,8 @@ def require_possible(config: Config, backbone: ClipBackbone) -> None:
     for part in _parts(config):
         if isinstance(part, FullConfig):
             backbone.require_float_weights("adapter.kind=full, which trains the weights of the towers themselves,")
-        if getattr(part, "keeps_start", False):
-            backbone.require_float_weights(f"adapter.init={getattr(part, 'init', '')}, which starts from the weights,")
+        if isinstance(part, LoraAdapterConfig) and part.init != "kaiming":
+            backbone.require_float_weights(f"adapter.init={part.init}, which looks at the weights,")
         if isinstance(part, PeftAdapterConfig) and part.method not in METHODS:
             backbone.require_float_weights(f"adapter.method={part.method}, which reads the weights that it adapts,")
 

@@ -98,6 +98,7 @@ def test_what_a_checkpoint_says_about_itself(openclip_name: str) -> None:
         "seed": 0,
         "activation": None,
         "preprocessing": None,
+        "precision": "float32",
         "sha256": backbone.base_hash,
         "quick_gelu": False,
         "embed_dim": 16,
