@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -94,6 +96,14 @@ PEFT_CELLS = [name for name, config in CELLS.items() if config.kind in ("lora", 
 FULL_CELLS = [name for name, config in CELLS.items() if config.kind == "full"]
 MERGED_CELLS = [*PEFT_CELLS, *FULL_CELLS]
 UNMERGED_CELLS = [name for name in CELLS if name not in MERGED_CELLS]
+
+IN_THE_FAST_LANE = ("lora-both", "dora", "ln_tuning", "coop-shared", "probe-zero_shot", "full-last", "lora-both+coop")
+
+
+def mostly_slow(cells: Iterable[str]) -> list[Any]:
+    """Parameters of a test: the cells, of which the fast lane takes a few that differ most."""
+    return [cell if cell in IN_THE_FAST_LANE else pytest.param(cell, marks=pytest.mark.slow) for cell in cells]
+
 
 PROMPTS = ClassPrompts(("cat", "polar bear", "fire truck"), ("a photo of a {}.", "a drawing of the {}!"))
 

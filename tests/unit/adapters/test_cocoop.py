@@ -138,6 +138,7 @@ def test_words_and_a_silent_network_are_zero_shot_with_that_template(backbone: C
 # -- memory --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("class_specific", [False, True])
 def test_a_budget_changes_the_chunks_and_not_the_step(twins: tuple[str, str], class_specific: bool) -> None:
     backbone = tiny_backbone(twins, "open_clip")

@@ -42,7 +42,7 @@ def combined(classifier: ClipClassifier) -> CombinedAdapter:
     return classifier.adapter
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [FAMILIES[0], pytest.param(FAMILIES[1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("classes", [COOP, TaskResConfig(), LinearProbeConfig(init="random", seed=1)])
 def test_each_part_computes_what_it_computes_alone(twins: tuple[str, str], family: str, classes: Any) -> None:
     both = tiny_classifier(tiny_backbone(twins, family), CombinedConfig(parts=[classes, LORA]))

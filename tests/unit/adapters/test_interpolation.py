@@ -16,7 +16,16 @@ from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.config.feature_adapters import LinearProbeConfig
 from disam_peft.config.peft_adapters import LoraAdapterConfig
 from disam_peft.errors import UserError
-from tests.helpers.adapter_cells import CELLS, FAMILIES, MERGED_CELLS, PROMPTS, pixels, tiny_backbone, tiny_classifier
+from tests.helpers.adapter_cells import (
+    CELLS,
+    FAMILIES,
+    MERGED_CELLS,
+    PROMPTS,
+    mostly_slow,
+    pixels,
+    tiny_backbone,
+    tiny_classifier,
+)
 
 REFERENCE = np.load(Path(__file__).parents[2] / "reference" / "averaging.npz")
 NOT_LINEAR = ("dora", "oft", "hra")
@@ -52,7 +61,7 @@ def test_both_ends_are_met_to_the_bit() -> None:
 
 
 @pytest.mark.parametrize("family", BOTH_FAMILIES)
-@pytest.mark.parametrize("cell", MERGED_CELLS)
+@pytest.mark.parametrize("cell", mostly_slow(MERGED_CELLS))
 @torch.no_grad()
 def test_it_computes_with_the_interpolated_merged_weights(twins: tuple[str, str], family: str, cell: str) -> None:
     plain = tiny_backbone(twins, family)
@@ -111,7 +120,7 @@ def test_a_probe_lies_between_the_zero_shot_head_and_its_own(
 
 
 @pytest.mark.parametrize("family", BOTH_FAMILIES)
-@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell not in (*NOT_LINEAR, *WITHOUT)])
+@pytest.mark.parametrize("cell", mostly_slow(cell for cell in CELLS if cell not in (*NOT_LINEAR, *WITHOUT)))
 @torch.no_grad()
 def test_an_adapter_that_is_written_at_an_alpha_computes_the_same_elsewhere(
     twins: tuple[str, str], family: str, cell: str, tmp_path: Path

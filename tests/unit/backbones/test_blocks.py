@@ -70,7 +70,7 @@ def adapt(backbone: ClipBackbone, method: str, tower: str, blocks: set[int], dty
 
 @dtypes
 @pytest.mark.parametrize("method", ADAPTERS)
-@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_class_token_alone_in_the_last_image_block(
     backbone: ClipBackbone, method: str, count: int, dtype: torch.dtype
 ) -> None:
@@ -83,7 +83,7 @@ def test_class_token_alone_in_the_last_image_block(
 
 @dtypes
 @pytest.mark.parametrize("method", ADAPTERS)
-@pytest.mark.parametrize("texts", [TEXTS, TEXTS[:1]], ids=len)
+@pytest.mark.parametrize("texts", [TEXTS, pytest.param(TEXTS[:1], marks=pytest.mark.slow)], ids=len)
 def test_last_token_alone_in_the_last_text_block(
     backbone: ClipBackbone, method: str, texts: list[str], dtype: torch.dtype
 ) -> None:

@@ -14,7 +14,7 @@ from disam_peft.backbones.base import ClipBackbone
 from disam_peft.backbones.pass_cache import PassCache, with_cache
 from disam_peft.classification.classifier import ClipClassifier
 from disam_peft.config.peft_adapters import LoraAdapterConfig
-from tests.helpers.adapter_cells import CELLS, FAMILIES, FULL_CELLS, PEFT_CELLS, PROMPTS, tiny_backbone
+from tests.helpers.adapter_cells import CELLS, FAMILIES, FULL_CELLS, PEFT_CELLS, PROMPTS, mostly_slow, tiny_backbone
 
 QV = LoraAdapterConfig(rank=2, seed=1, blocks=[1, 2])
 
@@ -58,7 +58,7 @@ def calls_of(backbone: ClipBackbone, block: int) -> Counter[str]:
     return calls
 
 
-@pytest.mark.parametrize("cell", [*(name for name in PEFT_CELLS if name != "lora-text"), *FULL_CELLS])
+@pytest.mark.parametrize("cell", mostly_slow([*(name for name in PEFT_CELLS if name != "lora-text"), *FULL_CELLS]))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_pass_has_the_bits_of_a_pass_alone(twins: tuple[str, str], family: str, cell: str) -> None:
     classifier = make(twins, family, CELLS[cell])

@@ -113,7 +113,7 @@ def test_no_batch_waits_for_the_device(classifier, dataset, source, tmp_path, mo
 
 
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("cell", ["lora-both", "dora", "probe-zero_shot"])
+@pytest.mark.parametrize("cell", ["lora-both", pytest.param("dora", marks=pytest.mark.slow), "probe-zero_shot"])
 def test_several_states_in_one_pass_over_the_images(twins, dataset, monkeypatch, cell, half):
     """Each as if it were alone, in autocast too, which remembers weights; each image is decoded and encoded once."""
     prompts = ClassPrompts(dataset.prompt_names, ("{}",))

@@ -148,6 +148,7 @@ def test_merged_checkpoints_say_their_classes(classifier: ClipClassifier, tmp_pa
         load_classifier(tmp_path / "merged", classes=["a", "b"], alpha=0.5)
 
 
+@pytest.mark.slow
 def test_between_zero_shot_and_trained(twins: tuple[str, str], tmp_path: Path, domains_folder: Path) -> None:
     backbone = tiny_backbone(twins, "open_clip", torch.float32)
     export_peft(tmp_path / "out", tiny_classifier(backbone, LORA, scramble=0.5))

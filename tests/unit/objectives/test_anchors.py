@@ -100,7 +100,7 @@ def test_a_step_is_the_one_of_the_definition(expected, name, method):
 
 
 @pytest.mark.parametrize(("name", "method"), CASES)
-@pytest.mark.parametrize("mode", ["auto", "two_phase", "per_domain"])
+@pytest.mark.parametrize("mode", ["auto", pytest.param("two_phase", marks=pytest.mark.slow), "per_domain"])
 @pytest.mark.parametrize("micro_batches", [MIXED, OF_ONE_DOMAIN], ids=["mixed", "of one domain"])
 def test_micro_batches_give_the_same_step(expected, name, method, mode, micro_batches):
     sums_of_outputs = any(isinstance(anchor, BaseModelAnchorConfig) for anchor in CONFIGS[name].anchors)
@@ -116,7 +116,7 @@ def test_micro_batches_give_the_same_step(expected, name, method, mode, micro_ba
 
 
 @pytest.mark.parametrize(("name", "method"), CASES)
-@pytest.mark.parametrize("mode", ["auto", "two_phase"])
+@pytest.mark.parametrize("mode", ["auto", pytest.param("two_phase", marks=pytest.mark.slow)])
 def test_masked_samples_count_nowhere(expected, name, method, mode):
     """Padding of a domain that is there and of one that nobody else has, in a micro-batch and as one of its own."""
     problem = AnchoredProblem()

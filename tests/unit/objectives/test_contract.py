@@ -239,7 +239,7 @@ def test_what_is_not_climbed_is_descended_all_the_same(expected):
 
 
 @pytest.mark.parametrize(("name", "method"), CASES)
-@pytest.mark.parametrize("mode", ["auto", "two_phase", "per_domain"])
+@pytest.mark.parametrize("mode", ["auto", pytest.param("two_phase", marks=pytest.mark.slow), "per_domain"])
 @pytest.mark.parametrize("micro_batches", [MIXED, OF_ONE_DOMAIN, [EVERYTHING]], ids=["mixed", "of one domain", "one"])
 def test_micro_batches_give_the_same_step(expected, name, method, mode, micro_batches):
     objective = OBJECTIVES[name]()
@@ -255,7 +255,7 @@ def test_micro_batches_give_the_same_step(expected, name, method, mode, micro_ba
 
 
 @pytest.mark.parametrize(("name", "method"), CASES)
-@pytest.mark.parametrize("mode", ["auto", "two_phase"])
+@pytest.mark.parametrize("mode", ["auto", pytest.param("two_phase", marks=pytest.mark.slow)])
 def test_masked_samples_count_nowhere(expected, name, method, mode):
     """Padding of a domain that is there and of one that nobody else has, in a micro-batch and as one of its own."""
     problem = Problem()
