@@ -293,7 +293,7 @@ def test_row_51_evaluate_refuses_what_made_the_adapter(cli, arguments, tmp_path)
     folder = tmp_path / "runs/pacs-linear-probe-disam/art"
     for override in ("protocol.held_out=photo", "seed=7", "backbone.name=ViT-L-14", "adapter.rank=64"):
         code, _, err = cli("evaluate", folder, override)
-        assert code == 2 and "What may be given here is data.*, evaluation.*" in err, override
+        assert code == 2 and "What may be given here is backbone.precision, data.*, evaluation.*" in err, override
         assert not (folder / "evaluation.json").exists()
 
 

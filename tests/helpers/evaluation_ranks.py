@@ -43,7 +43,7 @@ class Counting(nn.Module):
     def image_transform(image: Any) -> Tensor:
         return functional.to_dtype(functional.pil_to_tensor(image), torch.float32, scale=True)
 
-    def class_features(self) -> Tensor:
+    def shared_class_features(self) -> Tensor:
         return torch.ones(4)
 
     def encode_frozen(self, pixels_BCHW: Tensor) -> Tensor:
