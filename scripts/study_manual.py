@@ -12,7 +12,7 @@ from disam_peft.report.drawing import draw
 from disam_peft.report.gains import Gain, difference_text, gains, gains_figure, interval_text
 
 BEGIN, END = "<!-- from the records of {}: begin -->", "<!-- from the records: end -->"
-MAIN, CONDITIONS, ADAPTERS = "c_methods", "d_conditions", "e_adapters"
+MAIN, CONDITIONS, ADAPTERS, HARD = "c_methods", "d_conditions", "e_adapters", "f_hard_domain"
 BASELINE = "erm"
 FIGURE = "docs/guide/which_method.svg"
 ADVICE = (
@@ -41,13 +41,14 @@ def write_pages(comparisons: Mapping[str, Comparison], source: Path, output: Pat
         source: the root of the repository, from which the pages are read.
         output: the folder that stands for it in what is written.
     """
-    main, conditions, adapters = (comparisons[name] for name in (MAIN, CONDITIONS, ADAPTERS))
+    main, conditions, adapters, hard = (comparisons[name] for name in (MAIN, CONDITIONS, ADAPTERS, HARD))
     found = {gain.arm: gain for gain in gains(main, "")}
     blocks = {
         "README.md": {MAIN: [results(found, SHORT, size(main))]},
         "docs/guide/which_method.md": {
             MAIN: [advice(found, size(main)), single_runs(main, size(main))],
             CONDITIONS: [differences(conditions)],
+            HARD: [differences(hard)],
             ADAPTERS: [adapter_means(adapters), differences(adapters)],
         },
         "docs/guide/averages.md": {MAIN: [results(found, AVERAGES, size(main))]},
