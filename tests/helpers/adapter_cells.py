@@ -71,7 +71,7 @@ CELLS: dict[str, AdapterConfig] = {
     ),
     "lora-both+coop": CombinedConfig(
         parts=[
-            CoOpConfig(context_tokens=4, seed=1),
+            CoOpConfig(context_tokens=4, seed=2),
             LoraAdapterConfig(towers=["image", "text"], projections=ALL_LINEAR, blocks=LAST_TWO, rank=2, seed=1),
         ]
     ),

@@ -107,12 +107,15 @@ def test_gradients_do_not_depend_on_the_split(family: str) -> None:
     found += [gradients(backbone.image_head(backbone.image_trunk(images(), k), k)) for k in range(last)]
     assert cache or family in CLASS_TOKEN
     assert all(torch.equal(a, b) for one in found for a, b in zip(one, found[0], strict=True))
-    wanted = gradients(backbone.model.get_submodule("visual")(images()))
+    whole = backbone.model.get_submodule("visual")(images())
+    wanted = gradients(whole)
+    # The kernels of some processors round the library's own forward of EVA02 in another order, features and all.
+    rounds_alike = family != "eva02-e" or torch.equal(backbone.image_head(hidden, last), whole)
     for ours, theirs in zip(found[0], wanted, strict=True):
-        if family == "eva02-e":  # on some processors its own forward rounds in another order
-            assert relative(ours, theirs) < 5e-6
-        else:
+        if rounds_alike:
             assert relative(ours, theirs) < 2e-6 if family in CLASS_TOKEN else torch.equal(ours, theirs)
+        else:
+            assert relative(ours, theirs) < 5e-6
 
 
 @each(*FAMILIES)
